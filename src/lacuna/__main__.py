@@ -1,0 +1,5 @@
+"""`python -m lacuna`, as torchrun starts it."""
+
+from lacuna.cli import main
+
+main()

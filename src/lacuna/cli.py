@@ -1,0 +1,78 @@
+"""The `lacuna` command and `count_lines`. Imports no torch before it is needed: `--help` answers in under a second."""
+
+import os
+import sys
+from glob import glob
+from pathlib import Path
+
+from lacuna.config import ConfigError, load_config
+
+USAGE = """usage: lacuna pt [CONFIG.toml] [--section.key VALUE ...]
+
+  lacuna pt         pretrain, or go on pretraining, a causal language model
+  lacuna pt --help  every key with its meaning, unit and default
+
+Without a config, configs/pt.toml is used: a small model on text that ships with the repository."""
+
+
+def main():
+    """Entry point of `lacuna` and `python -m lacuna`."""
+    command, *argv = sys.argv[1:] or ["--help"]
+    if command in ("-h", "--help"):
+        print(USAGE)
+        return
+    try:
+        if command != "pt":
+            raise ConfigError(f"unknown command {command}\n{USAGE}")
+        path = argv.pop(0) if argv and not argv[0].startswith("-") else None
+        if path is None and not {"-h", "--help"} & set(argv):
+            path = "configs/pt.toml"
+            if not Path(path).exists():
+                raise ConfigError("no config given, and no configs/pt.toml here: give one, or run in a clone of lacuna")
+        config = load_config(path, argv)
+        launch(["pt", path, *argv])
+        from lacuna.train import NonFinite, run
+
+        try:
+            run(config)
+        except NonFinite as error:
+            raise ConfigError(str(error)) from None
+    except ConfigError as error:
+        rank = os.environ.get("RANK")
+        sys.exit(f"lacuna{f' (rank {rank})' if rank else ''}: {error}")
+
+
+def launch(argv: list[str]):
+    """Become torchrun over all local GPUs, unless there is one at most, or torchrun or Slurm started this process."""
+    started = "RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", 1)) > 1
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = len(glob("/dev/nvidia[0-9]*")) if visible is None else len([d for d in visible.split(",") if d])
+    on_node = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or 1)
+    processes = on_node if started else max(1, gpus)
+    set_threads(processes)
+    if not started and gpus > 1:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)]
+        os.execv(sys.executable, [*torchrun, "-m", "lacuna", *argv])
+
+
+def set_threads(processes: int):
+    """OMP_NUM_THREADS = physical cores this process may use / processes on the node; torchrun's own default is 1."""
+    siblings = set()
+    for cpu in os.sched_getaffinity(0):
+        file = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        siblings.add(file.read_text() if file.exists() else cpu)
+    threads = str(max(1, len(siblings) // processes))
+    if "OMP_NUM_THREADS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
+        os.environ["OMP_NUM_THREADS"] = threads
+    os.environ.setdefault("RAYON_NUM_THREADS", threads)  # the tokenizers' threads
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
+def count_lines():
+    """Print the physical lines of every file of the package; exit 1 at 3,000 or more."""
+    package = Path(__file__).parent
+    counts = {file.relative_to(package): len(file.read_text().splitlines()) for file in sorted(package.rglob("*.py"))}
+    for file, lines in counts.items():
+        print(f"{lines:6,}  {file}")
+    print(f"{sum(counts.values()):6,}  in all, of 3,000")
+    sys.exit(sum(counts.values()) >= 3000)

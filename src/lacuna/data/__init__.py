@@ -1,0 +1,1 @@
+"""From text to `PackedBatch`: sources -> tokenize -> pack -> loader, in this order and never back."""

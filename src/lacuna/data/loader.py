@@ -1,0 +1,341 @@
+"""Documents to rows, rows to `PackedBatch`: the one order of data, whatever the hardware.
+
+A virtual stream draws a window of documents, packs it, shuffles the rows and emits them. Row p of the run is the next
+row of stream p mod V. A rank (and each of its workers) takes every n-th row and reads only the streams that those rows
+come from, so the order of rows depends on (seed, data, mixture) alone. Map-style data is one stream of indices that
+everyone plans and nobody reads twice. The state of a stream is where its window began; it travels with every row, so
+what is prefetched never counts as consumed, and how many of the window's rows are gone follows from the row's number.
+"""
+
+import math
+import queue
+import threading
+import zlib
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from lacuna.config import Config, ConfigError, nearest_multiple
+from lacuna.config import Source as SourceConfig
+from lacuna.data.pack import best_fit, split_documents
+from lacuna.data.sources import MapSource, StreamSource, log
+from lacuna.data.tokenize import Encoder
+
+MAP_WINDOW = 131_072  # documents packed together where they are indices only: fill .9999 in 0.1 to 0.3 s
+STREAM_WINDOW = (8, 512)  # rows in a stream's first and largest windows: starts at once, then fill .998
+
+
+class Row(NamedTuple):
+    """One row of the run, S = seq_len slots, with the state of its stream."""
+
+    ids: np.ndarray  # int32 [S]
+    labels: np.ndarray  # int32 [S]
+    starts: np.ndarray  # int64 [documents]: where each document (or what is left over) begins
+    tokens: int  # slots that hold a document's token
+    checksum: int
+    epoch: float
+    dropped: int  # documents without text met since the stream's last row
+    stream: int
+    state: dict
+
+
+class PackedBatch(NamedTuple):
+    """One micro-batch: T = micro_batch_size * seq_len slots, the same shapes at every step."""
+
+    input_ids: torch.Tensor  # int64 [T]
+    labels: torch.Tensor  # int64 [T], already shifted inside each document; -100 trains nothing
+    position_ids: torch.Tensor  # int64 [T], from 0 in every document
+    cu_seqlens: torch.Tensor  # int32 [N + 1], document boundaries, padded with T
+    max_seqlen: int  # a constant
+    trained_tokens: int
+    tokens: int
+    pairs: int  # sum of squared document lengths: what attention computes
+    checksum: int  # of ids and labels with their place in the global batch; summed over ranks it is layout-free
+    dropped: int
+    epoch: float
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        if device.type == "cuda":
+            return self._replace(**{k: getattr(self, k).pin_memory().to(device, non_blocking=True) for k in TENSORS})
+        return self
+
+
+TENSORS = ("input_ids", "labels", "position_ids", "cu_seqlens")
+
+
+class Stream:
+    """One virtual stream: rows as lists of (document, start, end), and the state to begin again at any of them."""
+
+    def __init__(self, data: "RowDataset", stream: int, state: dict | None):
+        self.data, self.stream = data, stream
+        state = state or {
+            "cursors": [None] * len(data.sources),
+            "drawn": [0] * len(data.sources),
+            "window": 0,
+            "row": 0,
+        }
+        self.drawn, self.window, self.first_row = list(state["drawn"]), state["window"], state["row"]
+        pairs = zip(data.sources, state["cursors"], strict=True)
+        self.cursors = [source.cursor(stream, data.num_streams, cursor) for source, cursor in pairs]
+        self.rows, self.emitted, self.dropped = [], 0, 0
+
+    @property
+    def row(self) -> int:
+        """Rows emitted since the run began."""
+        return self.first_row + self.emitted
+
+    @property
+    def ended(self) -> bool:
+        last = self.data.epochs
+        return self.emitted == len(self.rows) and last is not None and all(c.epoch >= last for c in self.cursors)
+
+    def skip(self, rows: int):
+        """Go on until `rows` rows of this stream are behind, planning windows but loading nothing."""
+        while not self.ended and self.row < rows:
+            if self.emitted == len(self.rows):
+                self.draw_window()
+            self.emitted += min(rows - self.row, len(self.rows) - self.emitted)
+
+    def next(self) -> Row | None:
+        if self.emitted == len(self.rows):
+            if self.ended:
+                return None
+            self.draw_window()
+        pieces = self.rows[self.emitted]
+        self.emitted += 1
+        dropped, self.dropped = self.dropped, 0
+        row = self.data.assemble(pieces)
+        return row._replace(epoch=self.epoch, dropped=dropped, stream=self.stream, state=self.start)
+
+    def draw_window(self):
+        """Draw documents until the window is full, always from the source that is furthest behind its weight."""
+        data = self.data
+        self.first_row += len(self.rows)
+        cursors = [c.state() for c in self.cursors]
+        self.start = {"cursors": cursors, "drawn": list(self.drawn), "window": self.window, "row": self.first_row}
+        budget = data.seq_len * min(STREAM_WINDOW[0] << self.window, STREAM_WINDOW[1])
+        epochs, dropped = [c.epoch for c in self.cursors], sum(getattr(c, "dropped", 0) for c in self.cursors)
+        documents, lengths, total = [], [], 0
+        while len(documents) < MAP_WINDOW if data.map_style else total < budget:
+            behind = min(range(len(self.cursors)), key=lambda i: self.drawn[i] / data.weights[i])
+            length, document = self.cursors[behind].next()
+            self.drawn[behind] += length
+            total += length
+            documents.append((behind, document))
+            lengths.append(length)
+            if len(self.cursors) == 1 and self.cursors[0].epoch != epochs[0]:
+                break  # a window ends with the epoch: no row mixes two
+        self.epoch = max(c.progress for c in self.cursors)
+        self.dropped += sum(getattr(c, "dropped", 0) for c in self.cursors) - dropped
+        which, start, length = split_documents(np.asarray(lengths), data.seq_len)
+        rows = best_fit(length, data.seq_len, data.max_pieces)
+        order = np.random.default_rng([data.seed, self.stream, self.window]).permutation(len(rows))
+        self.rows = [[(documents[which[p]], start[p], start[p] + length[p]) for p in rows[r]] for r in order]
+        self.window, self.emitted = self.window + 1, 0
+
+
+class RowDataset(IterableDataset):
+    """The rows of one rank, split over its loader workers: row p for p = first + rank, first + rank + ranks, …"""
+
+    def __init__(
+        self,
+        config: Config,
+        sources: list[SourceConfig],
+        encoder: Encoder,
+        rank: int,
+        ranks: int,
+        epochs: int | None = None,
+        limit: float = math.inf,
+    ):
+        self.seq_len, self.seed = config.train.seq_len, config.seed
+        self.mask_boundary, self.filler = config.data.mask_boundary, encoder.eos
+        # A fixed bound, so that cu_seqlens never changes its shape; rows of tinier documents are filled up instead.
+        self.max_pieces = max(16, self.seq_len // 32)
+        self.batch_rows = config.train.global_batch_size
+        self.rank, self.ranks, self.epochs, self.limit = rank, ranks, epochs, limit
+        self.map_style = not any(source.streaming for source in sources)
+        weights = [source.weight for source in sources]
+        if len(sources) > 1 and not self.map_style and not all(weights):
+            raise ConfigError("data.sources: a mixture with a streaming source needs a weight for every source")
+        whole = self.map_style and not any(weights)
+        groups = [sources] if whole else [[source] for source in sources]
+        self.weights = [1.0] if whole else [weight or 1.0 for weight in weights]
+        self.sources = []
+        for i, group in enumerate(groups):
+            seed = int(np.random.SeedSequence([self.seed, i]).generate_state(1)[0])
+            streaming = group[0].streaming
+            source = (
+                StreamSource(group[0], encoder, seed)
+                if streaming
+                else MapSource(group, encoder, config.data.cache, seed)
+            )
+            self.sources.append(source)
+        shards = [source.num_shards for source in self.sources if isinstance(source, StreamSource)]
+        self.num_streams = 1 if self.map_style else config.data.num_streams or min(64, *shards)
+        self.first, self.states = 0, {}
+
+    def __iter__(self):
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        streams = {}
+        position = self.first + self.rank + self.ranks * worker
+        while True:
+            number = position % self.num_streams
+            if number not in streams:
+                streams[number] = Stream(self, number, self.states.get(number))
+            streams[number].skip(position // self.num_streams)
+            row = streams[number].next() if position < self.limit else None
+            row = row or self.assemble([])  # past the end of the data: a row that trains nothing
+            crc = zlib.crc32(row.labels.tobytes(), zlib.crc32(row.ids.tobytes()))
+            yield row._replace(checksum=crc * (position % self.batch_rows + 1))
+            position += self.ranks * workers
+
+    def count_rows(self) -> int:
+        """Rows of all epochs of map-style data, from the lengths alone."""
+        stream = Stream(self, 0, None)
+        while not stream.ended:
+            stream.draw_window()
+            stream.emitted = len(stream.rows)
+        return stream.row
+
+    def assemble(self, pieces: list) -> Row:
+        """Copy document pieces into one row. What is left over is a document of its own that trains nothing."""
+        ids = np.full(self.seq_len, self.filler, dtype=np.int32)
+        labels = np.full(self.seq_len, -100, dtype=np.int32)
+        starts, at = [], 0
+        for (which, document), start, end in pieces:
+            tokens = self.sources[which].load(document)
+            # a cut document goes on in its next piece: its first token there is still the target of the last one here
+            targets = tokens[start + 1 : end + 1]
+            ids[at : at + end - start] = tokens[start:end]
+            labels[at : at + len(targets)] = targets
+            starts.append(at)
+            if at and not self.mask_boundary:
+                labels[at - 1] = ids[at]
+            at += end - start
+        if at < self.seq_len:
+            starts.append(at)
+        return Row(ids, labels, np.asarray(starts), at, 0, 0.0, 0, -1, {})
+
+
+def collate(rows: list[Row], context_len: int, num_documents: int) -> PackedBatch:
+    """Lay rows end to end as one long sample, cutting documents to context_len; N = num_documents at most."""
+    seq_len = len(rows[0].ids)
+    total = len(rows) * seq_len
+    ids = np.concatenate([row.ids for row in rows]).astype(np.int64)
+    labels = np.concatenate([row.labels for row in rows]).astype(np.int64)
+    starts = np.concatenate([row.starts + i * seq_len for i, row in enumerate(rows)])
+    if context_len < seq_len:
+        document, start, _ = split_documents(np.diff(np.append(starts, total)), context_len)
+        starts = starts[document] + start
+    lengths = np.diff(np.append(starts, total))
+    assert len(starts) <= num_documents, "cu_seqlens is too short for these documents"
+    boundaries = np.full(num_documents + 1, total, dtype=np.int32)
+    boundaries[: len(starts)] = starts
+    return PackedBatch(
+        input_ids=torch.from_numpy(ids),
+        labels=torch.from_numpy(labels),
+        position_ids=torch.from_numpy(np.arange(total) - np.repeat(starts, lengths)),
+        cu_seqlens=torch.from_numpy(boundaries),
+        max_seqlen=seq_len,
+        trained_tokens=int((labels != -100).sum()),
+        tokens=sum(row.tokens for row in rows),
+        pairs=int((lengths**2).sum()),
+        checksum=sum(row.checksum for row in rows),
+        dropped=sum(row.dropped for row in rows),
+        epoch=max(row.epoch for row in rows),
+    )
+
+
+class Loader:
+    """The micro-batches of one rank, prepared ahead by a thread (and by worker processes, if data.workers says so)."""
+
+    def __init__(self, config: Config, dataset: RowDataset, device: torch.device, state: dict | None = None):
+        self.config, self.dataset, self.device = config, dataset, device
+        self.micro_batch_size = config.train.micro_batch_size
+        workers = config.data.workers if config.data.workers is not None else int(not dataset.map_style)
+        self.warn_uneven(dataset.ranks * max(1, workers))
+        if state is not None:
+            dataset.first, dataset.states = state["rows"], state["streams"]
+        self.consumed, self.streams = dataset.first, dict(dataset.states)
+        spawn = {"multiprocessing_context": "spawn", "prefetch_factor": 2 * self.micro_batch_size} if workers else {}
+        self.rows = DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=keep, **spawn)
+        shortest = config.data.context_len or config.train.seq_len
+        self.num_documents = self.micro_batch_size * (dataset.max_pieces + 1 + config.train.seq_len // shortest)
+        self.ready, self.closing = queue.Queue(maxsize=3), False
+        self.thread = threading.Thread(target=self.prefetch, daemon=True)
+        self.thread.start()
+
+    def warn_uneven(self, readers: int):
+        streams = self.dataset.num_streams
+        if not self.dataset.map_style and streams % readers and self.dataset.rank == 0:
+            log.warning(
+                "data: %d virtual streams (num_shards or data.num_streams) do not divide over %d readers (ranks x "
+                "workers), so each stream is read %d times; %s would be fast",
+                *(streams, readers, readers // math.gcd(streams, readers), nearest_multiple(streams, readers)),
+            )
+
+    def context_len(self, rows: int) -> int:
+        """Longest document piece at the step that begins after `rows` rows of the run (arXiv 2503.15450)."""
+        data, seq_len = self.config.data, self.config.train.seq_len
+        start = data.context_len or seq_len
+        step = rows // self.config.train.global_batch_size
+        grown = 1 if data.context_warmup_steps == 0 else min(1, step / data.context_warmup_steps)
+        return start + int((seq_len - start) * grown) if data.context_warmup_steps else start
+
+    def prefetch(self):
+        try:
+            rows, done = [], self.dataset.first
+            for row in self.rows:
+                rows.append(row)
+                if len(rows) == self.micro_batch_size:
+                    batch = collate(rows, self.context_len(done), self.num_documents)
+                    done += len(rows) * self.dataset.ranks
+                    self.offer((batch, [(r.stream, r.state) for r in rows if r.stream >= 0]))
+                    rows = []
+                if self.closing:
+                    return
+        except Exception as error:  # handed to the training thread, which raises it
+            self.offer(error)
+
+    def offer(self, item):
+        while not self.closing:
+            try:
+                return self.ready.put(item, timeout=0.2)
+            except queue.Full:
+                continue
+
+    def next(self) -> PackedBatch:
+        """The next micro-batch on the device. Raises what went wrong in the thread or a worker."""
+        item = self.ready.get()
+        if isinstance(item, Exception):
+            raise item
+        batch, states = item
+        self.consumed += self.micro_batch_size * self.dataset.ranks
+        self.streams.update(states)
+        return batch.to(self.device)
+
+    def state_dict(self) -> dict:
+        """What this rank has consumed. Merged over ranks (`merge_states`), it resumes on any number of them."""
+        return {"rows": self.consumed, "streams": dict(self.streams)}
+
+    def close(self):
+        self.closing = True
+        self.thread.join()
+
+
+def keep(row: Row) -> Row:
+    """Instead of DataLoader's conversion to tensors: NumPy travels between processes at less cost."""
+    return row
+
+
+def merge_states(states: list[dict]) -> dict:
+    """One state from those of all ranks: of each stream the latest window, since a reader skips ahead inside it."""
+    streams = {}
+    for state in states:
+        for number, stream in state["streams"].items():
+            if number not in streams or stream["row"] > streams[number]["row"]:
+                streams[number] = stream
+    return {"rows": states[0]["rows"], "streams": streams}

@@ -1,0 +1,230 @@
+"""Where documents come from: map-style and streaming datasets, read by virtual streams, mixed by tokens.
+
+    open_dataset   a source of the config -> a Hugging Face Dataset or IterableDataset
+    MapSource      tokenised once into a cache; an epoch is a seeded permutation of all documents
+    StreamSource   tokenised while reading; an epoch is a seeded permutation of the shards
+    source.cursor(stream, num_streams, state)   the documents of one virtual stream, endless, epoch after epoch
+
+A cursor has `next() -> (length, document)`, `state()` (small and JSON-like: it goes into a checkpoint), `epoch` (passes
+that are complete) and `progress` (the same with the share of the pass that is under way).
+"""
+
+import glob
+import hashlib
+import logging
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow.compute as pc
+from filelock import FileLock
+
+from lacuna.config import ConfigError, Source
+from lacuna.data.tokenize import Encoder
+
+log = logging.getLogger("lacuna")
+READ_CHUNK = 128  # documents tokenised in one call: enough for the tokenizer to use every core
+BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text", ".csv": "csv"}
+
+
+def open_dataset(source: Source) -> datasets.Dataset | datasets.IterableDataset:
+    """The Hugging Face dataset that a source names; ConfigError where it cannot be opened or lacks the column."""
+    suffixes = [s for s in Path(source.path).suffixes if s not in (".gz", ".zst", ".bz2", ".xz")]
+    builder = BUILDERS.get(suffixes[-1]) if suffixes and not Path(source.path).is_dir() else None
+    options = {"split": source.split, "streaming": source.streaming}
+    if builder == "text":
+        options["sample_by"] = "document"
+    if builder == "parquet":
+        options["columns"] = [source.column]  # only this column is read from disk or network
+    if "://" not in source.path and glob.has_magic(source.path) and not glob.glob(source.path, recursive=True):
+        raise ConfigError(f"data.sources path {source.path} matches no file")
+    try:
+        if builder is not None:
+            dataset = datasets.load_dataset(builder, data_files=source.path, **options)
+        else:
+            dataset = datasets.load_dataset(source.path, source.name, data_files=source.data_files, **options)
+    except Exception as error:
+        cause = error.__cause__ or error
+        raise ConfigError(f"data.sources path {source.path}, split {source.split}: {cause}") from None
+    columns = dataset.column_names or list(next(iter(dataset)))
+    if source.column not in columns:
+        raise ConfigError(f"data.sources {source.path} has no column {source.column!r}; it has {', '.join(columns)}")
+    return dataset.select_columns([source.column])
+
+
+class MapSource:
+    """Tokenised documents that can be had by index. Several datasets make one source: all of each, once an epoch."""
+
+    def __init__(self, sources: list[Source], encoder: Encoder, cache: str, seed: int):
+        tokenised = [tokenise(source, encoder, cache) for source in sources]
+        self.tokens = datasets.concatenate_datasets(tokenised).with_format("numpy")
+        self.lengths = np.concatenate([pc.list_value_length(t.data["input_ids"]).to_numpy() for t in tokenised])
+        self.seed = seed
+        if len(self.lengths) == 0:
+            raise ConfigError(f"data.sources: no document with text in {', '.join(s.path for s in sources)}")
+
+    def cursor(self, stream: int, num_streams: int, state: dict | None):
+        return MapCursor(self, stream, num_streams, **(state or {}))
+
+    def load(self, document: int) -> np.ndarray:
+        return self.tokens[document]["input_ids"]
+
+
+class MapCursor:
+    def __init__(self, source: MapSource, stream: int, num_streams: int, epoch: int = 0, index: int = 0):
+        if num_streams > len(source.lengths):
+            raise ConfigError(
+                f"data.num_streams {num_streams} is more than the {len(source.lengths)} documents of a source"
+            )
+        self.source, self.stream, self.num_streams = source, stream, num_streams
+        self.start_epoch(epoch)
+        self.index = index
+
+    def start_epoch(self, epoch: int):
+        order = np.random.default_rng([self.source.seed, epoch]).permutation(len(self.source.lengths))
+        self.order = order[self.stream :: self.num_streams]
+        self.lengths = self.source.lengths[self.order]
+        self.epoch, self.index = epoch, 0
+
+    def next(self) -> tuple[int, int]:
+        document, length = int(self.order[self.index]), int(self.lengths[self.index])
+        self.index += 1
+        if self.index == len(self.order):
+            self.start_epoch(self.epoch + 1)
+        return length, document
+
+    @property
+    def progress(self) -> float:
+        return self.epoch + self.index / len(self.order)
+
+    def state(self) -> dict:
+        return {"epoch": self.epoch, "index": self.index}
+
+
+def tokenise(source: Source, encoder: Encoder, cache: str) -> datasets.Dataset:
+    """A map-style source as token ids, made once: the cache's key holds data, column, tokenizer and code."""
+    dataset = open_dataset(source)
+    key = hashlib.sha256(f"{dataset._fingerprint} {source.column} {encoder.fingerprint()}".encode()).hexdigest()[:32]
+    folder = Path(cache).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def encode(batch):
+        return {"input_ids": [ids for ids in encoder(texts(batch[source.column], source)) if len(ids)]}
+
+    with FileLock(folder / f"{key}.lock"):  # one rank makes it, the others wait here and read it
+        tokens = dataset.map(
+            encode,
+            batched=True,
+            remove_columns=dataset.column_names,
+            features=datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))}),
+            cache_file_name=str(folder / f"{key}.arrow"),
+            new_fingerprint=key,
+            desc=f"tokenising {source.path}",
+        )
+    if dropped := len(dataset) - len(tokens):
+        log.warning("%s: %d of %d documents have no text and are dropped", source.path, dropped, len(dataset))
+    return tokens
+
+
+def texts(values: list, source: Source) -> list[str]:
+    """The values of a text column, null as empty; ConfigError where they are not text."""
+    for value in values:
+        if value is not None and not isinstance(value, str):
+            raise ConfigError(
+                f"data.sources {source.path}: column {source.column!r} holds {type(value).__name__}, not text"
+            )
+    return [value or "" for value in values]
+
+
+class StreamSource:
+    """Documents that are read and tokenised as the run goes, shard by shard."""
+
+    def __init__(self, source: Source, encoder: Encoder, seed: int):
+        self.source, self.encoder, self.seed = source, encoder, seed
+        self.dataset = open_dataset(source)
+        self.num_shards = self.dataset.num_shards
+
+    def cursor(self, stream: int, num_streams: int, state: dict | None):
+        return StreamCursor(self, stream, num_streams, **(state or {}))
+
+    def load(self, document: np.ndarray) -> np.ndarray:
+        return document
+
+
+class StreamCursor:
+    """The shards of one virtual stream, in chunks of READ_CHUNK documents.
+
+    There is always a next document at hand, so that `epoch` has changed once the last one of an epoch is taken. The
+    state is where the chunk at hand began, and how many of its documents are taken: resuming reads one chunk again.
+    """
+
+    def __init__(self, source, stream, num_streams, epoch=0, shard=0, inside=None, taken=0, dropped=0):
+        shards = source.num_shards
+        if num_streams > shards and num_streams % shards:
+            raise ConfigError(
+                f"data.num_streams {num_streams} does not fit the {shards} shards of {source.source.path}: "
+                f"use at most {shards}, or a multiple of {shards}"
+            )
+        self.source, self.stream, self.num_streams = source, stream, num_streams
+        # more streams than shards: a shard is read by several streams, and each keeps every n-th document of it
+        self.share, self.shares = stream // shards, max(1, num_streams // shards)
+        self.epoch, self.shard, self.inside, self.dropped = epoch, shard, inside, dropped
+        self.open_shard()
+        self.read_chunk()
+        self.taken = taken
+
+    def open_shard(self):
+        shards = self.source.num_shards
+        order = np.random.default_rng([self.source.seed, self.epoch]).permutation(shards)
+        self.mine = order[self.stream % shards :: self.num_streams].tolist()
+        self.dataset = self.source.dataset.shard(shards, self.mine[self.shard])
+        self.row = 0
+        if self.inside is not None:
+            self.dataset.load_state_dict(self.inside["state"])
+            self.row = self.inside["row"]
+        self.examples = iter(self.dataset)
+
+    def read_chunk(self):
+        """Read and tokenise the next documents, going on to the next shard and epoch until there is at least one."""
+        column, first_epoch, self.chunk = self.source.source.column, self.epoch, []
+        while not self.chunk:
+            self.inside = {"state": self.dataset.state_dict(), "row": self.row}
+            self.dropped_before, self.taken, values, ended = self.dropped, 0, [], True
+            for example in self.examples:
+                self.row += 1
+                if (self.row - 1) % self.shares == self.share:
+                    values.append(example[column])
+                if len(values) == READ_CHUNK:
+                    ended = False
+                    break
+            encoded = self.source.encoder(texts(values, self.source.source))
+            self.chunk = [ids for ids in encoded if len(ids)]
+            self.dropped += len(encoded) - len(self.chunk)
+            self.ended = ended
+            if ended and not self.chunk:
+                self.next_shard()
+                if self.epoch > first_epoch + 1:
+                    raise ConfigError(f"data.sources {self.source.source.path}: stream {self.stream} finds no text")
+
+    def next_shard(self):
+        self.shard, self.inside = self.shard + 1, None
+        if self.shard == len(self.mine):
+            self.epoch, self.shard = self.epoch + 1, 0
+        self.open_shard()
+
+    def next(self) -> tuple[int, np.ndarray]:
+        document = self.chunk[self.taken]
+        self.taken += 1
+        if self.taken == len(self.chunk):
+            if self.ended:
+                self.next_shard()
+            self.read_chunk()
+        return len(document), document
+
+    @property
+    def progress(self) -> float:
+        return self.epoch + self.shard / len(self.mine)
+
+    def state(self) -> dict:
+        place = {"epoch": self.epoch, "shard": self.shard, "inside": self.inside, "taken": self.taken}
+        return {**place, "dropped": self.dropped_before}

@@ -1,0 +1,80 @@
+"""Text to token ids, with every tokenizer trap in one place.
+
+They are listed in "Gotchas in tokenizer behavior" (huggingface.co/blog/qgallouedec/gotchas-in-tokenizer-behavior).
+
+A pretraining document is `[BOS] text EOS`: BOS only where the tokenizer itself would add one, EOS always, because no
+tokenizer adds it to plain text. Special tokens that are spelled out in the text stay text, so that EOS stands at true
+ends only.
+"""
+
+import copy
+import hashlib
+import re
+from pathlib import Path
+
+import numpy as np
+from transformers import AutoTokenizer
+
+from lacuna.config import ConfigError, ModelConfig
+
+
+def load_tokenizer(model: ModelConfig):
+    """The tokenizer of `model.tokenizer`, or else of `model.name`."""
+    name = model.tokenizer or model.name
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"model.tokenizer: no tokenizer in {name}: {error}") from None
+
+
+class Encoder:
+    """Encodes whole documents. Picklable, so that loader workers can have their own."""
+
+    def __init__(self, tokenizer):
+        if tokenizer.eos_token_id is None:
+            raise ConfigError(f"model.tokenizer {tokenizer.name_or_path} has no EOS token: set one in its folder")
+        self.tokenizer = copy.deepcopy(tokenizer)
+        self.eos = tokenizer.eos_token_id
+        probe = tokenizer("a")["input_ids"]
+        self.bos = tokenizer.bos_token_id if probe[:1] == [tokenizer.bos_token_id] else None
+        self.backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if self.backend is not None:
+            self.backend.no_truncation()
+            self.backend.no_padding()
+            self.backend.encode_special_tokens = True
+
+    def __call__(self, texts: list[str]) -> list[np.ndarray]:
+        """Token ids, int32 [n], of each text; a text without any token gives an empty array."""
+        if self.backend is not None:  # twice the speed of the tokenizer's own call: no offsets, no masks
+            encoded = [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        else:
+            encoded = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        head = [] if self.bos is None else [self.bos]
+        return [np.asarray([*head, *ids, self.eos] if ids else [], dtype=np.int32) for ids in encoded]
+
+    def fingerprint(self) -> str:
+        """Changes with anything that could change a token: the tokenizer's content, its settings, this code."""
+        content = (
+            self.backend.to_str() if self.backend is not None else repr(sorted(self.tokenizer.get_vocab().items()))
+        )
+        settings = f"{type(self.tokenizer).__name__} {self.bos} {self.eos}"
+        return hashlib.sha256(f"{content}{settings}{Path(__file__).read_text()}".encode()).hexdigest()
+
+
+def token_bytes(tokenizer) -> np.ndarray:
+    """UTF-8 bytes that each token stands for, int64 [vocabulary]; special tokens stand for none.
+
+    With it, bits per byte counts the bytes of exactly the tokens that were predicted, packed or cut.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    byte_level = backend is not None and "ByteLevel" in f"{backend.pre_tokenizer} {backend.decoder}"
+    special = set(tokenizer.all_special_ids)
+    sizes = np.zeros(len(tokenizer), dtype=np.int64)
+    for token, index in tokenizer.get_vocab().items():
+        if index in special:
+            continue
+        if byte_level and index not in tokenizer.added_tokens_decoder:
+            sizes[index] = len(token)  # byte-level BPE writes each byte as one character
+        else:  # SentencePiece: ▁ is a space, <0x0A> is one byte
+            sizes[index] = 1 if re.fullmatch(r"<0x[0-9A-F]{2}>", token) else len(token.replace("▁", " ").encode())
+    return sizes

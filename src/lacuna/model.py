@@ -1,0 +1,261 @@
+"""The builder: from a Hugging Face name to a model that trains, in the one order that works.
+
+    kernels -> activation checkpointing -> torch.compile -> FSDP2, then weights into the shards
+
+Kernels patch modules, so they come first. Compile wraps the checkpointed layer, because the partitioner recomputes
+inside it; the other way round would recompute twice. FSDP2 comes last, because its hooks would break the graphs.
+Everything replaces `layer.forward` in place: parameter names stay those of Hugging Face from beginning to end.
+"""
+
+import copy
+import difflib
+import functools
+import hashlib
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from torch import nn
+from torch.func import functional_call
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from lacuna.attention import boundaries, choose_backend
+from lacuna.config import Config, ConfigError, ModelConfig
+from lacuna.data.loader import PackedBatch
+from lacuna.loss import head_loss
+from lacuna.parallel import Ranks, local, local_slices, shard_model
+
+
+class Trainee(nn.Module):
+    """A transformers model with its loss: what is sharded, called and trained."""
+
+    def __init__(self, model: PreTrainedModel, backend: str, head: str, accum_dtype: torch.dtype, compiled: bool):
+        super().__init__()
+        self.model = model
+        self.backend = backend
+        self.head_options = {"head": head, "accum_dtype": accum_dtype, "compiled": compiled}
+
+    def forward(self, batch: PackedBatch) -> torch.Tensor:
+        """The sum of the batch's losses, nats."""
+        weight = self.model.get_output_embeddings().weight
+        return head_loss(self.hidden(batch), weight, batch.labels, batch.trained_tokens, **self.head_options)
+
+    def hidden(self, batch: PackedBatch) -> torch.Tensor:
+        """The decoder's last hidden states [T, H]."""
+        decoder = self.model.get_decoder()
+        ids, positions = batch.input_ids[None], batch.position_ids[None]
+        outputs = decoder(input_ids=ids, position_ids=positions, use_cache=False, **boundaries(batch, self.backend))
+        return outputs.last_hidden_state[0]
+
+
+def build_model(config: Config, ranks: Ranks, vocabulary: int) -> Trainee:
+    """The model of `config.model`, sharded over ranks.mesh, with weights, ready to train."""
+    on_gpu = ranks.device.type == "cuda"
+    dtype = {"auto": torch.bfloat16 if on_gpu else torch.float32}.get(config.model.dtype) or getattr(
+        torch, config.model.dtype
+    )
+    compiled = on_gpu if config.train.compile == "auto" else config.train.compile
+    model, folder = empty_model(config.model, vocabulary)
+    layers = list(model.get_decoder().layers)
+    apply_kernels(model, config.model, on_gpu, compiled)
+    if ranks.mesh is None and dtype != torch.float32:
+        compute_in(model, layers, dtype)
+    checkpoint_activations(layers, config.train.activation_checkpointing)
+    if compiled:
+        compile_layers(layers)
+    accum_dtype = torch.float32 if config.model.accum_dtype == "float32" else dtype
+    backend = choose_backend(config.model.attention, ranks.device, dtype)
+    head = "chunked" if config.model.head == "auto" else config.model.head
+    trainee = Trainee(model, backend, head, accum_dtype, compiled)
+    if ranks.mesh is not None:
+        shard_model(trainee, layers, ranks.mesh, dtype)
+    trainee.to_empty(device=ranks.device)
+    model.tie_weights(recompute_mapping=False)  # to_empty gives each module a tensor of its own
+    initialise(model, config.seed, buffers_only=folder is not None)
+    if folder is not None:
+        load_weights(model, folder)
+    model.config.dtype = dtype
+    return trainee
+
+
+def empty_model(config: ModelConfig, vocabulary: int) -> tuple[PreTrainedModel, Path | None]:
+    """The model on the meta device, and the folder of its weights (None: from scratch)."""
+    try:
+        hf_config = AutoConfig.from_pretrained(config.name, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.name {config.name}: {error}") from None
+    for key, value in config.overrides.items():
+        if not hasattr(hf_config, key):
+            near = difflib.get_close_matches(key, hf_config.to_dict(), 1)
+            raise ConfigError(f"model.overrides.{key} is no field of {config.name}'s config; nearest: {near or 'none'}")
+        setattr(hf_config, key, value)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            hf_config, dtype=torch.float32, trust_remote_code=config.trust_remote_code
+        )
+    refuse_unfit(model)
+    model.set_attn_implementation("lacuna")
+    if vocabulary > hf_config.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {vocabulary} tokens, the model {hf_config.vocab_size}: choose a model.tokenizer that "
+            f"fits, or train from_scratch with model.overrides.vocab_size = {vocabulary}"
+        )
+    model.train()
+    if config.from_scratch:
+        return model, None
+    if Path(config.name).is_dir():
+        return model, Path(config.name)
+    return model, Path(snapshot_download(config.name, allow_patterns=["*.safetensors", "*.json"]))
+
+
+def refuse_unfit(model: PreTrainedModel):
+    """Refuse, by name, architectures that packed documents would leak through or whose head is not a plain matrix."""
+    config, name = model.config, type(model).__name__
+    kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
+    convolutions = [n for n, m in model.named_modules() if isinstance(m, nn.Conv1d)]
+    if not model._supports_attention_backend or getattr(model, "_is_stateful", False) or kinds or convolutions:
+        why = ", ".join(sorted(kinds)) or ("convolutions" if convolutions else "its attention cannot be replaced")
+        raise ConfigError(f"{name} cannot keep packed documents apart ({why}); use a model with attention layers only")
+    for key in ("final_logit_softcapping", "attn_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(config, key, None) not in (None, 1.0):
+            raise ConfigError(f"{name} has {key}, which lacuna's head and attention do not compute")
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        raise ConfigError(f"{name} has a bias in its head, which lacuna does not compute")
+    if getattr(config, "attention_dropout", 0.0):
+        raise ConfigError("model.overrides.attention_dropout must be 0: packed attention has no dropout")
+
+
+def apply_kernels(model: PreTrainedModel, config: ModelConfig, on_gpu: bool, compiled: bool):
+    """Fused layers. Under compile Inductor fuses better: Liger's norms and SwiGLU cost 3,500 of 40,000 tokens/s."""
+    kernels = config.kernels
+    if kernels == "auto":
+        kernels = "liger" if on_gpu and not compiled else "none"
+    if kernels == "liger":
+        from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
+
+        if not on_gpu:
+            raise ConfigError('model.kernels = "liger" needs a GPU; use "none"')
+        _apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=False, cross_entropy=False)
+    if kernels == "hub":
+        kernelize_from_hub(model, config.kernel_mapping, "cuda" if on_gpu else "cpu", compiled)
+
+
+def kernelize_from_hub(model: PreTrainedModel, mapping: dict[str, str], device: str, compiled: bool):
+    """Replace the layers that transformers marks by kernels of the Hub, or of local folders."""
+    try:
+        from kernels import LayerRepository, LocalLayerRepository, Mode, kernelize, use_kernel_mapping
+    except ImportError:
+        raise ConfigError('model.kernels = "hub" needs the extra: uv sync --extra kernels') from None
+    layers = {}
+    for name, place in mapping.items():
+        repository, _, layer = place.rpartition(":")
+        layer, _, version = layer.partition("@")
+        if Path(repository).is_dir():
+            layers[name] = {device: LocalLayerRepository(Path(repository).absolute(), layer_name=layer)}
+        elif version:
+            layers[name] = {device: LayerRepository(repository, layer_name=layer, version=int(version))}
+        else:
+            raise ConfigError(f"model.kernel_mapping.{name} = {place}: write owner/repo:Layer@version or folder:Layer")
+    mode = Mode.TRAINING | Mode.TORCH_COMPILE if compiled else Mode.TRAINING
+    with use_kernel_mapping(layers):
+        kernelize(model, mode=mode, device=device)
+
+
+def compute_in(model: PreTrainedModel, layers: list[nn.Module], dtype: torch.dtype):
+    """On a rank without FSDP: float32 parameters, computation in dtype, the casts inside what is compiled."""
+    for module in (*layers, model.get_decoder().norm):
+        template = copy.deepcopy(module)  # on meta: it has the code, `module` has the weights
+        module.forward = functools.partial(run_in, template, module, dtype)
+    model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.to(dtype))
+
+
+def run_in(template: nn.Module, module: nn.Module, dtype: torch.dtype, *args, **kwargs):
+    return functional_call(template, {name: p.to(dtype) for name, p in module.named_parameters()}, args, kwargs)
+
+
+# Dear to recompute: matrix products and attention. Everything else is cheap and recomputed.
+SAVED_OPS = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.lacuna.fa4.default,
+    torch.ops.torch_attn._varlen_attn.default,
+}
+
+
+def checkpoint_activations(layers: list[nn.Module], how: str | int):
+    """Recompute in the backward pass: every layer (full), every n-th (n), or all but the dear operators (selective)."""
+    every = 1 if isinstance(how, str) else how
+    for layer in layers[::every] if how != "none" else []:
+        options = {"use_reentrant": False}
+        if how == "selective":
+            options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, keep_dear)
+        layer.forward = functools.partial(checkpoint, layer.forward, **options)
+
+
+def keep_dear(context, operator, *args, **kwargs) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operator in SAVED_OPS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def compile_layers(layers: list[nn.Module]):
+    """Regional compilation: all layers share one graph, which takes seconds instead of minutes for the whole model."""
+    for layer in layers:
+        layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)
+
+
+@torch.no_grad()
+def initialise(model: PreTrainedModel, seed: int, buffers_only: bool):
+    """Initialise as transformers does, module by module, the same on any number of ranks.
+
+    Buffers (rotary inv_freq) are computed again in any case: `to_empty` left garbage in them.
+    """
+    device, done = next(model.buffers()).device, set()
+    for name, module in model.named_modules():
+        mine = {k: p for k, p in module._parameters.items() if p is not None and p not in done and not buffers_only}
+        done |= set(mine.values())
+        floats = [b for b in module._buffers.values() if b is not None and b.is_floating_point()]
+        if not mine and not floats:
+            continue
+        kept = dict(module._parameters)
+        for key, parameter in mine.items():
+            module._parameters[key] = nn.Parameter(torch.full(parameter.shape, float("nan"), device=device))
+        for buffer in floats:
+            buffer.fill_(float("nan"))
+        torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7]))
+        model._init_weights(module)
+        for key, parameter in mine.items():
+            local(parameter).copy_(module._parameters[key][local_slices(parameter)])
+        filled = [module._parameters[key] for key in mine] + floats
+        module._parameters.update(kept)
+        if any(tensor.isnan().any() for tensor in filled):
+            raise ConfigError(f"{type(model).__name__} does not say how to initialise {name}")
+
+
+@torch.no_grad()
+def load_weights(model: PreTrainedModel, folder: Path):
+    """Read this rank's part of every parameter from safetensors files, one at a time."""
+    names = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            names |= dict.fromkeys(tensors.keys(), file)
+    if not names:
+        raise ConfigError(
+            f"model.name {folder} has no *.safetensors; set model.from_scratch = true to start without weights"
+        )
+    tied = set(model.all_tied_weights_keys)
+    parameters = {k: p for k, p in model.named_parameters(remove_duplicate=False) if k not in tied}
+    missing = sorted(set(parameters) - set(names))
+    unknown = sorted(k for k in set(names) - set(parameters) - tied if not k.endswith("inv_freq"))
+    if missing or unknown:
+        raise ConfigError(
+            f"model.name {folder} does not fit {type(model).__name__}: missing {missing[:3]}, unknown {unknown[:3]}"
+        )
+    for name, parameter in parameters.items():
+        with safe_open(names[name], framework="pt") as tensors:
+            stored = tensors.get_slice(name)
+            if tuple(stored.get_shape()) != tuple(parameter.shape):
+                raise ConfigError(
+                    f"{name} is {stored.get_shape()} in {folder}, the model wants {list(parameter.shape)}"
+                )
+            local(parameter).copy_(stored[local_slices(parameter)])
