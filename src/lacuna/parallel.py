@@ -88,7 +88,9 @@ def shard_model(model: nn.Module, layers: list[nn.Module], mesh: DeviceMesh, dty
         fully_shard(layer, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
     fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
     for module in (*layers, model):
-        module.set_gradient_divide_factor(1.0)  # the loss is divided by the tokens of all ranks: gradients only add up
+        # the loss is divided by the tokens of all ranks, so gradients only add up
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -119,9 +121,10 @@ def clip_gradients(
     Returns the norm before and the squared norm of every gradient [P], as tensors: nothing waits for the device.
     """
     grads = [local(p.grad) for p in parameters]
-    squares = torch.stack(torch._foreach_norm(grads)).float().square()
+    # summed in float64: in float32 a CPU's norm of a million values is off by 1e-5
+    squares = torch.stack(torch._foreach_norm(grads, 2, torch.float64)).square()
     if mesh is not None:
         dist.all_reduce(squares, group=mesh.get_group("dp_shard"))
     norm = squares.sum().sqrt()
-    torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0).float())
     return norm, squares

@@ -136,11 +136,13 @@ def run(config: Config) -> Path:
         if pending:
             finish(*pending)
         pending = (step, lr, max(b.epoch for b in batches), data_seconds, outcome)
-        if step == steps or (config.eval.every and step % config.eval.every == 0):
+        evaluating = step == steps or (config.eval.every is not None and step % config.eval.every == 0)
+        if evaluating or ranks.device.type == "cpu":
             finish(*pending)
             pending = None
+        if evaluating:
             evaluate_at(step)
-            since["time"] = time.perf_counter() - 0
+            since["time"] = time.perf_counter()
 
     # The end: a plain Hugging Face folder.
     loader.close()
