@@ -69,3 +69,38 @@ def model_folder(tmp_path, tokenizer):
         return folder
 
     return make
+
+
+def pack(rows: list[list[list[int]]], seq_len: int, trained=lambda document, position: True):
+    """A PackedBatch of these rows of documents (token ids), made without lacuna's loader; T = len(rows) * seq_len."""
+    from lacuna.data.loader import PackedBatch
+
+    ids, labels, positions, starts = [], [], [], []
+    for row in rows:
+        row = [*row, [0] * (seq_len - sum(map(len, row)))]  # what is left over
+        for n, document in enumerate(row):
+            if document:
+                starts.append(len(ids))
+            ids += document
+            positions += range(len(document))
+            last = n == len(row) - 1
+            targets = [-100 if last or not trained(n, i) else token for i, token in enumerate(document)][1:]
+            labels += [*targets, -100][: len(document)]
+    total = seq_len * len(rows)
+    boundaries = starts + [total] * (len(rows) * 20 + 1 - len(starts))
+    return PackedBatch(
+        *(torch.tensor(x) for x in (ids, labels, positions)),
+        cu_seqlens=torch.tensor(boundaries, dtype=torch.int32),
+        max_seqlen=seq_len,
+        trained_tokens=sum(label >= 0 for label in labels),
+        tokens=0,
+        pairs=0,
+        checksum=0,
+        dropped=0,
+        epoch=0.0,
+    )
+
+
+def random_documents(lengths: list[int], vocabulary: int = 4096, seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, vocabulary, (n,), generator=generator).tolist() for n in lengths]

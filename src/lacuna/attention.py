@@ -25,20 +25,15 @@ def choose_backend(asked: str, device: torch.device, dtype: torch.dtype) -> str:
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     half = dtype == torch.bfloat16
     has_fa4 = importlib.util.find_spec("flash_attn") and importlib.util.find_spec("flash_attn.cute")
-    can = {
-        "fa4": half and capability >= (9, 0) and has_fa4,
-        "varlen": half and capability >= (8, 0),
-        "sdpa": True,
-    }
+    can = {"fa4": half and capability >= (9, 0) and has_fa4, "varlen": half and capability >= (8, 0), "sdpa": True}
+    possible = [backend for backend in can if can[backend]]
     if asked == "auto":
-        return next(name for name, possible in can.items() if possible)
-    if not can[asked]:
-        needs = {
-            "fa4": "the extra fa4, bfloat16 and a Hopper GPU or later",
-            "varlen": "bfloat16 and an Ampere GPU or later",
-        }
-        possible = ", ".join(name for name in can if can[name])
-        raise ConfigError(f'model.attention = "{asked}" needs {needs[asked]}; possible here: {possible}')
+        return possible[0]
+    if asked not in possible:
+        raise ConfigError(
+            f'model.attention = "{asked}" does not run here; possible: {", ".join(possible)}. varlen needs bfloat16 and an '
+            "Ampere GPU or later, fa4 bfloat16, a Hopper GPU or later and the extra fa4"
+        )
     return asked
 
 
@@ -51,12 +46,8 @@ def boundaries(batch: PackedBatch, backend: str) -> dict:
         document = torch.searchsorted(batch.cu_seqlens[1:], slots, right=True).view(rows.shape)
         causal = torch.ones(rows.shape[1], rows.shape[1], dtype=torch.bool, device=rows.device).tril()
         document_mask = ((document[:, :, None] == document[:, None, :]) & causal)[:, None]  # [B, 1, S, S]
-    return {
-        "backend": backend,
-        "cu_seqlens": batch.cu_seqlens,
-        "max_seqlen": batch.max_seqlen,
-        "document_mask": document_mask,
-    }
+    limits = {"cu_seqlens": batch.cu_seqlens, "max_seqlen": batch.max_seqlen, "document_mask": document_mask}
+    return {"backend": backend, **limits}
 
 
 def packed_attention(
@@ -85,7 +76,7 @@ def packed_attention(
         return sdpa(query, key, value, document_mask, scaling, window), None
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
     if backend == "fa4":
-        return fa4_forward(q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens, max_seqlen, scaling, window)[0][
+        return fa4(q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens, max_seqlen, scaling, window)[0][
             None
         ], None
     limits = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
@@ -107,74 +98,50 @@ def sdpa(query, key, value, mask, scaling: float, window: int) -> torch.Tensor:
 
 
 # FlashAttention-4 is written in CuTe DSL, which torch.compile cannot trace: two opaque operators keep the graph whole.
-@torch.library.custom_op("lacuna::fa4", mutates_args=())
-def fa4_forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    max_seqlen: int,
-    scale: float,
-    window: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+LIMITS = "Tensor cu_seqlens, int max_seqlen, float scale, int window"
+FORWARD = f"(Tensor q, Tensor k, Tensor v, {LIMITS}) -> (Tensor, Tensor)"
+BACKWARD = f"(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {LIMITS}) -> (Tensor, Tensor, Tensor)"
+
+
+@torch.library.custom_op("lacuna::fa4", mutates_args=(), schema=FORWARD)
+def fa4(q, k, v, *limits):
     from flash_attn.cute.interface import _flash_attn_fwd
 
-    out, lse = _flash_attn_fwd(q, k, v, **fa4_options(cu_seqlens, max_seqlen, scale, window), return_lse=True)[:2]
-    return out, lse
+    return _flash_attn_fwd(q, k, v, **fa4_options(*limits), return_lse=True)[:2]
 
 
-@torch.library.custom_op("lacuna::fa4_backward", mutates_args=())
-def fa4_backward(
-    grad: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    max_seqlen: int,
-    scale: float,
-    window: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+@torch.library.custom_op("lacuna::fa4_backward", mutates_args=(), schema=BACKWARD)
+def fa4_backward(grad, q, k, v, out, lse, *limits):
     from flash_attn.cute.interface import _flash_attn_bwd
 
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    options = fa4_options(cu_seqlens, max_seqlen, scale, window)
-    dq, dk, dv = _flash_attn_bwd(q, k, v, out, grad.contiguous(), lse, **options, deterministic=deterministic)[:3]
-    return dq, dk, dv
+    options = fa4_options(*limits) | {"deterministic": torch.are_deterministic_algorithms_enabled()}
+    return _flash_attn_bwd(q, k, v, out, grad.contiguous(), lse, **options)[:3]
 
 
-def fa4_options(cu_seqlens, max_seqlen, scale, window) -> dict:
-    return {
-        "cu_seqlens_q": cu_seqlens,
-        "cu_seqlens_k": cu_seqlens,
-        "max_seqlen_q": max_seqlen,
-        "max_seqlen_k": max_seqlen,
-        "softmax_scale": scale,
-        "causal": window < 0,
-        "window_size_left": window if window >= 0 else None,
-        "window_size_right": 0 if window >= 0 else None,
-    }
+def fa4_options(cu_seqlens: torch.Tensor, max_seqlen: int, scale: float, window: int) -> dict:
+    left, right = (window, 0) if window >= 0 else (None, None)
+    options = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens, "softmax_scale": scale, "causal": window < 0}
+    options |= {"max_seqlen_q": max_seqlen, "max_seqlen_k": max_seqlen}
+    return options | {"window_size_left": left, "window_size_right": right}
 
 
-@fa4_forward.register_fake
-def _(q, k, v, cu_seqlens, max_seqlen, scale, window):
+@fa4.register_fake
+def _(q, k, v, *limits):
     return torch.empty_like(q), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
 
 @fa4_backward.register_fake
-def _(grad, q, k, v, out, lse, cu_seqlens, max_seqlen, scale, window):
+def _(grad, q, k, v, *rest):
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
 def fa4_save(ctx, inputs, output):
-    q, k, v, cu_seqlens, *ctx.options = inputs
+    q, k, v, cu_seqlens, *ctx.limits = inputs
     ctx.save_for_backward(q, k, v, *output, cu_seqlens)
 
 
-def fa4_grads(ctx, grad, _grad_lse):
-    q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
-    return *fa4_backward(grad, q, k, v, out, lse, cu_seqlens, *ctx.options), None, None, None, None
+def fa4_grads(ctx, grad, _):
+    return *fa4_backward(grad, *ctx.saved_tensors, *ctx.limits), None, None, None, None
 
 
-fa4_forward.register_autograd(fa4_grads, setup_context=fa4_save)
+fa4.register_autograd(fa4_grads, setup_context=fa4_save)

@@ -31,7 +31,8 @@ def main():
                 raise ConfigError("no config given, and no configs/pt.toml here: give one, or run in a clone of lacuna")
         config = load_config(path, argv)
         launch(["pt", path, *argv])
-        from lacuna.train import NonFinite, run
+        from lacuna.metrics import NonFinite
+        from lacuna.train import run
 
         try:
             run(config)

@@ -6,7 +6,6 @@ line. Unknown keys are errors that name the nearest key; contradictions name the
 
 import difflib
 import json
-import sys
 import tomllib
 from argparse import ArgumentParser
 from pathlib import Path
@@ -196,14 +195,12 @@ def unknown_key(key: str) -> str:
     """An error text for a key that does not exist, with the nearest one that does."""
     known = []
     for name, field in Config.model_fields.items():
-        section = field.annotation
-        inner = section.model_fields if isinstance(section, type) and issubclass(section, Section) else None
-        known += [f"{name}.{k}" for k in inner] if inner else [name]
-        known += [f"{name}.sources.{k}" for k in Source.model_fields] if inner and "sources" in inner else []
-    last_words = {k.split(".")[-1]: k for k in known}
-    near = difflib.get_close_matches(key, known, 1, 0.6) or difflib.get_close_matches(key.split(".")[-1], last_words, 1)
-    hint = f": did you mean {last_words.get(near[0], near[0])}?" if near else "; `lacuna pt --help` lists all keys"
-    return f"unknown key {key}{hint}"
+        inner = getattr(field.annotation, "model_fields", {})
+        known += [f"{name}.{k}" for k in inner] or [name]
+        known += [f"{name}.sources.{k}" for k in Source.model_fields if "sources" in inner]
+    same_word = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
+    near = same_word or difflib.get_close_matches(key, known, 1)
+    return f"unknown key {key}" + (f": did you mean {near[0]}?" if near else "; `lacuna pt --help` lists all keys")
 
 
 def nearest_multiple(n: int, of: int) -> str:
@@ -229,16 +226,12 @@ def load_config(path: str | None, argv: list[str], prog: str = "lacuna pt") -> C
             raise ConfigError(f"cannot read config {path}: {error.strerror}") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    if len({"steps", "epochs"} & set(given.get("train", {}))) == 1 and isinstance(merged.get("train"), dict):
+        # they exclude each other: the one on the command line replaces the one in the file
+        merged["train"] = {k: v for k, v in merged["train"].items() if k not in ("steps", "epochs")}
     for key, value in given.items():
-        table = merged.setdefault(key, {}) if isinstance(value, dict) else None
-        if isinstance(table, dict):
-            # steps and epochs exclude each other: the one on the command line replaces the one in the file
-            for one, other in (("steps", "epochs"), ("epochs", "steps")):
-                if key == "train" and value.get(one) is not None and value.get(other) is None:
-                    table.pop(other, None)
-            table.update(value)
-        else:
-            merged[key] = value
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merged[key] | value if both else value
     try:
         return Config.model_validate(merged)
     except ValidationError as error:
@@ -255,27 +248,18 @@ def problem(error: dict) -> str:
 
 
 def to_toml(config: Config) -> str:
-    """The whole config as TOML text: enough to repeat the run. None is left out, it is every such key's default."""
-    lines, tables = [], []
-    for key, value in config.model_dump(exclude_none=True).items():
-        if not isinstance(value, dict):
-            lines.append(f"{key} = {json.dumps(value)}")
-            continue
-        tables.append(f"\n[{key}]")
-        for inner, entry in value.items():
-            if inner != "sources":
-                tables.append(f"{inner} = {toml_value(entry)}")
-        for source in value.get("sources", []):
-            tables.append(f"\n[[{key}.sources]]")
-            tables += [f"{k} = {toml_value(v)}" for k, v in source.items()]
-    return "\n".join(lines + tables) + "\n"
+    """The whole config as TOML text: enough to repeat the run. None is left out: it is every such key's default."""
+    dump = config.model_dump(exclude_none=True)
+    sections = {key: value for key, value in dump.items() if isinstance(value, dict)}
+    lines = [f"{key} = {toml_value(value)}" for key, value in dump.items() if key not in sections]
+    for name, section in sections.items():
+        lines += ["", f"[{name}]"] + [f"{key} = {toml_value(value)}" for key, value in section.items()]
+    return "\n".join(lines) + "\n"
 
 
 def toml_value(value) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{json.dumps(k)} = {toml_value(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(toml_value(v) for v in value) + "]"
     return json.dumps(value)
-
-
-if __name__ == "__main__":
-    sys.stdout.write(to_toml(load_config(None, sys.argv[1:])))

@@ -2,10 +2,12 @@
 
 import json
 import logging
+import math
 import sys
 import time
 from pathlib import Path
 
+import datasets
 import psutil
 import torch
 from rich.console import Console
@@ -14,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel
 
 from lacuna.config import Config
+from lacuna.model import Trainee
 from lacuna.parallel import Ranks
 
 log = logging.getLogger("lacuna")
@@ -25,6 +28,36 @@ MFU_CONVENTION = (
 )
 
 
+class NonFinite(Exception):
+    """A loss or gradient is not a number; the parameters are those of the step before."""
+
+
+class Outcome:
+    """A step's figures on their way to the host, which does not wait for them until it reads."""
+
+    def __init__(self, facts: dict, values: torch.Tensor, counts: torch.Tensor):
+        self.facts = facts
+        self.values, self.counts = values.to("cpu", non_blocking=True), counts.to("cpu", non_blocking=True)
+        self.moment = Moment(values.device)
+
+
+class Moment:
+    """A point in the device's time: of everything queued so far."""
+
+    def __init__(self, device: torch.device):
+        self.event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
+        self.time = time.perf_counter()
+        if self.event:
+            self.event.record()
+
+    def seconds_since(self, earlier: "Moment") -> float:
+        """Waits until both have come."""
+        if not self.event:
+            return self.time - earlier.time
+        self.event.synchronize()
+        return earlier.event.elapsed_time(self.event) / 1e3
+
+
 class Work:
     """FLOP of a training step, counted as MFU_CONVENTION says."""
 
@@ -32,17 +65,12 @@ class Work:
         config = model.config
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.a_pair = 6 * config.num_attention_heads * head_dim
-        kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
         window = getattr(config, "sliding_window", None)
-        self.windows = [
-            window if kind == "sliding_attention" or not hasattr(config, "layer_types") else None for kind in kinds
-        ]
-        # of a mixture of experts, a token passes through top_k of num_experts
-        experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
-        share = config.num_experts_per_tok / experts if experts else 1
-        weights = sum(p.numel() * (share if ".experts." in name else 1) for name, p in model.named_parameters())
-        tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
-        self.a_token = 6 * (weights - (0 if tied else model.get_input_embeddings().weight.numel()))
+        kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+        self.windows = [window if kind == "sliding_attention" else None for kind in kinds]
+        embeddings = model.get_input_embeddings().weight
+        tied = embeddings is model.get_output_embeddings().weight
+        self.a_token = 6 * (sum(p.numel() for p in model.parameters()) - (0 if tied else embeddings.numel()))
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         self.peak = next((peak for key, peak in PEAKS.items() if key in name), None)
 
@@ -54,65 +82,104 @@ class Work:
 
 
 class Report:
-    """Rank 0 reports; on other ranks every method does nothing."""
+    """Every rank takes in the outcome of every step; rank 0 reports it."""
 
-    def __init__(self, config: Config, ranks: Ranks, folder: Path, steps: int):
-        self.active, self.steps, self.device = ranks.rank == 0, steps, ranks.device
-        self.progress, self.trackers = None, []
-        if not self.active:
+    def __init__(self, config: Config, ranks: Ranks, folder: Path, steps: int, trainee: Trainee):
+        self.config, self.ranks, self.steps = config, ranks, steps
+        self.names = [name.removeprefix("model.") for name, _ in trainee.named_parameters()]
+        self.work = Work(trainee.model, ranks.device)
+        self.tokens = self.trained_tokens = 0  # since the run began
+        self.progress, self.trackers, self.file = None, [], None
+        if ranks.rank != 0:
             return
-        self.file = open(folder / "metrics.jsonl", "w", buffering=1)  # noqa: SIM115  line by line: a killed run keeps its lines
+        log.info(
+            "%s: %s parameters, %s attention, %s, %d rank(s), %d steps of %d rows x %d tokens",
+            *(config.model.name, f"{trainee.model.num_parameters():,}", trainee.backend, trainee.model.config.dtype),
+            *(ranks.world, steps, config.train.global_batch_size, config.train.seq_len),
+        )
+        log.info(MFU_CONVENTION)
+        self.file = open(folder / "metrics.jsonl", "w", buffering=1)  # noqa: SIM115  a killed run keeps its lines
+        self.trackers = [open_tracker(name, config, folder) for name in config.log.trackers]
         console = Console(file=sys.stderr)
         if console.is_terminal:
             log.handlers = [h for h in log.handlers if isinstance(h, logging.FileHandler)]
             log.addHandler(RichHandler(console=console, show_path=False, show_level=False))
-            columns = (
-                TextColumn("{task.completed}/{task.total}"),
-                BarColumn(),
-                TextColumn("{task.description}"),
-                TimeRemainingColumn(),
-            )
-            self.progress = Progress(*columns, console=console)
+            columns = (TextColumn("{task.completed}/{task.total}"), BarColumn(), TextColumn("{task.description}"))
+            self.progress = Progress(*columns, TimeRemainingColumn(), console=console)
             self.task = self.progress.add_task("", total=steps)
             self.progress.start()
-        for name in config.log.trackers:
-            self.trackers.append(open_tracker(name, config, folder))
 
-    def step(self, metrics: dict):
-        """Report one logged step."""
-        self.write(metrics)
-        if not self.active:
+    def start_clock(self):
+        """Begin a new interval between two lines: what follows is measured, what was before (an evaluation) is not."""
+        self.since = Moment(self.ranks.device)
+        self.interval = {"steps": 0, "tokens": 0, "slots": 0, "pairs": 0, "data_seconds": 0.0}
+
+    def step(self, outcome: Outcome):
+        """Take in a step, in order; raises NonFinite."""
+        seconds = outcome.moment.seconds_since(self.since)
+        facts, train, world = outcome.facts, self.config.train, self.ranks.world
+        loss, *bad_ranks = outcome.values[: 1 + world].tolist()
+        norm, *squares = outcome.values[1 + world :].tolist()
+        trained, tokens, pairs, checksum, dropped = outcome.counts.tolist()
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            ranks = ", ".join(str(rank) for rank, bad in enumerate(bad_ranks) if bad)
+            first = next(
+                (n for n, square in zip(self.names, squares, strict=True) if not math.isfinite(square)), "none"
+            )
+            raise NonFinite(
+                f"step {facts['step']}: {f'the loss on rank {ranks}' if ranks else 'a gradient'} is not finite "
+                f"(loss {loss}, grad norm {norm}, first bad gradient: {first}); no update was made from this step on. "
+                "Lower optim.lr, or look at the data of this step"
+            )
+        if dropped:
+            log.warning("step %d: %d documents without text were dropped", facts["step"], dropped)
+        self.tokens += tokens
+        self.trained_tokens += trained
+        slots = train.global_batch_size * train.seq_len
+        for key, value in zip(self.interval, (1, tokens, slots, pairs, facts["data_seconds"]), strict=True):
+            self.interval[key] += value
+        if facts["step"] % self.config.log.every and facts["step"] not in (1, self.steps):
             return
+        total = self.interval
+        speed = total["tokens"] / seconds
+        metrics = {"step": facts["step"], "loss": loss, "grad_norm": norm, "lr": facts["lr"], "tokens": self.tokens}
+        metrics |= {"trained_tokens": self.trained_tokens, "epoch": round(facts["epoch"], 4)}
+        metrics |= {"packing_efficiency": total["tokens"] / total["slots"], "tokens_per_second": speed}
+        metrics |= {"tokens_per_second_per_device": speed / world}
+        metrics |= {"mfu": self.work.mfu(total["slots"], total["pairs"], seconds, world)}
+        metrics |= {"step_seconds": seconds / total["steps"], "data_seconds": total["data_seconds"] / total["steps"]}
+        metrics |= {"peak_memory_gib": peak_memory(self.ranks.device), "batch_checksum": f"{checksum % 2**64:016x}"}
+        self.start_clock()
+        self.since = outcome.moment
+        self.write(metrics)
         mfu = "" if metrics["mfu"] is None else f" | mfu {metrics['mfu']:.1%}"
-        speed = f"{metrics['tokens_per_second']:,.0f} tokens/s{mfu} | {metrics['peak_memory_gib']:.1f} GiB"
-        text = f"loss {metrics['loss']:.4f} | grad norm {metrics['grad_norm']:.2f} | {speed}"
+        memory = f"{metrics['peak_memory_gib']:.1f} GiB"
+        text = f"loss {loss:.4f} | grad norm {norm:.2f} | {speed:,.0f} tokens/s{mfu} | {memory}"
+        left = time.strftime("%H:%M:%S", time.gmtime((self.steps - facts["step"]) * metrics["step_seconds"]))
+        log.info("step %d/%d | %s | %s left", facts["step"], self.steps, text, left)
         if self.progress:
-            self.progress.update(self.task, completed=metrics["step"], description=text)
-        left = (self.steps - metrics["step"]) * metrics["step_seconds"]
-        log.info("step %d/%d | %s | %s left", metrics["step"], self.steps, text, duration(left))
+            self.progress.update(self.task, completed=facts["step"], description=text)
+
+    def evaluation(self, step: int, result: dict):
+        self.write({"step": step, **result})
+        log.info("step %d: eval loss %.4f, %.4f bits a byte", step, result["eval_loss"], result["eval_bits_per_byte"])
+        self.start_clock()
 
     def write(self, metrics: dict):
         """One line of metrics.jsonl, and the same to the trackers."""
-        if self.active:
+        if self.file:
             self.file.write(json.dumps(metrics) + "\n")
-            for track in self.trackers:
-                track({k: v for k, v in metrics.items() if isinstance(v, int | float)})
+        for track in self.trackers:
+            track({k: v for k, v in metrics.items() if isinstance(v, int | float)})
 
     def close(self):
         if self.progress:
             self.progress.stop()
 
-    def peak_memory(self) -> float:
-        """GiB: of the device since the last call, or of this process on a CPU."""
-        if self.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
-            return peak / 2**30
-        return psutil.Process().memory_info().rss / 2**30
-
 
 def start_logging(folder: Path, rank: int):
-    """Rank 0 logs to stderr and log.txt; other ranks log warnings to stderr."""
+    """Rank 0 logs to stderr and log.txt, other ranks only warnings to stderr."""
+    datasets.disable_progress_bars()
     log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     log.propagate = False
     log.handlers = [logging.StreamHandler()]
@@ -121,6 +188,15 @@ def start_logging(folder: Path, rank: int):
         log.addHandler(logging.FileHandler(folder / "log.txt", mode="w"))
     for handler in log.handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB: of the device since the last call, or of this process on a CPU."""
+    if device.type != "cuda":
+        return psutil.Process().memory_info().rss / 2**30
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak / 2**30
 
 
 def open_tracker(name: str, config: Config, folder: Path):
@@ -133,7 +209,3 @@ def open_tracker(name: str, config: Config, folder: Path):
     module = __import__(name)  # wandb and trackio share one interface
     module.init(project="lacuna", name=config.name, config=config.model_dump())
     return lambda metrics: module.log(metrics)
-
-
-def duration(seconds: float) -> str:
-    return time.strftime("%H:%M:%S", time.gmtime(seconds)) if seconds < 86400 else f"{seconds / 86400:.1f} days"

@@ -123,6 +123,8 @@ def refuse_unfit(model: PreTrainedModel):
             raise ConfigError(f"{name} has {key}, which lacuna's head and attention do not compute")
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         raise ConfigError(f"{name} has a bias in its head, which lacuna does not compute")
+    if any(key.endswith("sinks") for key, _ in model.named_parameters()):
+        raise ConfigError(f"{name} has attention sinks, which lacuna's attention does not compute")
     if getattr(config, "attention_dropout", 0.0):
         raise ConfigError("model.overrides.attention_dropout must be 0: packed attention has no dropout")
 

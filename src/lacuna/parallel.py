@@ -98,6 +98,11 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A sharded tensor gathered, on every rank; or the tensor itself."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def local_slices(tensor: torch.Tensor) -> tuple[slice, ...]:
     """Where `local(tensor)` lies in the whole tensor."""
     if not isinstance(tensor, DTensor):

@@ -7,10 +7,11 @@ everyone plans and nobody reads twice. The state of a stream is where its window
 what is prefetched never counts as consumed, and how many of the window's rows are gone follows from the row's number.
 """
 
+import itertools
 import math
-import queue
-import threading
 import zlib
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -18,12 +19,11 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from lacuna.config import Config, ConfigError, nearest_multiple
-from lacuna.config import Source as SourceConfig
 from lacuna.data.pack import best_fit, split_documents
 from lacuna.data.sources import MapSource, StreamSource, log
-from lacuna.data.tokenize import Encoder
 
 MAP_WINDOW = 131_072  # documents packed together where they are indices only: fill .9999 in 0.1 to 0.3 s
+PREFETCH = 3  # micro-batches made ahead
 STREAM_WINDOW = (8, 512)  # rows in a stream's first and largest windows: starts at once, then fill .998
 
 
@@ -139,16 +139,7 @@ class Stream:
 class RowDataset(IterableDataset):
     """The rows of one rank, split over its loader workers: row p for p = first + rank, first + rank + ranks, …"""
 
-    def __init__(
-        self,
-        config: Config,
-        sources: list[SourceConfig],
-        encoder: Encoder,
-        rank: int,
-        ranks: int,
-        epochs: int | None = None,
-        limit: float = math.inf,
-    ):
+    def __init__(self, config: Config, sources: list, encoder, rank: int, ranks: int, epochs=None, limit=math.inf):
         self.seq_len, self.seed = config.train.seq_len, config.seed
         self.mask_boundary, self.filler = config.data.mask_boundary, encoder.eos
         # A fixed bound, so that cu_seqlens never changes its shape; rows of tinier documents are filled up instead.
@@ -162,16 +153,12 @@ class RowDataset(IterableDataset):
         whole = self.map_style and not any(weights)
         groups = [sources] if whole else [[source] for source in sources]
         self.weights = [1.0] if whole else [weight or 1.0 for weight in weights]
-        self.sources = []
-        for i, group in enumerate(groups):
-            seed = int(np.random.SeedSequence([self.seed, i]).generate_state(1)[0])
-            streaming = group[0].streaming
-            source = (
-                StreamSource(group[0], encoder, seed)
-                if streaming
-                else MapSource(group, encoder, config.data.cache, seed)
-            )
-            self.sources.append(source)
+        self.sources = [
+            StreamSource(group[0], encoder, [self.seed, i])
+            if group[0].streaming
+            else MapSource(group, encoder, [self.seed, i], config.data.cache)
+            for i, group in enumerate(groups)
+        ]
         shards = [source.num_shards for source in self.sources if isinstance(source, StreamSource)]
         self.num_streams = 1 if self.map_style else config.data.num_streams or min(64, *shards)
         self.first, self.states = 0, {}
@@ -256,63 +243,42 @@ class Loader:
         self.config, self.dataset, self.device = config, dataset, device
         self.micro_batch_size = config.train.micro_batch_size
         workers = config.data.workers if config.data.workers is not None else int(not dataset.map_style)
-        self.warn_uneven(dataset.ranks * max(1, workers))
+        readers, streams = dataset.ranks * max(1, workers), dataset.num_streams
+        if not dataset.map_style and streams % readers and dataset.rank == 0:
+            log.warning(
+                f"data: {streams} virtual streams (num_shards or data.num_streams) do not divide over {readers} readers "
+                f"(ranks x workers): each is read {readers // math.gcd(streams, readers)} times; "
+                f"{nearest_multiple(streams, readers)} would be fast"
+            )
         if state is not None:
             dataset.first, dataset.states = state["rows"], state["streams"]
-        self.consumed, self.streams = dataset.first, dict(dataset.states)
+        self.prepared = self.consumed = dataset.first  # rows, over all ranks
+        self.streams = dict(dataset.states)
         spawn = {"multiprocessing_context": "spawn", "prefetch_factor": 2 * self.micro_batch_size} if workers else {}
-        self.rows = DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=keep, **spawn)
+        self.rows = iter(DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=keep, **spawn))
         shortest = config.data.context_len or config.train.seq_len
         self.num_documents = self.micro_batch_size * (dataset.max_pieces + 1 + config.train.seq_len // shortest)
-        self.ready, self.closing = queue.Queue(maxsize=3), False
-        self.thread = threading.Thread(target=self.prefetch, daemon=True)
-        self.thread.start()
-
-    def warn_uneven(self, readers: int):
-        streams = self.dataset.num_streams
-        if not self.dataset.map_style and streams % readers and self.dataset.rank == 0:
-            log.warning(
-                "data: %d virtual streams (num_shards or data.num_streams) do not divide over %d readers (ranks x "
-                "workers), so each stream is read %d times; %s would be fast",
-                *(streams, readers, readers // math.gcd(streams, readers), nearest_multiple(streams, readers)),
-            )
+        self.thread = ThreadPoolExecutor(max_workers=1)
+        self.ready = deque(self.thread.submit(self.prepare) for _ in range(PREFETCH))
 
     def context_len(self, rows: int) -> int:
         """Longest document piece at the step that begins after `rows` rows of the run (arXiv 2503.15450)."""
         data, seq_len = self.config.data, self.config.train.seq_len
         start = data.context_len or seq_len
         step = rows // self.config.train.global_batch_size
-        grown = 1 if data.context_warmup_steps == 0 else min(1, step / data.context_warmup_steps)
-        return start + int((seq_len - start) * grown) if data.context_warmup_steps else start
+        grown = min(1, step / data.context_warmup_steps) if data.context_warmup_steps else 0
+        return start + int((seq_len - start) * grown)
 
-    def prefetch(self):
-        try:
-            rows, done = [], self.dataset.first
-            for row in self.rows:
-                rows.append(row)
-                if len(rows) == self.micro_batch_size:
-                    batch = collate(rows, self.context_len(done), self.num_documents)
-                    done += len(rows) * self.dataset.ranks
-                    self.offer((batch, [(r.stream, r.state) for r in rows if r.stream >= 0]))
-                    rows = []
-                if self.closing:
-                    return
-        except Exception as error:  # handed to the training thread, which raises it
-            self.offer(error)
-
-    def offer(self, item):
-        while not self.closing:
-            try:
-                return self.ready.put(item, timeout=0.2)
-            except queue.Full:
-                continue
+    def prepare(self) -> tuple[PackedBatch, list]:
+        rows = list(itertools.islice(self.rows, self.micro_batch_size))
+        batch = collate(rows, self.context_len(self.prepared), self.num_documents)
+        self.prepared += len(rows) * self.dataset.ranks
+        return batch, [(row.stream, row.state) for row in rows if row.stream >= 0]
 
     def next(self) -> PackedBatch:
         """The next micro-batch on the device. Raises what went wrong in the thread or a worker."""
-        item = self.ready.get()
-        if isinstance(item, Exception):
-            raise item
-        batch, states = item
+        batch, states = self.ready.popleft().result()
+        self.ready.append(self.thread.submit(self.prepare))
         self.consumed += self.micro_batch_size * self.dataset.ranks
         self.streams.update(states)
         return batch.to(self.device)
@@ -322,8 +288,7 @@ class Loader:
         return {"rows": self.consumed, "streams": dict(self.streams)}
 
     def close(self):
-        self.closing = True
-        self.thread.join()
+        self.thread.shutdown(cancel_futures=True)
 
 
 def keep(row: Row) -> Row:

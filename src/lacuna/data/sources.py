@@ -55,7 +55,7 @@ def open_dataset(source: Source) -> datasets.Dataset | datasets.IterableDataset:
 class MapSource:
     """Tokenised documents that can be had by index. Several datasets make one source: all of each, once an epoch."""
 
-    def __init__(self, sources: list[Source], encoder: Encoder, cache: str, seed: int):
+    def __init__(self, sources: list[Source], encoder: Encoder, seed: list[int], cache: str):
         tokenised = [tokenise(source, encoder, cache) for source in sources]
         self.tokens = datasets.concatenate_datasets(tokenised).with_format("numpy")
         self.lengths = np.concatenate([pc.list_value_length(t.data["input_ids"]).to_numpy() for t in tokenised])
@@ -81,7 +81,7 @@ class MapCursor:
         self.index = index
 
     def start_epoch(self, epoch: int):
-        order = np.random.default_rng([self.source.seed, epoch]).permutation(len(self.source.lengths))
+        order = np.random.default_rng([*self.source.seed, epoch]).permutation(len(self.source.lengths))
         self.order = order[self.stream :: self.num_streams]
         self.lengths = self.source.lengths[self.order]
         self.epoch, self.index = epoch, 0
@@ -139,7 +139,7 @@ def texts(values: list, source: Source) -> list[str]:
 class StreamSource:
     """Documents that are read and tokenised as the run goes, shard by shard."""
 
-    def __init__(self, source: Source, encoder: Encoder, seed: int):
+    def __init__(self, source: Source, encoder: Encoder, seed: list[int]):
         self.source, self.encoder, self.seed = source, encoder, seed
         self.dataset = open_dataset(source)
         self.num_shards = self.dataset.num_shards
@@ -175,7 +175,7 @@ class StreamCursor:
 
     def open_shard(self):
         shards = self.source.num_shards
-        order = np.random.default_rng([self.source.seed, self.epoch]).permutation(shards)
+        order = np.random.default_rng([*self.source.seed, self.epoch]).permutation(shards)
         self.mine = order[self.stream % shards :: self.num_streams].tolist()
         self.dataset = self.source.dataset.shard(shards, self.mine[self.shard])
         self.row = 0

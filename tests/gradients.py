@@ -1,0 +1,32 @@
+"""Not a test: run by test_train.py under torchrun. Saves the gradients of one global batch, gathered, from rank 0.
+
+usage: torchrun --nproc-per-node N tests/gradients.py MODEL_FOLDER BATCHES.pt OUT.pt DP_REPLICATE
+BATCHES.pt holds eight one-row batches; rank r takes rows r, r + N, … as micro-batches of one row.
+"""
+
+import sys
+
+import torch
+import torch.distributed as dist
+
+from lacuna.config import load_config
+from lacuna.data.loader import PackedBatch
+from lacuna.model import build_model
+from lacuna.parallel import clip_gradients, start, whole
+from lacuna.train import accumulate_gradients
+
+folder, source, target, replicate = sys.argv[1:]
+argv = ["--data.sources", '[{"path": "x"}]', "--train.steps", "1", "--model.name", folder]
+argv += ["--train.micro_batch_size", "1", "--dist.dp_replicate", replicate]
+config = load_config(None, argv)
+ranks = start(config.dist, config.train)
+trainee = build_model(config, ranks, 4096)
+batches = [PackedBatch(*fields) for fields in torch.load(source, weights_only=True)]
+trained = torch.tensor(sum(batch.trained_tokens for batch in batches))
+loss = accumulate_gradients(trainee, batches[ranks.rank :: ranks.world], trained, ranks)
+dist.all_reduce(loss)
+norm, _ = clip_gradients(list(trainee.parameters()), 1e9, ranks.mesh)
+gradients = {name: whole(p.grad) for name, p in trainee.model.named_parameters()}
+if ranks.rank == 0:
+    torch.save({"loss": loss.item(), "norm": norm.item(), "gradients": gradients}, target)
+dist.destroy_process_group()

@@ -1,0 +1,105 @@
+"""Packed equals alone, on every backend, compiled and not (invariant 1 of the design)."""
+
+import pytest
+import torch
+
+from lacuna.attention import boundaries, choose_backend, packed_attention
+from lacuna.config import ConfigError
+from lacuna.data.loader import PackedBatch
+
+SEQ_LEN = 64
+STARTS = [0, 1, 17, 40, 64, 100, 127]  # two rows; documents of 1 to 36 tokens, a row that begins inside no document
+
+
+def packed(device="cpu", slots=2 * SEQ_LEN, pad=12) -> PackedBatch:
+    """Two rows of documents; only what attention looks at is filled in."""
+    cu_seqlens = torch.tensor(STARTS + [slots] * (pad - len(STARTS)), dtype=torch.int32, device=device)
+    ids = torch.zeros(slots, dtype=torch.int64, device=device)
+    return PackedBatch(ids, ids, ids, cu_seqlens, SEQ_LEN, 0, 0, 0, 0, 0, 0.0)
+
+
+def reference(q, k, v, window: int | None, scale: float) -> torch.Tensor:
+    """Softmax attention in float64, one document and one query at a time; [T, heads, D]."""
+    q, k, v = (x[0].transpose(0, 1).double() for x in (q, k, v))
+    out = torch.zeros_like(q)
+    group = q.shape[1] // k.shape[1]
+    for start, end in zip(STARTS, [*STARTS[1:], len(q)], strict=True):
+        for t in range(start, end):
+            first = start if window is None else max(start, t - window + 1)
+            for head in range(q.shape[1]):
+                scores = k[first : t + 1, head // group] @ q[t, head] * scale
+                out[t, head] = scores.softmax(0) @ v[first : t + 1, head // group]
+    return out
+
+
+GPU = [pytest.param(name, torch.bfloat16, "cuda", marks=pytest.mark.gpu) for name in ("varlen", "fa4", "sdpa")]
+BACKENDS = [("sdpa", torch.float32, "cpu"), *GPU, pytest.param("sdpa", torch.float32, "cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize(("backend", "dtype", "device"), BACKENDS)
+def test_every_document_attends_to_itself_alone(backend, dtype, device, window, compiled):
+    if choose_or_skip(backend, device, dtype):
+        return
+    torch.manual_seed(0)
+    batch = packed(device)
+    shapes = [(1, 4, 2 * SEQ_LEN, 64), (1, 2, 2 * SEQ_LEN, 64), (1, 2, 2 * SEQ_LEN, 64)]
+    q, k, v = (torch.randn(s, device=device).to(dtype).requires_grad_() for s in shapes)
+
+    def attend(q, k, v, limits):
+        return packed_attention(None, q, k, v, None, scaling=0.11, sliding_window=window, **limits)[0]
+
+    function = (
+        torch.compile(attend, fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager")
+        if compiled
+        else attend
+    )
+    out = function(q, k, v, boundaries(batch, backend))[0]
+    weights = torch.randn(out.shape, device=device, dtype=dtype)
+    (out * weights).sum().backward()
+    grads = [x.grad.clone() for x in (q, k, v)]
+
+    expected_inputs = [x.detach().cpu().double().requires_grad_() for x in (q, k, v)]
+    expected = reference(*expected_inputs, window, 0.11)
+    (expected * weights.cpu().double()).sum().backward()
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    for got, want in zip([out, *grads], [expected, *(x.grad for x in expected_inputs)], strict=True):
+        error = (got.detach().cpu().double() - want).norm() / want.norm()
+        assert error < tolerance, f"relative error {error}"
+
+
+@pytest.mark.parametrize(("backend", "dtype", "device"), BACKENDS)
+def test_changing_one_document_changes_nothing_in_the_others(backend, dtype, device):
+    if choose_or_skip(backend, device, dtype):
+        return
+    torch.manual_seed(0)
+    limits = boundaries(packed(device), backend)
+    q, k, v = (torch.randn(1, 2, 2 * SEQ_LEN, 64, device=device, dtype=dtype) for _ in range(3))
+    before = packed_attention(None, q, k, v, None, **limits)[0]
+    inside = slice(STARTS[2], STARTS[3])
+    for x in (q, k, v):
+        x[:, :, inside] = torch.randn_like(x[:, :, inside]) * 3
+    changed = (packed_attention(None, q, k, v, None, **limits)[0] != before).flatten(2).any(-1)[0]
+    assert changed[inside].all()
+    changed[inside] = False
+    assert not changed.any()
+
+
+def choose_or_skip(backend, device, dtype) -> bool:
+    try:
+        choose_backend(backend, torch.device(device), dtype)
+    except ConfigError as error:
+        pytest.skip(str(error))
+
+
+def test_a_backend_that_this_machine_lacks_is_refused_with_those_it_has():
+    with pytest.raises(ConfigError, match="possible here: sdpa"):
+        choose_backend("varlen", torch.device("cpu"), torch.bfloat16)
+    assert choose_backend("auto", torch.device("cpu"), torch.float32) == "sdpa"
+
+
+def test_scores_that_lacuna_cannot_compute_are_refused():
+    q = torch.zeros(1, 2, 2 * SEQ_LEN, 8)
+    with pytest.raises(ConfigError, match="soft-capped"):
+        packed_attention(None, q, q, q, None, softcap=30.0, **boundaries(packed(), "sdpa"))

@@ -1,0 +1,268 @@
+"""The builder: packed equals alone (invariant 1), whatever is applied; weights, ties and buffers are right."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ARCHITECTURES, model_config, pack, random_documents
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lacuna.config import ConfigError, load_config
+from lacuna.data.loader import PackedBatch
+from lacuna.model import build_model
+from lacuna.parallel import Ranks
+
+SEQ_LEN = 64
+LENGTHS = [[3, 40, 11], [64], [1, 30, 2, 25]]  # three rows; Mistral's window of 24 is shorter than some documents
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor on a CPU needs a C++ compiler")
+
+
+def build(folder, *options: str, device="cpu", vocabulary=4096):
+    argv = ["--data.sources", '[{"path": "x"}]', "--train.steps", "1", "--model.name", str(folder), *options]
+    return build_model(load_config(None, argv), Ranks(0, 1, 0, torch.device(device), None), vocabulary)
+
+
+def batch_and_documents() -> tuple[PackedBatch, list[list[int]]]:
+    rows = [random_documents(lengths, seed=i) for i, lengths in enumerate(LENGTHS)]
+    return pack(rows, SEQ_LEN), [document for row in rows for document in row]
+
+
+def alone(folder, documents, device="cpu") -> tuple[float, dict[str, torch.Tensor]]:
+    """Sum of losses and its gradients from plain transformers, one document at a time, eager attention."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").to(device)
+    total = 0.0
+    for document in documents:
+        ids = torch.tensor([document], device=device)
+        logits = model(input_ids=ids).logits[0]
+        loss = F.cross_entropy(logits[:-1], ids[0, 1:], reduction="sum")
+        loss.backward()
+        total += loss.item()
+    return total, {name: p.grad for name, p in model.named_parameters()}
+
+
+def assert_packed_equals_alone(folder, *options, device="cpu", tolerance=1e-5):
+    trainee = build(folder, *options, device=device)
+    batch, documents = batch_and_documents()
+    batch = batch.to(torch.device(device))
+    loss = trainee(batch)
+    loss.backward()
+    want_loss, want = alone(folder, documents, device)
+    assert loss.item() == pytest.approx(want_loss, rel=tolerance)
+    got = dict(trainee.model.named_parameters())
+    assert set(got) == set(want)
+    for name, parameter in got.items():
+        error = (parameter.grad - want[name]).norm() / want[name].norm()
+        assert error < tolerance * 10, f"{name}: relative error {error}"
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_packed_loss_and_gradients_equal_plain_transformers_on_each_document_alone(name, model_folder):
+    assert_packed_equals_alone(model_folder(name))
+
+
+@pytest.mark.parametrize("how", ["full", "2", "selective"])
+def test_activation_checkpointing_changes_no_gradient_and_recomputes(how, model_folder):
+    folder = model_folder("qwen3")
+    assert_packed_equals_alone(folder, "--train.activation_checkpointing", how)
+    trainee = build(folder, "--train.activation_checkpointing", how)
+    calls = []
+    for layer in trainee.model.model.layers:
+        layer.mlp.act_fn.register_forward_hook(lambda *a: calls.append(1))
+    trainee(batch_and_documents()[0]).backward()
+    assert len(calls) == {"full": 4, "2": 3, "selective": 4}[how]  # two layers forward, and those recomputed
+
+
+def test_selective_checkpointing_computes_no_matrix_product_twice(model_folder):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    flops = {}
+    for how in ("none", "full", "selective"):
+        trainee = build(model_folder("llama"), "--train.activation_checkpointing", how)
+        with FlopCounterMode(display=False) as counter:
+            trainee(batch_and_documents()[0]).backward()
+        flops[how] = counter.get_total_flops()
+    assert flops["selective"] == flops["none"] < flops["full"]
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [[], ["--train.activation_checkpointing", "full"]])
+def test_compiled_layers_share_one_graph_and_later_batches_recompile_nothing(options, model_folder):
+    import torch._dynamo.testing
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    folder = model_folder("qwen3")
+    assert_packed_equals_alone(folder, "--train.compile", "true", *options)
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs == 2  # the layers, and the loss of a chunk of logits
+    trainee = build(folder, "--train.compile", "true", *options)
+    for seed in range(3):  # other documents, other boundaries
+        rows = [random_documents(lengths, seed=seed) for lengths in ([7, 7, 50 - seed], [20, 20], [64])]
+        trainee(pack(rows, SEQ_LEN)).backward()
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert not counters["graph_break"]
+
+
+def test_bfloat16_on_one_rank_computes_in_bfloat16_and_keeps_float32_parameters(model_folder):
+    folder = model_folder("qwen2")
+    trainee = build(folder, "--model.dtype", "bfloat16")
+    batch, documents = batch_and_documents()
+    assert trainee.hidden(batch).dtype == torch.bfloat16
+    loss = trainee(batch)
+    loss.backward()
+    want_loss, want = alone(folder, documents)
+    assert loss.item() == pytest.approx(want_loss, rel=3e-3)
+    for name, parameter in trainee.model.named_parameters():
+        assert parameter.dtype == parameter.grad.dtype == torch.float32
+        assert (parameter.grad - want[name]).norm() / want[name].norm() < 0.05, name
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_weights_ties_and_rotary_buffers_are_those_of_from_pretrained(name, model_folder):
+    folder = model_folder(name)
+    ours, plain = build(folder).model, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for (key, a), (other, b) in zip(ours.named_parameters(), plain.named_parameters(), strict=True):
+        assert key == other and torch.equal(a, b)
+    for (key, a), (other, b) in zip(ours.named_buffers(), plain.named_buffers(), strict=True):
+        assert key == other and torch.equal(a, b), key
+    tied = ARCHITECTURES[name]["tie_word_embeddings"]
+    assert (ours.get_input_embeddings().weight is ours.get_output_embeddings().weight) == tied
+
+
+def test_sharded_files_are_read_by_their_names(model_folder):
+    folder = model_folder("llama")
+    whole = load_file(folder / "model.safetensors")
+    names = sorted(whole)
+    (folder / "model.safetensors").unlink()
+    for i in range(3):
+        save_file({n: whole[n] for n in names[i::3]}, folder / f"model-{i + 1:05d}-of-00003.safetensors")
+    for name, parameter in build(folder).model.named_parameters():
+        assert torch.equal(parameter, whole[name])
+
+
+def test_weights_that_do_not_fit_are_refused_by_name(model_folder):
+    folder = model_folder("llama")
+    whole = load_file(folder / "model.safetensors")
+    save_file({k: v for k, v in whole.items() if "layers.1.mlp.up_proj" not in k}, folder / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"missing.*layers.1.mlp.up_proj"):
+        build(folder)
+    save_file(whole | {"model.layers.0.extra": torch.zeros(1)}, folder / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"unknown.*layers.0.extra"):
+        build(folder)
+    save_file(whole | {"model.norm.weight": torch.zeros(3)}, folder / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"model.norm.weight is \[3\]"):
+        build(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match="from_scratch"):
+        build(folder)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_from_scratch_has_the_distribution_of_transformers_and_depends_on_the_seed_only(name, tmp_path):
+    model_config(name).save_pretrained(tmp_path)
+    a, b, c = (build(tmp_path, "--model.from_scratch", "true", "--seed", seed).model for seed in ("0", "0", "1"))
+    plain = AutoModelForCausalLM.from_config(model_config(name)).state_dict()
+    for key, value in a.state_dict().items():
+        assert torch.equal(value, b.state_dict()[key])
+        assert value.ndim == 1 or not torch.equal(value, c.state_dict()[key])
+        assert value.std(correction=0).item() == pytest.approx(
+            plain[key].std(correction=0).item(), rel=0.1, abs=1e-6
+        ), key
+        assert value.mean().item() == pytest.approx(plain[key].mean().item(), abs=0.01), key
+
+
+def test_overrides_change_the_config_and_unknown_ones_name_the_nearest(tmp_path):
+    model_config("llama").save_pretrained(tmp_path)
+    options = ["--model.from_scratch", "true", "--model.overrides"]
+    assert len(build(tmp_path, *options, '{"num_hidden_layers": 3}').model.model.layers) == 3
+    with pytest.raises(ConfigError, match="num_hidden_layers"):
+        build(tmp_path, *options, '{"num_hiden_layers": 3}')
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
+    model_config("llama").save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="5000 tokens, the model 4096"):
+        build(tmp_path, "--model.from_scratch", "true", vocabulary=5000)
+
+
+UNFIT = {
+    "mamba": ({}, "MambaForCausalLM cannot keep packed documents apart"),
+    "qwen3_next": ({"linear_num_value_heads": 4}, "Qwen3NextForCausalLM cannot keep packed documents apart"),
+    "lfm2": ({}, "Lfm2ForCausalLM cannot keep packed documents apart"),
+    "gemma2": ({"head_dim": 16}, "Gemma2ForCausalLM has final_logit_softcapping"),
+    "cohere": ({}, "CohereForCausalLM has logit_scale"),
+    "gpt_oss": ({"head_dim": 16}, "GptOssForCausalLM has attention sinks"),
+    "phi": ({}, "PhiForCausalLM has a bias in its head"),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_architectures_that_leak_or_compute_another_head_are_refused_by_name(name, tmp_path):
+    more, message = UNFIT[name]
+    small = {"num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4}
+    AutoConfig.for_model(name, **small, num_key_value_heads=2, **more).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        build(tmp_path, "--model.from_scratch", "true")
+
+
+KERNEL = '''
+import torch
+from torch import nn
+
+
+class DoubledNorm(nn.Module):
+    """A stand-in that can be told apart: twice the right result."""
+
+    has_backward = True
+    can_torch_compile = True
+    weight: torch.Tensor
+    variance_epsilon: float
+
+    def forward(self, x):
+        return 2 * torch.nn.functional.rms_norm(x, x.shape[-1:], self.weight, self.variance_epsilon)
+
+
+class layers:
+    DoubledNorm = DoubledNorm
+'''
+
+
+def test_hub_kernels_come_from_a_local_repository(tmp_path, model_folder):
+    pytest.importorskip("kernels")
+    build_folder = tmp_path / "kernel" / "build" / "torch-cpu"
+    build_folder.mkdir(parents=True)
+    (build_folder / "__init__.py").write_text(KERNEL)
+    metadata = {"id": "_doubled_cpu_1", "name": "doubled", "version": 1, "license": "Apache-2.0", "python-depends": []}
+    (build_folder / "metadata.json").write_text(json.dumps(metadata | {"backend": {"type": "cpu"}}))
+    mapping = json.dumps({"RMSNorm": f"{tmp_path / 'kernel'}:DoubledNorm"})
+    folder = model_folder("llama")
+    batch, _ = batch_and_documents()
+    trainee = build(folder, "--model.kernels", "hub", "--model.kernel_mapping", mapping)
+    x = torch.randn(2, 64)
+    norms = [build(folder).model.model.norm(x), trainee.model.model.norm(x)]
+    assert torch.allclose(2 * norms[0], norms[1], atol=1e-5)
+    trainee(batch).backward()
+    assert all(p.grad.isfinite().all() for p in trainee.parameters())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attention", ["varlen", "fa4", "sdpa"])
+@pytest.mark.parametrize(
+    "options", [[], ["--train.compile", "false"], ["--train.activation_checkpointing", "selective"]]
+)
+@pytest.mark.parametrize("name", ["qwen3", "mistral"])
+def test_on_a_gpu_packed_equals_alone_within_bfloat16(name, options, attention, model_folder):
+    from lacuna.attention import choose_backend
+
+    try:
+        choose_backend(attention, torch.device("cuda"), torch.bfloat16)
+    except ConfigError as error:
+        pytest.skip(str(error))
+    assert_packed_equals_alone(
+        model_folder(name), "--model.attention", attention, *options, device="cuda", tolerance=4e-3
+    )

@@ -1,0 +1,336 @@
+"""Whole runs: invariants 2, 3, 5 and 6 of the design, on one and on several (gloo) ranks."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import EXAMPLES, REPO, pack, random_documents
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lacuna import train as train_module
+from lacuna.config import load_config
+from lacuna.metrics import NonFinite
+from lacuna.model import build_model
+from lacuna.parallel import Ranks, clip_gradients
+from lacuna.train import accumulate_gradients, run
+
+ONE = Ranks(0, 1, 0, torch.device("cpu"), None)
+
+
+@pytest.fixture
+def texts(tmp_path) -> Path:
+    """Documents of very different lengths; some longer than a row."""
+    chapters = [
+        json.loads(line)["text"] for line in (EXAMPLES / "moby_dick" / "train.jsonl").read_text().splitlines()[:6]
+    ]
+    documents = [c[i * 700 : i * 700 + size] for c in chapters for i, size in enumerate((30, 200, 700, 90))] + chapters[
+        :1
+    ]
+    file = tmp_path / "texts.jsonl"
+    file.write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
+    return file
+
+
+def options(folder, texts, tmp_path, *more: str) -> list[str]:
+    fixed = {
+        "--model.name": str(folder),
+        "--data.sources": json.dumps([{"path": str(texts)}]),
+        "--data.cache": str(tmp_path / "cache"),
+        "--out": str(tmp_path / "runs"),
+        "--train.seq_len": "64",
+        "--train.micro_batch_size": "2",
+        "--train.global_batch_size": "8",
+        "--optim.lr": "1e-3",
+        "--log.every": "1",
+    }
+    return [word for pair in fixed.items() for word in pair] + list(more)
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def train_lines(path: Path) -> list[dict]:
+    return [line for line in lines(path) if "loss" in line]
+
+
+def torchrun(ranks: int, *arguments: str, timeout=240) -> subprocess.CompletedProcess:
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(ranks),
+        *arguments,
+    ]
+    environ = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO / "src")}
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environ, check=False)
+
+
+# ---- invariant 2: the gradient of a global batch is the same for every split
+
+
+def uneven_rows():
+    """Eight rows, of which one trains every token, others few, and one none at all."""
+    shares = [1, 0, 2, 30, 3, 60, 5, 11]  # every n-th position is trained; 0: none
+    for i, share in enumerate(shares):
+        documents = random_documents([20 + i, 7, 30 - i], seed=i)
+        yield documents, lambda document, position, share=share: share > 0 and position % share == 0
+
+
+def batch_of(rows):
+    rows = list(rows)
+    singles = [pack([documents], 64, trained) for documents, trained in rows]
+    starts = torch.cat([s.cu_seqlens[s.cu_seqlens < 64] + 64 * i for i, s in enumerate(singles)])
+    boundaries = torch.full((20 * len(rows) + 1,), 64 * len(rows), dtype=torch.int32)
+    boundaries[: len(starts)] = starts
+    joined = {k: torch.cat([getattr(s, k) for s in singles]) for k in ("input_ids", "labels", "position_ids")}
+    return singles[0]._replace(**joined, cu_seqlens=boundaries, trained_tokens=sum(s.trained_tokens for s in singles))
+
+
+def reference_gradients(folder) -> tuple[float, dict]:
+    """Mean loss over all trained tokens in float64, each document alone in plain transformers."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
+    nats, count = 0.0, 0
+    for documents, trained in uneven_rows():
+        for n, document in enumerate(documents):
+            ids = torch.tensor([document])
+            labels = torch.tensor([t if trained(n, i) else -100 for i, t in enumerate(document)])
+            logits = model(input_ids=ids).logits[0]
+            nats += F.cross_entropy(logits[:-1], labels[1:], ignore_index=-100, reduction="sum")
+            count += int((labels[1:] >= 0).sum())
+    (nats / count).backward()
+    return (nats / count).item(), {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("split", ["8x1", "2x4", "4 ranks x2", "2x2 ranks x2"])
+def test_the_gradient_of_a_global_batch_is_the_same_for_every_split(split, model_folder, tmp_path):
+    folder = model_folder("qwen3")
+    if "ranks" in split:
+        singles = [pack([documents], 64, trained) for documents, trained in uneven_rows()]
+        torch.save([tuple(single) for single in singles], tmp_path / "batches.pt")
+        replicate = "2" if split.startswith("2x2") else "1"
+        files = [str(folder), str(tmp_path / "batches.pt"), str(tmp_path / "out.pt"), replicate]
+        done = torchrun(4, str(REPO / "tests" / "gradients.py"), *files)
+        assert done.returncode == 0, done.stderr[-3000:]
+        got = torch.load(tmp_path / "out.pt", weights_only=True)
+    else:
+        argv = ["--data.sources", '[{"path": "x"}]', "--train.steps", "1", "--model.name", str(folder)]
+        trainee = build_model(load_config(None, argv), ONE, 4096)
+        rows = list(uneven_rows())
+        batches = [batch_of(rows)] if split == "8x1" else [batch_of(rows[i : i + 2]) for i in range(0, 8, 2)]
+        trained = torch.tensor(sum(batch.trained_tokens for batch in batches))
+        loss = accumulate_gradients(trainee, batches, trained, ONE)
+        norm, _ = clip_gradients(list(trainee.parameters()), 1e9, None)
+        gradients = {name: p.grad for name, p in trainee.model.named_parameters()}
+        got = {"loss": loss.item(), "norm": norm.item(), "gradients": gradients}
+    want_loss, want = reference_gradients(folder)
+    assert got["loss"] == pytest.approx(want_loss, rel=1e-5)
+    assert got["norm"] == pytest.approx(math.sqrt(sum(g.square().sum().item() for g in want.values())), rel=1e-5)
+    for name, gradient in got["gradients"].items():
+        assert (gradient - want[name]).norm() / want[name].norm() < 1e-5, name
+
+
+# ---- invariant 3 and the order of data: the same run, whatever the hardware
+
+
+def test_two_runs_of_one_config_are_bit_identical_and_another_seed_is_not(model_folder, texts, tmp_path):
+    argv = options(model_folder("smollm2"), texts, tmp_path, "--train.steps", "6")
+    runs = [
+        run(load_config(None, [*argv, *more]))
+        for more in (["--name", "a"], ["--name", "b"], ["--name", "c", "--seed", "1"])
+    ]
+    a, b, c = ([(m["loss"], m["grad_norm"], m["batch_checksum"]) for m in train_lines(path)] for path in runs)
+    assert len(a) == 6 and a == b
+    assert all(x[2] != y[2] for x, y in zip(a, c, strict=True))
+
+
+def test_one_two_and_four_ranks_read_the_same_batches_and_lose_the_same(model_folder, texts, tmp_path):
+    held_out = json.dumps([{"path": str(texts)}])
+    # four ranks, but fewer rows to evaluate on than they take at once: nobody may wait for ever
+    more = ["--train.steps", "4", "--eval.sources", held_out, "--eval.rows", "5"]
+    argv = options(model_folder("llama"), texts, tmp_path, *more)
+    path = run(load_config(None, [*argv, "--name", "ranks1"]))
+    for ranks in (2, 4):
+        done = torchrun(ranks, "-m", "lacuna", "pt", *no_config(tmp_path), *argv, "--name", f"ranks{ranks}")
+        assert done.returncode == 0, done.stderr[-3000:]
+        for one, many in zip(lines(path), lines(tmp_path / "runs" / f"ranks{ranks}"), strict=True):
+            assert one.get("batch_checksum") == many.get("batch_checksum")
+            for key in {"loss", "grad_norm", "eval_loss", "eval_bits_per_byte"} & set(one):
+                assert one[key] == pytest.approx(many[key], rel=1e-5), (ranks, key)
+            assert one.get("tokens") == many.get("tokens") and one.get("eval_tokens") == many.get("eval_tokens")
+
+
+def no_config(tmp_path) -> list[str]:
+    file = tmp_path / "empty.toml"
+    file.write_text("")
+    return [str(file)]
+
+
+# ---- invariant 5: what was saved loads in plain transformers
+
+
+def test_the_exported_folder_gives_the_same_logits_in_plain_transformers(model_folder, texts, tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr(train_module, "build_model", lambda *a, real=build_model: kept.append(real(*a)) or kept[0])
+    folder = model_folder("qwen2")
+    path = run(load_config(None, options(folder, texts, tmp_path, "--train.steps", "3", "--optim.lr", "1e-2")))
+    plain = AutoModelForCausalLM.from_pretrained(path / "hf", attn_implementation="eager")
+    document = random_documents([50])[0]
+    with torch.no_grad():
+        want = plain(input_ids=torch.tensor([document])).logits[0]
+        trainee = kept[0]
+        got = trainee.hidden(pack([[document]], 64))[:50] @ trainee.model.get_output_embeddings().weight.T
+        before = AutoModelForCausalLM.from_pretrained(folder)(input_ids=torch.tensor([document])).logits[0]
+    assert torch.allclose(got, want, atol=1e-5) and not torch.allclose(before, want, atol=1e-2)
+    tokenizer = AutoTokenizer.from_pretrained(path / "hf")
+    generated = plain.generate(**tokenizer("Call me", return_tensors="pt"), max_new_tokens=5, do_sample=False)
+    assert generated.shape[1] > 2
+
+
+# ---- evaluation
+
+
+def test_evaluation_is_weighted_by_tokens_and_equals_plain_transformers(model_folder, texts, tmp_path):
+    folder = model_folder("llama")
+    short = tmp_path / "short.jsonl"
+    documents = [json.loads(line)["text"][:150] for line in texts.read_text().splitlines()]
+    short.write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
+    more = ["--train.steps", "1", "--eval.sources", json.dumps([{"path": str(short)}])]
+    first = lines(run(load_config(None, options(folder, texts, tmp_path, *more))))[0]
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    nats, tokens, size = 0.0, 0, 0
+    for text in documents:
+        ids = torch.tensor([[*tokenizer(text)["input_ids"], tokenizer.eos_token_id]])
+        assert ids.shape[1] <= 64
+        with torch.no_grad():
+            nats += F.cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:], reduction="sum").item()
+        tokens += ids.shape[1] - 1
+        size += len(text.encode()) - len(tokenizer.decode(ids[0, :1]).encode())  # the first token is not predicted
+    assert first["eval_tokens"] == tokens
+    assert first["eval_loss"] == pytest.approx(nats / tokens, rel=1e-5)
+    assert first["eval_bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+
+
+# ---- numbers
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(model_folder, texts, tmp_path, monkeypatch):
+    folder = model_folder("llama")
+    kept, states = [], []
+    monkeypatch.setattr(train_module, "build_model", lambda *a, real=build_model: kept.append(real(*a)) or kept[0])
+    calls = iter(range(100))
+
+    def poisoned(trainee, batches, trained, ranks):
+        loss = accumulate_gradients(trainee, batches, trained, ranks)
+        if next(calls) == 2:
+            states.append({k: v.clone() for k, v in trainee.state_dict().items()})
+            trainee.model.model.layers[1].mlp.up_proj.weight.grad[3, 5] = float("inf")
+        return loss
+
+    monkeypatch.setattr(train_module, "accumulate_gradients", poisoned)
+    with pytest.raises(NonFinite, match=r"step 3: a gradient is not finite.*model.layers.1.mlp.up_proj.weight"):
+        run(load_config(None, options(folder, texts, tmp_path, "--train.steps", "6")))
+    assert all(torch.equal(v, states[0][k]) for k, v in kept[0].state_dict().items())
+    assert [m["step"] for m in train_lines(tmp_path / "runs" / "run")] == [1, 2]
+    monkeypatch.setattr(train_module, "accumulate_gradients", lambda *a: accumulate_gradients(*a) * float("nan"))
+    with pytest.raises(NonFinite, match="step 1: the loss on rank 0 is not finite"):
+        run(load_config(None, options(folder, texts, tmp_path, "--train.steps", "6")))
+
+
+def test_the_command_says_in_one_line_which_rank_and_step_was_not_finite(model_folder, texts, tmp_path):
+    folder = model_folder("llama")
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(weights, folder / "model.safetensors")
+    argv = options(folder, texts, tmp_path, "--train.steps", "2")
+    command = [sys.executable, "-m", "lacuna", "pt", *no_config(tmp_path), *argv]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": "src"}, cwd=REPO
+    )
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert "lacuna: step 1: the loss on rank 0 is not finite" in done.stderr.splitlines()[-1]
+
+
+def test_norm_weights_move_at_a_learning_rate_of_1e_5(model_folder, texts, tmp_path):
+    folder = model_folder("llama")
+    more = ["--train.steps", "1", "--optim.lr", "1e-5", "--model.dtype", "bfloat16"]
+    kept = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_module, "build_model", lambda *a, real=build_model: kept.append(real(*a)) or kept[0])
+        run(load_config(None, options(folder, texts, tmp_path, *more)))
+    before = AutoModelForCausalLM.from_pretrained(folder).model.norm.weight
+    moved = (kept[0].model.model.norm.weight - before).abs().detach()
+    assert moved.max().item() == pytest.approx(1e-5, rel=0.05) and (moved > 0).float().mean() > 0.9
+
+
+def test_an_epoch_trains_every_token_once_with_a_last_batch_that_is_not_full(model_folder, texts, tmp_path):
+    folder = model_folder("llama")
+    metrics = train_lines(run(load_config(None, options(folder, texts, tmp_path, "--train.epochs", "2"))))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    documents = [json.loads(line)["text"] for line in texts.read_text().splitlines()]
+    lengths = [len(tokenizer(d)["input_ids"]) + 1 for d in documents]
+    assert metrics[-1]["tokens"] == 2 * sum(lengths)
+    assert metrics[-1]["trained_tokens"] == 2 * sum(n - 1 for n in lengths)
+    assert metrics[-1]["packing_efficiency"] < metrics[0]["packing_efficiency"]
+    rows = sum(lengths) / 64
+    assert math.ceil(2 * rows / 8) <= metrics[-1]["step"] <= math.ceil(2 * rows / 8) + 1
+
+
+KEYS = (
+    "step loss grad_norm lr tokens trained_tokens epoch packing_efficiency tokens_per_second mfu step_seconds "
+    "tokens_per_second_per_device data_seconds peak_memory_gib batch_checksum"
+)
+
+
+def test_the_run_folder_is_complete_and_its_config_repeats_the_run(model_folder, texts, tmp_path):
+    argv = options(model_folder("llama"), texts, tmp_path, "--train.steps", "3", "--optim.warmup_steps", "2")
+    path = run(load_config(None, [*argv, "--log.trackers", '["tensorboard"]']))
+    assert set(KEYS.split()) <= set(train_lines(path)[0])
+    assert "step 3/3" in (path / "log.txt").read_text()
+    assert list((path / "tensorboard").glob("events*"))
+    again = run(load_config(str(path / "config.toml"), ["--name", "again"]))
+    assert [m["loss"] for m in train_lines(again)] == [m["loss"] for m in train_lines(path)]
+
+
+def test_mfu_counts_weights_and_attention_inside_documents(model_folder, monkeypatch):
+    from lacuna.metrics import Work
+
+    argv = ["--data.sources", '[{"path": "x"}]', "--train.steps", "1", "--model.name", str(model_folder("qwen3"))]
+    trainee = build_model(load_config(None, argv), ONE, 4096)
+    work = Work(trainee.model, torch.device("cpu"))
+    work.peak = 1e12
+    # an independent count: torch's own, of one document through the plain model, forward and backward
+    from torch.utils.flop_counter import FlopCounterMode
+
+    plain = AutoModelForCausalLM.from_config(trainee.model.config, attn_implementation="eager")
+    n = 128
+    with FlopCounterMode(display=False) as counter:
+        plain(input_ids=torch.arange(n)[None]).logits.sum().backward()
+    norms = sum(p.numel() for p in plain.parameters() if p.ndim == 1)
+    layers, heads, head_dim = 2, 4, 32
+    half_attention = 6 * layers * heads * head_dim * n * n  # the plain model computes the masked half too
+    expected = counter.get_total_flops() - half_attention + 6 * norms * n
+    assert work.mfu(n, n * n, 1.0, 1) * 1e12 == pytest.approx(expected, rel=0.02)
+
+
+# ---- the command
+
+
+def test_a_batch_that_does_not_divide_over_the_ranks_names_the_nearest_that_does(model_folder, texts, tmp_path):
+    argv = options(model_folder("llama"), texts, tmp_path, "--train.steps", "1", "--train.global_batch_size", "6")
+    done = torchrun(2, "-m", "lacuna", "pt", *no_config(tmp_path), *argv)
+    assert done.returncode != 0
+    assert (
+        "train.global_batch_size 6 is not a multiple of train.micro_batch_size 2 x 2 ranks: use 4 or 8" in done.stderr
+    )
