@@ -97,7 +97,8 @@ class Report:
             *(config.model.name, f"{trainee.model.num_parameters():,}", trainee.backend, trainee.model.config.dtype),
             *(ranks.world, steps, config.train.global_batch_size, config.train.seq_len),
         )
-        log.info(MFU_CONVENTION)
+        if self.work.peak:
+            log.info(MFU_CONVENTION)
         self.file = open(folder / "metrics.jsonl", "w", buffering=1)  # noqa: SIM115  a killed run keeps its lines
         self.trackers = [open_tracker(name, config, folder) for name in config.log.trackers]
         console = Console(file=sys.stderr)

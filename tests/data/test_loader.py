@@ -1,0 +1,737 @@
+"""Rows to batches: the contract of `PackedBatch`, every token once, one order of data, exact state."""
+
+import json
+import re
+import threading
+from collections import Counter
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from lacuna.config import ConfigError
+from lacuna.data import loader as loader_module
+from lacuna.data import sources as sources_module
+from lacuna.data.loader import Loader, PackedBatch, RowDataset, merge_states
+from lacuna.data.tokenize import Encoder
+
+from .corpora import (
+    BOS,
+    EOS,
+    lacuna_log,
+    log_normal_documents,
+    make_config,
+    make_source,
+    number_tokenizer,
+    text,
+    write,
+    write_shards,
+)
+
+CPU = torch.device("cpu")
+SEQ_LEN, ROWS = 64, 8  # of make_config: slots a row, rows a step
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return Encoder(number_tokenizer())
+
+
+# Reading, and taking batches apart again
+
+
+def open_loader(config, encoder, rank=0, ranks=1, state=None, sources=None, **limits) -> Loader:
+    dataset = RowDataset(config, sources or config.data.sources, encoder, rank, ranks, config.train.epochs, **limits)
+    return Loader(config, dataset, CPU, state)
+
+
+def read(config, encoder, steps: int, ranks: int = 1, state=None, workers: int = 0, **limits):
+    """The micro-batches [rank][i] of this many steps, and the state of all ranks after them, as a checkpoint has it."""
+    config = config.model_copy(update={"data": config.data.model_copy(update={"workers": workers})})
+    accumulation = config.train.global_batch_size // (config.train.micro_batch_size * ranks)
+    loaders = [open_loader(config, encoder, rank, ranks, state, **limits) for rank in range(ranks)]
+    batches = [[loader.next() for _ in range(steps * accumulation)] for loader in loaders]
+    after = merge_states([json_round_trip(loader.state_dict()) for loader in loaders])
+    for loader in loaders:
+        loader.close()
+    return batches, json_round_trip(after)
+
+
+def json_round_trip(state: dict) -> dict:
+    """JSON makes text of the numbers of streams; who reads a checkpoint makes numbers of it again."""
+    state = json.loads(json.dumps(state))
+    return {"rows": state["rows"], "streams": {int(number): stream for number, stream in state["streams"].items()}}
+
+
+def rows_in_order(batches) -> list[tuple]:
+    """(ids, labels, positions) of row 0, 1, 2, … of the run, from the micro-batches of all ranks."""
+    rows = {}
+    for rank, of_rank in enumerate(batches):
+        for i, batch in enumerate(of_rank):
+            parts = [t.reshape(-1, SEQ_LEN).tolist() for t in (batch.input_ids, batch.labels, batch.position_ids)]
+            for j, row in enumerate(zip(*parts, strict=True)):
+                rows[(i * len(parts[0]) + j) * len(batches) + rank] = row
+    assert sorted(rows) == list(range(len(rows)))
+    return [rows[p] for p in range(len(rows))]
+
+
+def checksums(batches, config) -> list[int]:
+    """Of every step: the sum over all ranks and micro-batches, as metrics.jsonl has it."""
+    a_step = config.train.global_batch_size // (config.train.micro_batch_size * len(batches))
+    of_batches = [sum(batch.checksum for batch in together) for together in zip(*batches, strict=True)]
+    return [sum(of_batches[i : i + a_step]) for i in range(0, len(of_batches), a_step)]
+
+
+def segments(batch: PackedBatch) -> list[tuple[list[int], list[int], list[int]]]:
+    """(ids, labels, positions) of every document or filler, from the boundaries alone."""
+    bounds = batch.cu_seqlens.tolist()
+    ids, labels, positions = (t.tolist() for t in (batch.input_ids, batch.labels, batch.position_ids))
+    return [(ids[a:b], labels[a:b], positions[a:b]) for a, b in pairwise(bounds) if b > a]
+
+
+def only_eos(ids: list[int], labels: list[int]) -> bool:
+    """Filler, or, where it is one slot only, perhaps the last piece of a document, which can be EOS alone."""
+    return set(ids) == {EOS} and set(labels) == {-100}
+
+
+class Corpus:
+    """Documents of which every token is somewhere else nowhere, as files, and what is true of them."""
+
+    def __init__(self, documents: list[list[int]], bos: bool = False):
+        self.documents = documents
+        self.successor = {}
+        for document in documents:
+            whole = [*([BOS] if bos else []), *document, EOS]
+            self.successor |= {a: b for a, b in pairwise(whole) if a not in (BOS, EOS)}
+        self.first = {document[0] for document in documents}
+        self.last = {document[-1] for document in documents}
+        self.words = Counter(token for document in documents for token in document)
+        # Without BOS nothing comes before a document's first token. One EOS a document is a target.
+        self.targets = self.words - Counter([] if bos else self.first) + Counter({EOS: len(documents)})
+
+    def sources(self, folder, kind: str) -> list[dict]:
+        """map: two map-style sources; stream: four shards; mixture: a third of the documents map-style, the rest not."""
+        half, third = len(self.documents) // 2, len(self.documents) // 3
+        if kind == "map":
+            paths = [
+                write_shards(folder / "a", self.documents[:half], 1),
+                write_shards(folder / "b", self.documents[half:], 2),
+            ]
+            return [make_source(path) for path in paths]
+        if kind == "stream":
+            return [make_source(write_shards(folder / "s", self.documents, 4, ".parquet"), streaming=True)]
+        return [
+            make_source(write_shards(folder / "m", self.documents[:third], 1), weight=1.0),
+            make_source(write_shards(folder / "s", self.documents[third:], 4), weight=3.0, streaming=True),
+        ]
+
+
+# Documents up to several rows long; of the last three, the pieces fill rows exactly, or leave EOS alone for the next.
+LONG = Corpus([*log_normal_documents(57), *(list(range(9000 + n, 9000 + 2 * n)) for n in (63, 128, 320))])
+MANY = Corpus(log_normal_documents(200, median=20, seed=1))
+assert len({token for document in LONG.documents for token in document}) == sum(map(len, LONG.documents))
+kinds = pytest.mark.parametrize("kind", ["map", "stream", "mixture"])
+
+
+# The contract
+
+
+@kinds
+def test_a_packed_batch_has_the_shapes_and_types_of_its_contract_at_every_step(tmp_path, encoder, kind):
+    config = make_config(tmp_path, *LONG.sources(tmp_path, kind))
+    batches = read(config, encoder, 6)[0][0]
+    total = config.train.micro_batch_size * SEQ_LEN
+    for batch in batches:
+        assert [t.dtype for t in (batch.input_ids, batch.labels, batch.position_ids)] == [torch.int64] * 3
+        assert batch.cu_seqlens.dtype == torch.int32
+        assert {tuple(t.shape) for t in (batch.input_ids, batch.labels, batch.position_ids)} == {(total,)}
+        assert all(t.is_contiguous() for t in (batch.input_ids, batch.labels, batch.position_ids, batch.cu_seqlens))
+        assert batch.cu_seqlens.shape == batches[0].cu_seqlens.shape
+        assert type(batch.max_seqlen) is int
+        assert batch.max_seqlen == batches[0].max_seqlen >= int(batch.cu_seqlens.diff().max())
+        bounds = batch.cu_seqlens.tolist()
+        assert bounds[0] == 0
+        assert bounds == sorted(bounds)
+        assert bounds[-1] == total
+        documents = bounds.index(total)
+        assert len(set(bounds[: documents + 1])) == documents + 1, "an empty document before the end"
+        assert set(bounds[documents:]) == {total}, "not padded with T"
+        assert set(range(0, total, SEQ_LEN)) <= set(bounds), "a document reaches over the end of a row"
+        expected = np.concatenate([np.arange(b - a) for a, b in pairwise(bounds)])
+        assert batch.position_ids.tolist() == expected.tolist()
+        lengths = [b - a for a, b in pairwise(bounds)]
+        assert batch.pairs == sum(length**2 for length in lengths)
+        assert batch.trained_tokens == int((batch.labels != -100).sum())
+        assert set(batch.labels[batch.labels < 0].tolist()) <= {-100}
+        assert batch.to(CPU).input_ids is batch.input_ids
+
+
+@kinds
+@pytest.mark.parametrize("bos", [False, True], ids=["no BOS", "BOS"])
+def test_labels_are_the_next_token_of_the_same_document_and_filler_trains_nothing(tmp_path, kind, bos):
+    corpus = Corpus(LONG.documents, bos)
+    config = make_config(tmp_path, *corpus.sources(tmp_path, kind))
+    fillers = 0
+    for batch in read(config, Encoder(number_tokenizer(bos=bos)), 6)[0][0]:
+        tokens = single = 0
+        for ids, labels, positions in segments(batch):
+            assert positions == list(range(len(ids)))
+            if only_eos(ids, labels):
+                fillers += len(ids) > 1
+                single += len(ids) == 1
+                continue
+            tokens += len(ids)
+            assert [corpus.successor.get(token) for token in ids[:-1] if token != BOS] == [
+                b for a, b in pairwise(ids) if a != BOS
+            ], "two documents, or a document and filler, are one"
+            assert labels[:-1] == ids[1:]
+            assert labels[-1] == corpus.successor.get(ids[-1], -100), "a cut document's last label is its next token"
+            assert EOS not in ids[:-1], "EOS inside of a document"
+            if bos:
+                assert BOS not in ids[1:]
+                assert (ids[0] == BOS) == (len(ids) > 1 and ids[1] in corpus.first or ids == [BOS])
+        assert tokens <= batch.tokens <= tokens + single, "filler counts as tokens"
+    assert fillers > 0
+
+
+def test_eos_stands_at_true_ends_of_documents_only(tmp_path, encoder):
+    for corpus, folder in ((LONG, tmp_path / "a"), (MANY, tmp_path / "b")):
+        config = make_config(folder, *corpus.sources(folder, "map"), steps=None, epochs=1)
+        ends = Counter()
+        for ids, labels, _ in rows_in_order(read(config, encoder, rows_of_run(config, encoder) // ROWS)[0]):
+            for at, token in enumerate(ids):
+                if token == EOS and at and ids[at - 1] in corpus.last:
+                    ends[ids[at - 1]] += 1
+                    assert labels[at - 1] == EOS
+                elif token == EOS:
+                    assert labels[at] == -100, "EOS that ends no document, and is no filler"
+        alone = {document[-1] for document in corpus.documents if len(document) % SEQ_LEN == 0}
+        assert set(ends) | alone == corpus.last
+        assert set(ends.values()) == {1}
+
+
+def rows_of_run(config, encoder) -> int:
+    """Rows of all epochs, filled up to whole steps."""
+    rows = RowDataset(config, config.data.sources, encoder, 0, 1, config.train.epochs).count_rows()
+    return -(-rows // ROWS) * ROWS
+
+
+@pytest.mark.parametrize("corpus", [LONG, MANY], ids=["long", "many"])
+@pytest.mark.parametrize("bos", [False, True], ids=["no BOS", "BOS"])
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_every_token_is_a_target_exactly_once_an_epoch(tmp_path, corpus, bos, epochs):
+    corpus = Corpus(corpus.documents, bos)
+    encoder = Encoder(number_tokenizer(bos=bos))
+    config = make_config(tmp_path, *corpus.sources(tmp_path, "map"), steps=None, epochs=epochs)
+    rows = rows_in_order(read(config, encoder, rows_of_run(config, encoder) // ROWS)[0])
+    targets = Counter(label for _, labels, _ in rows for label in labels if label >= 0)
+    inputs = Counter(token for ids, _, _ in rows for token in ids if token not in (EOS, BOS))
+    assert targets == Counter({token: epochs * count for token, count in corpus.targets.items()})
+    assert inputs == Counter({token: epochs * count for token, count in corpus.words.items()})
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("streams", [None, 1, 3, 8])
+def test_every_token_of_a_stream_is_a_target_exactly_once_an_epoch(tmp_path, encoder, streams, ranks):
+    config = make_config(tmp_path, *LONG.sources(tmp_path, "stream"), num_streams=streams)
+    rows = rows_in_order(read_one_epoch(config, encoder, ranks))
+    assert Counter(label for _, labels, _ in rows for label in labels if label >= 0) == LONG.targets
+    assert Counter(token for ids, _, _ in rows for token in ids if token != EOS) == LONG.words
+
+
+def read_one_epoch(config, encoder, ranks) -> list:
+    """What evaluation reads of a stream, up to where all streams have ended."""
+    config.data.workers = 0
+    datasets = [RowDataset(config, config.data.sources, encoder, rank, ranks, epochs=1) for rank in range(ranks)]
+    loaders = [Loader(config, dataset, CPU) for dataset in datasets]
+    rows = 8 * (sum(LONG.targets.values()) // SEQ_LEN + 10)
+    batches = [[loader.next() for _ in range(rows // config.train.micro_batch_size // ranks)] for loader in loaders]
+    for loader in loaders:
+        loader.close()
+    assert not any(batch.trained_tokens for of_rank in batches for batch in of_rank[-2:]), "not read to the end"
+    return batches
+
+
+def test_an_epoch_of_map_style_data_ends_in_filler_rows_and_shares_no_row_with_the_next(tmp_path, encoder):
+    config = make_config(tmp_path, *LONG.sources(tmp_path, "map"), steps=None, epochs=2)
+    whole = RowDataset(config, config.data.sources, encoder, 0, 1, epochs=2).count_rows()
+    once = RowDataset(config, config.data.sources, encoder, 0, 1, epochs=1).count_rows()
+    rows = rows_in_order(read(config, encoder, whole // ROWS + 2)[0])
+    trains = [any(label >= 0 for label in labels) for _, labels, _ in rows]
+    assert trains[:whole] == [True] * whole
+    assert trains[whole:] == [False] * (len(rows) - whole)
+    assert all(set(ids) == {EOS} for ids, _, _ in rows[whole:])
+    first = Counter(label for _, labels, _ in rows[:once] for label in labels if label >= 0)
+    assert first == LONG.targets, "a row mixes two epochs"
+    orders = [[tuple(ids) for ids, _, _ in part] for part in (rows[:once], rows[once:whole])]
+    assert set(orders[0]) != set(orders[1]), "every epoch is packed anew"
+
+
+def test_the_rows_of_a_limit_are_the_first_ones(tmp_path, encoder):
+    config = make_config(tmp_path, *LONG.sources(tmp_path, "map"), steps=None, epochs=1)
+    whole = rows_in_order(read(config, encoder, 3)[0])
+    for ranks in (1, 2):
+        limited = rows_in_order(read(config, encoder, 3, ranks, limit=13)[0])
+        assert limited[:13] == whole[:13]
+        assert all(set(labels) == {-100} for _, labels, _ in limited[13:])
+
+
+@kinds
+def test_rows_of_tiny_documents_fit_into_cu_seqlens(tmp_path, encoder, kind):
+    """More documents a row than cu_seqlens has room for: rows stay unfilled, nothing is lost, nothing breaks."""
+    corpus = Corpus([[token] for token in range(10, 400)])
+    config = make_config(tmp_path, *corpus.sources(tmp_path, kind), context_len=8)
+    batches = read(config, encoder, 4)[0][0]
+    assert {batch.cu_seqlens.shape for batch in batches} == {batches[0].cu_seqlens.shape}
+    config = make_config(tmp_path, *corpus.sources(tmp_path, "map"), steps=None, epochs=1)
+    rows = rows_in_order(read(config, encoder, rows_of_run(config, encoder) // ROWS)[0])
+    assert Counter(label for _, labels, _ in rows for label in labels if label >= 0) == Counter({EOS: 390})
+    assert Counter(token for ids, _, _ in rows for token in ids if token != EOS) == corpus.words
+
+
+def test_what_is_packed_is_nearly_full(tmp_path, encoder):
+    config = make_config(tmp_path, *MANY.sources(tmp_path, "map"), steps=None, epochs=1)
+    rows = RowDataset(config, config.data.sources, encoder, 0, 1, epochs=1).count_rows()
+    tokens = sum(len(document) + 1 for document in MANY.documents)
+    assert rows <= tokens / SEQ_LEN * 1.02 + 1
+    assert sum(batch.tokens for batch in read(config, encoder, -(-rows // ROWS))[0][0]) == tokens
+
+
+# Boundaries
+
+
+@kinds
+def test_without_the_mask_the_last_token_of_a_document_predicts_the_next_ones_first(tmp_path, encoder, kind):
+    masked = make_config(tmp_path, *LONG.sources(tmp_path, kind))
+    open_ = make_config(tmp_path, *LONG.sources(tmp_path, kind), mask_boundary=False)
+    ends = 0
+    pairs = zip(rows_in_order(read(masked, encoder, 5)[0]), rows_in_order(read(open_, encoder, 5)[0]), strict=True)
+    for (ids, labels, positions), (ids_open, labels_open, positions_open) in pairs:
+        assert (ids, positions) == (ids_open, positions_open)
+        for at in range(SEQ_LEN):
+            new = at + 1 < SEQ_LEN and positions[at + 1] == 0
+            if new and set(ids[at + 1 :]) == {EOS} and at + 2 == SEQ_LEN:
+                continue  # one slot of filler, or a document's EOS alone: they look alike
+            filler = new and positions[at + 1 :] == list(range(SEQ_LEN - at - 1)) and set(ids[at + 1 :]) == {EOS}
+            if new and not filler:  # the last slot of a document before another document
+                ends += 1
+                assert labels[at] == -100
+                assert labels_open[at] == ids[at + 1]
+            else:
+                assert labels_open[at] == labels[at]
+    assert ends > 5
+
+
+@kinds
+def test_context_len_cuts_boundaries_only(tmp_path, encoder, kind):
+    whole = make_config(tmp_path, *LONG.sources(tmp_path, kind))
+    cut = make_config(tmp_path, *LONG.sources(tmp_path, kind), context_len=12)
+    for a, b in zip(read(whole, encoder, 5)[0][0], read(cut, encoder, 5)[0][0], strict=True):
+        assert (a.input_ids == b.input_ids).all()
+        assert (a.labels == b.labels).all()
+        assert a.checksum == b.checksum
+        expected = []
+        for start, end in pairwise(sorted(set(a.cu_seqlens.tolist()))):
+            expected += range(start, end, 12)
+        bounds = b.cu_seqlens.tolist()
+        assert sorted(set(bounds)) == [*expected, len(a.input_ids)]
+        assert b.position_ids.tolist() == [p for s, e in pairwise(bounds) for p in range(e - s)]
+        assert b.pairs == sum((e - s) ** 2 for s, e in pairwise(bounds))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_context_len_grows_to_seq_len_over_the_warmup_steps(tmp_path, encoder, ranks):
+    one = [list(range(100, 4000))]  # one document: every row is full of it
+    source = make_source(write(tmp_path / "a.jsonl", [text(one[0])]))
+    config = make_config(tmp_path, source, context_len=16, context_warmup_steps=4)
+    expected = [16, 28, 40, 52, 64, 64]  # 16 + 48 * step / 4
+    accumulation = config.train.global_batch_size // config.train.micro_batch_size // ranks
+    batches, _ = read(config, encoder, 6, ranks)
+    for of_rank in batches:
+        longest = [int(batch.cu_seqlens.diff().max()) for batch in of_rank]
+        assert longest == [length for length in expected for _ in range(accumulation)]
+        assert {batch.cu_seqlens.shape for batch in of_rank} == {of_rank[0].cu_seqlens.shape}
+    state = read(config, encoder, 2, ranks)[1]
+    resumed = read(config, encoder, 4, ranks, state)[0]
+    assert [int(batch.cu_seqlens.diff().max()) for batch in resumed[0]][::accumulation] == expected[2:]
+
+
+# One order, whatever the hardware
+
+LAYOUTS = [(2, 0), (4, 0), (1, 1), (2, 2)]  # ranks, workers
+
+
+@kinds
+def test_rows_and_checksums_are_the_same_for_all_ranks_and_workers(tmp_path, encoder, kind, quick_workers):
+    config = make_config(tmp_path, *LONG.sources(tmp_path, kind))
+    reference = read(config, encoder, 8)[0]
+    for ranks, workers in LAYOUTS:
+        batches, state = read(config, encoder, 8, ranks, workers=workers)
+        assert rows_in_order(batches) == rows_in_order(reference), f"{ranks} ranks, {workers} workers"
+        assert checksums(batches, config) == checksums(reference, config), f"{ranks} ranks, {workers} workers"
+        assert state["rows"] == 8 * ROWS
+        for name in ("trained_tokens", "tokens", "pairs", "dropped"):
+            totals = [sum(getattr(batch, name) for of_rank in b for batch in of_rank) for b in (batches, reference)]
+            assert totals[0] == totals[1], name
+
+
+@kinds
+def test_two_runs_give_the_same_rows_and_another_seed_others(tmp_path, encoder, kind):
+    config = make_config(tmp_path, *LONG.sources(tmp_path, kind))
+    other = config.model_copy(update={"seed": 1})
+    first, second, third = (rows_in_order(read(c, encoder, 4)[0]) for c in (config, config, other))
+    assert first == second != third
+
+
+def test_a_spawned_worker_gives_the_same_rows_where_special_tokens_are_spelled_out(tmp_path, tokenizer):
+    """Streams have a worker by default, and it is spawned: tokenizer and data reach it pickled."""
+    texts = [f"Document {i} <|endoftext|> goes on <|im_end|>" for i in range(40)]
+    write(tmp_path / "a.jsonl", texts)
+    config = make_config(tmp_path, make_source(tmp_path / "a.jsonl", streaming=True))
+    reference = rows_in_order(read(config, Encoder(tokenizer), 2)[0])
+    loader = open_loader(config, Encoder(tokenizer))
+    assert config.data.workers is None
+    assert loader.rows._num_workers == 1
+    batches = [[loader.next() for _ in range(2 * ROWS // config.train.micro_batch_size)]]
+    loader.close()
+    assert rows_in_order(batches) == reference
+
+
+def test_the_checksum_tells_of_every_token_label_and_place(tmp_path, encoder):
+    config = make_config(tmp_path, *LONG.sources(tmp_path, "map"))
+    batches = read(config, encoder, 6)[0]
+    assert len(set(checksums(batches, config))) == 6
+    documents = [list(document) for document in LONG.documents]
+    documents[5][2] = 19_999
+    changed = Corpus(documents)
+    other = make_config(tmp_path, *changed.sources(tmp_path / "changed", "map"))
+    sums = [sum(checksums(read(c, encoder, 12)[0], c)) for c in (config, other)]
+    assert sums[0] != sums[1]
+    without_mask = make_config(tmp_path, *LONG.sources(tmp_path, "map"), mask_boundary=False)
+    assert checksums(read(without_mask, encoder, 6)[0], config) != checksums(batches, config)
+
+
+def test_the_checksum_changes_when_two_rows_of_a_step_are_exchanged(tmp_path, encoder):
+    """The rows of one step, dealt to the wrong ranks, are not the same batch."""
+    config = make_config(tmp_path, *LONG.sources(tmp_path, "map"))
+    one, two = read(config, encoder, 1)[0], read(config, encoder, 1, ranks=2)[0]
+    swapped = [sum(b.checksum for b in of_rank) for of_rank in two]
+    assert sum(swapped) == checksums(one, config)[0]
+    dataset = RowDataset(config, config.data.sources, encoder, 1, 2)
+    dataset.rank = 0  # rank 1's first row is rank 0's now
+    rank_0 = Loader(config, dataset, CPU)
+    assert rank_0.next().checksum != two[1][0].checksum
+    rank_0.close()
+
+
+# Exact state
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """So that shards of few documents are read in several chunks. (Not seen by workers.)"""
+    monkeypatch.setattr(sources_module, "READ_CHUNK", 5)
+
+
+@kinds
+@pytest.mark.parametrize(
+    ("corpus", "steps"), [(LONG, (1, 2, 5, 8, 9, 10, 16)), (MANY, (3, 4, 7))], ids=["many epochs", "large windows"]
+)
+def test_a_run_resumes_exactly_on_any_number_of_ranks(tmp_path, encoder, kind, corpus, steps, small_chunks):
+    """Over the ends of windows, shards and epochs (LONG ends after about 70 rows)."""
+    config = make_config(tmp_path, *corpus.sources(tmp_path, kind))
+    further = 2
+    reference = rows_in_order(read(config, encoder, max(steps) + further)[0])
+    for step in steps:
+        before, after = [(1, 1), (1, 2), (2, 1), (2, 4), (4, 2)][step % 5]
+        state = read(config, encoder, step, before)[1]
+        assert state["rows"] == step * ROWS
+        rows = rows_in_order(read(config, encoder, further, after, state)[0])
+        expected = reference[step * ROWS : (step + further) * ROWS]
+        assert rows == expected, f"{before} ranks stopped after step {step}, {after} ranks went on"
+
+
+@kinds
+@pytest.mark.parametrize("parts", [(7, 6, 7), (5, 1, 1, 1, 4)])
+def test_a_run_resumes_from_a_resumed_run(tmp_path, encoder, kind, parts, small_chunks):
+    config = make_config(tmp_path, *LONG.sources(tmp_path, kind))
+    reference = rows_in_order(read(config, encoder, sum(parts))[0])
+    rows, state = [], None
+    for i, part in enumerate(parts):
+        batches, state = read(config, encoder, part, (1, 2, 1, 4)[i % 4], state)
+        rows += rows_in_order(batches)
+        assert rows == reference[: len(rows)], f"part {i + 1} of {parts}"
+
+
+@kinds
+def test_a_run_resumes_exactly_with_other_workers(tmp_path, encoder, kind, quick_workers):
+    config = make_config(tmp_path, *LONG.sources(tmp_path, kind))
+    whole = read(config, encoder, 20)[0]
+    one, state = read(config, encoder, 7, 1, workers=2)
+    two, state = read(config, encoder, 6, 2, state, workers=1)
+    three, _ = read(config, encoder, 7, 1, state, workers=0)
+    sums = [total for part in (one, two, three) for total in checksums(part, config)]
+    assert sums == checksums(whole, config)
+
+
+def test_what_is_prefetched_does_not_count_as_consumed(tmp_path, encoder):
+    config = make_config(tmp_path, *LONG.sources(tmp_path, "stream"), workers=0)
+    loader = open_loader(config, encoder)
+    first = loader.next()
+    loader.thread.submit(lambda: None).result(timeout=30)  # all that was to be prefetched now is
+    state = json_round_trip(loader.state_dict())
+    second = loader.next()
+    loader.close()
+    assert state["rows"] == config.train.micro_batch_size
+    resumed = open_loader(config, encoder, state=state)
+    batch = resumed.next()
+    resumed.close()
+    assert (batch.input_ids == second.input_ids).all()
+    assert (batch.input_ids != first.input_ids).any()
+
+
+def test_the_end_of_map_style_data_resumes_as_the_end(tmp_path, encoder):
+    config = make_config(tmp_path, *LONG.sources(tmp_path, "map"), steps=None, epochs=1)
+    steps = rows_of_run(config, encoder) // ROWS
+    for step in (steps - 1, steps, steps + 1):
+        state = read(config, encoder, step)[1]
+        rows = rows_in_order(read(config, encoder, 2, 2, state)[0])
+        assert rows == rows_in_order(read(config, encoder, step + 2)[0])[-2 * ROWS :]
+
+
+# Mixtures
+
+
+@pytest.mark.parametrize("streaming", [(False, False, False), (True, True, True), (False, True, False)])
+def test_shares_of_a_mixture_approach_the_weights_by_tokens(tmp_path, encoder, streaming):
+    """Whatever the lengths of the documents: the heaviest source has the shortest ones."""
+    medians, weights = (60, 8, 20), (1.0, 6.0, 3.0)
+    given, owner, first = [], {}, 10
+    for i, median in enumerate(medians):
+        documents = log_normal_documents(80, median, i, first)
+        owner |= {token: i for document in documents for token in document}
+        first = documents[-1][-1] + 1
+        path = write_shards(tmp_path / str(i), documents, 2)
+        given.append(make_source(path, weight=weights[i], streaming=streaming[i]))
+    config = make_config(tmp_path, *given)
+    rows = rows_in_order(read(config, encoder, 60)[0])
+    tokens = [0, 0, 0]
+    for ids, _, positions in rows:
+        source = None
+        for token, position in zip(ids, positions, strict=True):
+            source = owner.get(token, source if position else None)  # EOS belongs to the document before it
+            if source is not None:
+                tokens[source] += 1
+    shares = np.asarray(tokens) / sum(tokens)
+    assert np.abs(shares - np.asarray(weights) / sum(weights)).max() < 0.02, shares
+
+
+def test_a_mixture_with_a_stream_and_a_source_without_weight_is_refused(tmp_path, encoder):
+    sources = [source | {"weight": None} for source in LONG.sources(tmp_path, "mixture")]
+    config = make_config(tmp_path, *sources)
+    with pytest.raises(ConfigError, match=r"data\.sources.*weight"):
+        RowDataset(config, config.data.sources, encoder, 0, 1)
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+def test_a_mixture_reads_every_document_before_it_reads_one_many_times(tmp_path, encoder, streaming):
+    """In the time of three epochs of two equal sources each document is seen about three times."""
+    sizes = [len(document) + 1 for document in MANY.documents]
+    half = next(i for i in range(len(sizes)) if sum(sizes[:i]) >= sum(sizes) / 2)
+    given = [
+        make_source(write_shards(tmp_path / str(i), part, 2), weight=1.0, streaming=streaming)
+        for i, part in enumerate((MANY.documents[:half], MANY.documents[half:]))
+    ]
+    rows = rows_in_order(read(make_config(tmp_path, *given), encoder, 3 * sum(sizes) // SEQ_LEN // ROWS)[0])
+    seen = Counter(token for ids, _, _ in rows for token in ids)
+    times = [seen[document[0]] for document in MANY.documents]
+    assert 1 <= min(times), f"{times.count(0)} of {len(times)} documents never seen"
+    assert max(times) <= 6, f"one seen {max(times)} times"
+
+
+# What is told
+
+
+def without_text_in_between(folder, shards: int) -> dict:
+    """A streaming source of LONG's documents; after each, one empty and one null."""
+    for shard in range(shards):
+        documents = LONG.documents[shard::shards]
+        write(folder / f"{shard}.jsonl", [value for document in documents for value in (text(document), "", None)])
+    return make_source(folder / "*.jsonl", streaming=True)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_documents_without_text_are_counted_once_each(tmp_path, encoder, ranks):
+    config = make_config(tmp_path, without_text_in_between(tmp_path / "s", 2))
+    config.data.workers = 0
+    limits = {"epochs": 1}
+    datasets = [RowDataset(config, config.data.sources, encoder, rank, ranks, **limits) for rank in range(ranks)]
+    loaders = [Loader(config, dataset, CPU) for dataset in datasets]
+    dropped = sum(loader.next().dropped for loader in loaders for _ in range(120 // ranks))
+    for loader in loaders:
+        loader.close()
+    once = 2 * len(LONG.documents)
+    assert once <= dropped <= 2 * once, "counted when read, at most an epoch ahead"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_documents_without_text_at_the_beginning_are_counted(tmp_path, encoder, ranks):
+    """Whether one rank reads the stream or two read the same one."""
+    write(tmp_path / "a.jsonl", [None, "", *(text(document) for document in LONG.documents), *["4 5 6"] * 500])
+    config = make_config(tmp_path, make_source(tmp_path / "a.jsonl", streaming=True))
+    batches, _ = read(config, encoder, 2, ranks)
+    assert sum(batch.dropped for of_rank in batches for batch in of_rank) == 2
+
+
+@pytest.mark.parametrize(
+    ("streams", "ranks", "workers", "numbers"),
+    [
+        (None, 1, 0, None),
+        (None, 2, 0, None),
+        (None, 4, 1, None),
+        (None, 2, 2, None),
+        (1, 1, 0, None),
+        (3, 2, 0, ["3 virtual streams", "2 readers", "2 times", "2 or 4"]),
+        (3, 1, 2, ["3 virtual streams", "2 readers", "2 times", "2 or 4"]),
+        (None, 8, 0, ["4 virtual streams", "8 readers", "2 times", "8 would"]),
+        (1, 4, 0, ["1 virtual stream", "4 readers", "4 times", "4 would"]),
+    ],
+)
+def test_streams_that_do_not_divide_over_the_readers_are_told_once_with_what_would(
+    tmp_path, encoder, quick_workers, streams, ranks, workers, numbers
+):
+    source = LONG.sources(tmp_path, "stream")
+    config = make_config(tmp_path, *source, num_streams=streams, workers=workers, global_batch_size=16)
+    with lacuna_log() as messages:
+        for rank in range(ranks):
+            open_loader(config, encoder, rank, ranks).close()
+    told = [message for message in messages if "readers" in message]
+    assert len(told) == (0 if numbers is None else 1), told
+    assert not [number for number in numbers or [] if number not in told[0]], told
+
+
+@pytest.mark.parametrize(("shards", "ranks"), [(3, 2), (2, 4), (5, 2), (6, 4)])
+def test_the_numbers_of_streams_that_it_says_would_be_fast_can_be_used_and_are(tmp_path, encoder, shards, ranks):
+    source = make_source(write_shards(tmp_path / "s", LONG.documents, shards), streaming=True)
+    with lacuna_log() as messages:
+        open_loader(make_config(tmp_path, source, workers=0), encoder, 0, ranks).close()
+    told = next(message for message in messages if "would be fast" in message)
+    for number in re.findall(r"\d+", told.rsplit(";", 1)[1].rsplit(",", 1)[-1]):
+        config = make_config(tmp_path, source, workers=0, num_streams=int(number))
+        with lacuna_log() as messages:
+            loader = open_loader(config, encoder, 0, ranks)
+            loader.next()
+            loader.close()
+        assert messages == [], number
+
+
+def test_nothing_is_told_of_map_style_data(tmp_path, encoder):
+    config = make_config(tmp_path, *LONG.sources(tmp_path, "map"), workers=0)
+    with lacuna_log() as messages:
+        open_loader(config, encoder, 0, 3).close()
+    assert messages == []
+
+
+def test_the_epoch_of_a_batch_grows_to_the_epochs_read(tmp_path, encoder):
+    for kind in ("map", "stream"):
+        config = make_config(tmp_path, *LONG.sources(tmp_path, kind))
+        rows_an_epoch = sum(LONG.targets.values()) / SEQ_LEN
+        epochs = [batch.epoch for batch in read(config, encoder, 30)[0][0]]
+        assert epochs == sorted(epochs)
+        assert abs(epochs[-1] - 30 * ROWS / rows_an_epoch) < 1
+        assert 0 < epochs[0] < 0.5, f"{kind}: epoch {epochs[0]} after the first micro-batch"
+
+
+# What goes wrong in the background
+
+
+class Failing(Encoder):
+    """Fails at a text that holds the word 13."""
+
+    error: type[BaseException] = ValueError
+
+    def __call__(self, texts):
+        if any("13" in value.split() for value in texts):
+            raise self.error("no such luck")
+        return super().__call__(texts)
+
+
+def failing_config(folder):
+    documents = [[100 + i] * 30 for i in range(300)]
+    documents[200][7] = 13  # some chunks behind the first
+    source = make_source(write(folder / "a.jsonl", [text(document) for document in documents]), streaming=True)
+    return make_config(folder, source)
+
+
+def next_until_error(loader) -> BaseException:
+    """Ask for batches, but never wait for ever."""
+    caught = []
+
+    def ask():
+        try:
+            for _ in range(200):
+                loader.next()
+        except BaseException as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(timeout=60)
+    assert not thread.is_alive(), "next() waits for ever"
+    assert caught, "no error"
+    return caught[0]
+
+
+class Panic(BaseException):
+    """As pyo3's PanicException of a tokenizer: no Exception."""
+
+
+@pytest.mark.parametrize("error", [ValueError, ConfigError, Panic])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_goes_wrong_in_the_background_reaches_next(tmp_path, quick_workers, workers, error):
+    if workers and error is Panic:
+        pytest.skip("a worker that dies is DataLoader's to report")
+    config = failing_config(tmp_path)
+    config.data.workers = workers
+    encoder = Failing(number_tokenizer())
+    encoder.error = error
+    loader = open_loader(config, encoder)
+    raised = next_until_error(loader)
+    assert isinstance(raised, error)
+    assert "no such luck" in str(raised)
+    assert isinstance(next_until_error(loader), BaseException), "asked again, it says so again"
+    loader.close()
+
+
+def test_bad_data_met_in_a_worker_is_one_sentence(tmp_path, encoder, quick_workers):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": i}) + "\n" for i in range(5)))
+    config = make_config(tmp_path, make_source(path, streaming=True), workers=1)
+    loader = open_loader(config, encoder)
+    raised = next_until_error(loader)
+    loader.close()
+    assert isinstance(raised, ConfigError)
+    assert "holds int, not text" in str(raised)
+    assert "\n" not in str(raised)
+
+
+def test_a_closed_loader_leaves_no_thread_behind(tmp_path, encoder):
+    config = make_config(tmp_path, *LONG.sources(tmp_path, "stream"), workers=0)
+    before = set(threading.enumerate())
+    for _ in range(3):
+        loader = open_loader(config, encoder)
+        loader.next()
+        loader.close()
+    assert not [thread for thread in threading.enumerate() if thread not in before and thread.is_alive()]
+
+
+def test_collate_refuses_more_documents_than_it_has_room_for(tmp_path, encoder):
+    """Rather than a document less in cu_seqlens than there is: that would be attention across documents."""
+    config = make_config(tmp_path, *MANY.sources(tmp_path, "map"))
+    dataset = RowDataset(config, config.data.sources, encoder, 0, 1)
+    rows = [row for row, _ in zip(dataset, range(2), strict=False)]
+    documents = sum(len(row.starts) for row in rows)
+    assert loader_module.collate(rows, SEQ_LEN, documents).cu_seqlens.tolist()[-1] == 2 * SEQ_LEN
+    with pytest.raises(AssertionError):
+        loader_module.collate(rows, SEQ_LEN, documents - 1)

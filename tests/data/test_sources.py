@@ -1,0 +1,391 @@
+"""Sources: what can be read, what is refused, when the token cache holds, and that a stream resumes anywhere."""
+
+import json
+import os
+import time
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from lacuna.config import ConfigError
+from lacuna.data import sources
+from lacuna.data.loader import RowDataset
+from lacuna.data.tokenize import Encoder
+
+from .conftest import FORKSERVER
+from .corpora import FIRST, lacuna_log, make_config, make_source, number_tokenizer, text, write, write_shards
+
+TEXTS = [f"Document {i}: naïve café 😀\nand a second line." for i in range(7)]
+
+
+class CountingEncoder(Encoder):
+    """Counts the texts that it encodes; `delay` seconds a call; raises at call `fail_at`."""
+
+    def __init__(self, tokenizer, delay: float = 0.0, fail_at: int | None = None):
+        super().__init__(tokenizer)
+        self.texts, self.calls, self.delay, self.fail_at = 0, 0, delay, fail_at
+
+    def __call__(self, texts):
+        self.calls += 1
+        self.texts += len(texts)
+        time.sleep(self.delay)
+        if self.calls == self.fail_at:
+            raise KeyboardInterrupt
+        return super().__call__(texts)
+
+
+def open_source(folder, encoder, *given: dict, **keys):
+    """The MapSource or StreamSource of these sources, as a run makes it."""
+    config = make_config(folder, *given, **keys)
+    return RowDataset(config, config.data.sources, encoder, 0, 1).sources[0]
+
+
+def drain(cursor) -> list[list[int]]:
+    """The documents of a cursor up to the end of its epoch."""
+    documents, epoch = [], cursor.epoch
+    while cursor.epoch == epoch:
+        length, document = cursor.next()
+        tokens = np.asarray(cursor.source.load(document)).tolist()
+        assert len(tokens) == length
+        documents.append(tokens)
+    return documents
+
+
+def read_texts(folder, tokenizer, **source) -> list[str]:
+    """The texts of a source after one epoch, decoded from its tokens."""
+    opened = open_source(folder, Encoder(tokenizer), make_source(**source))
+    tokens = drain(opened.cursor(0, 1, None))
+    assert all(ids[-1] == tokenizer.eos_token_id for ids in tokens)
+    return [tokenizer.decode(ids[:-1]) for ids in tokens]
+
+
+# What can be read
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+@pytest.mark.parametrize(
+    ("files", "path", "keys"),
+    [
+        (["a.jsonl"], "a.jsonl", {}),
+        (["a.parquet"], "a.parquet", {}),
+        (["f/a.jsonl", "f/b.jsonl", "f/c.jsonl"], "f/*.jsonl", {}),
+        (["f/a.parquet", "f/b.parquet"], "f/*.parquet", {}),
+        (["f/a/b/c.jsonl", "f/d.jsonl"], "f/**/*.jsonl", {}),
+        (["f/a.jsonl", "f/b.jsonl"], "f", {}),
+        (["f/a.parquet", "f/b.parquet"], "f", {}),
+        (["f/a.jsonl", "f/b.jsonl", "f/other.json"], "f", {"data_files": ["a.jsonl", "b.jsonl"]}),
+        (["f/a.jsonl", "f/b.jsonl", "f/other.json"], "f", {"data_files": "?.jsonl"}),
+        (["a.v1.jsonl"], "a.v1.jsonl", {"column": "body"}),
+        (["a.parquet"], "a.parquet", {"column": "body"}),
+    ],
+)
+def test_files_folders_and_globs_give_every_document_once(tmp_path, tokenizer, files, path, keys, streaming):
+    wanted = [name for name in files if "other" not in name]
+    for name in files:
+        mine = ["other"] if "other" in name else TEXTS[wanted.index(name) :: len(wanted)]
+        write(tmp_path / name, mine, keys.get("column", "text"))
+    got = read_texts(tmp_path, tokenizer, path=tmp_path / path, streaming=streaming, **keys)
+    assert sorted(got) == sorted(TEXTS)
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+@pytest.mark.parametrize("path", ["f/*.txt", "f", "f/**/*.txt"])
+def test_every_txt_file_is_one_document(tmp_path, tokenizer, path, streaming):
+    for i, value in enumerate(TEXTS):
+        write(tmp_path / "f" / f"{i}.txt", [value])
+    got = read_texts(tmp_path, tokenizer, path=tmp_path / path, streaming=streaming)
+    assert sorted(got) == sorted(TEXTS)
+
+
+def test_a_split_can_be_a_slice_of_a_map_style_source(tmp_path, tokenizer):
+    path = write(tmp_path / "a.jsonl", TEXTS)
+    assert sorted(read_texts(tmp_path, tokenizer, path=path, split="train[:3]")) == TEXTS[:3]
+
+
+def test_several_map_style_sources_are_one_of_all_their_documents(tmp_path, tokenizer):
+    paths = [write(tmp_path / "a.jsonl", TEXTS[:3]), write(tmp_path / "b.parquet", TEXTS[3:])]
+    opened = open_source(tmp_path, Encoder(tokenizer), *(make_source(path) for path in paths))
+    got = [tokenizer.decode(ids[:-1]) for ids in drain(opened.cursor(0, 1, None))]
+    assert sorted(got) == TEXTS
+
+
+# What is refused, and how
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"path": "nowhere.jsonl"}, ["nowhere.jsonl"]),
+        ({"path": "nowhere*.jsonl"}, ["nowhere*.jsonl", "no file"]),
+        ({"path": "nowhere"}, ["nowhere"]),
+        ({"path": "a.jsonl", "column": "body"}, ["a.jsonl", "no column 'body'", "text"]),
+        ({"path": "a.parquet", "column": "body"}, ["a.parquet", "no column 'body'", "text"]),
+        ({"path": "numbers.jsonl"}, ["numbers.jsonl", "'text'", "int", "not text"]),
+        ({"path": "numbers.parquet"}, ["numbers.parquet", "'text'", "int", "not text"]),
+        ({"path": "lists.jsonl"}, ["lists.jsonl", "'text'", "list", "not text"]),
+        ({"path": "a.jsonl", "split": "test"}, ["a.jsonl", "test"]),
+        ({"path": "nothing.jsonl"}, ["nothing.jsonl", "no"]),
+        ({"path": "blank.jsonl"}, ["blank.jsonl", "no"]),
+    ],
+)
+def test_bad_data_is_refused_in_one_sentence_that_names_it(tmp_path, tokenizer, keys, words, streaming):
+    write(tmp_path / "a.jsonl", TEXTS)
+    write(tmp_path / "a.parquet", TEXTS)
+    write(tmp_path / "numbers.jsonl", [1, 2, 3])
+    sources.datasets.Dataset.from_dict({"text": [1, 2, 3]}).to_parquet(tmp_path / "numbers.parquet")
+    write(tmp_path / "lists.jsonl", [["a"], ["b"]])
+    write(tmp_path / "nothing.jsonl", [])
+    write(tmp_path / "blank.jsonl", ["", None, ""])
+    with pytest.raises(ConfigError) as caught:
+        read_texts(tmp_path, tokenizer, **keys | {"path": tmp_path / keys["path"], "streaming": streaming})
+    message = str(caught.value)
+    assert "data.sources" in message
+    assert not [word for word in words if word not in message], message
+    assert "\n" not in message
+
+
+def test_null_and_empty_texts_are_dropped_and_counted(tmp_path, tokenizer):
+    mixed = ["", TEXTS[0], None, TEXTS[1], "", TEXTS[2]]
+    path = write(tmp_path / "a.jsonl", mixed)
+    with lacuna_log() as messages:
+        got = read_texts(tmp_path, tokenizer, path=path)
+    assert sorted(got) == TEXTS[:3]
+    assert any(str(path) in message and "3 of 6 documents" in message for message in messages), messages
+    with lacuna_log() as messages:
+        read_texts(tmp_path, tokenizer, path=path)
+    assert any("3 of 6 documents" in message for message in messages), "not reported where the cache is reused"
+    assert sorted(read_texts(tmp_path, tokenizer, path=path, streaming=True)) == TEXTS[:3]
+
+
+# The token cache
+
+
+def cached(folder, encoder, path, **keys) -> list[list[int]]:
+    return drain(open_source(folder, encoder, make_source(path, **keys)).cursor(0, 1, None))
+
+
+def test_the_token_cache_is_used_again(tmp_path, tokenizer):
+    path = write(tmp_path / "a.jsonl", TEXTS)
+    first, second = CountingEncoder(tokenizer), CountingEncoder(AutoTokenizer.from_pretrained(tokenizer.name_or_path))
+    assert cached(tmp_path, first, path) == cached(tmp_path, second, path)
+    assert (first.texts, second.calls) == (len(TEXTS), 0)
+    assert list((tmp_path / "cache").glob("*.arrow"))
+
+
+def test_changed_data_is_tokenised_anew(tmp_path, tokenizer):
+    path = write(tmp_path / "a.jsonl", TEXTS)
+    cached(tmp_path, CountingEncoder(tokenizer), path)
+    size, times = path.stat().st_size, path.stat()
+    write(path, [value.replace("café", "café"[::-1]) for value in TEXTS])
+    assert path.stat().st_size == size
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns + 10**9))
+    again = CountingEncoder(tokenizer)
+    tokens = cached(tmp_path, again, path)
+    assert again.texts == len(TEXTS)
+    assert all("éfac" in tokenizer.decode(ids) for ids in tokens)
+
+
+def test_a_changed_tokenizer_column_split_or_file_tokenises_anew(tmp_path, tokenizer):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": value, "body": value[::-1]}) + "\n" for value in TEXTS))
+    other = write(tmp_path / "b.jsonl", [value.upper() for value in TEXTS])
+    cached(tmp_path, CountingEncoder(tokenizer), path)
+    changed = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    changed.add_tokens(["café"])
+    another_eos = AutoTokenizer.from_pretrained(tokenizer.name_or_path, eos_token="<|im_end|>")
+    for encoder, given, keys in [
+        (CountingEncoder(changed), path, {}),
+        (CountingEncoder(another_eos), path, {}),
+        (CountingEncoder(tokenizer), path, {"column": "body"}),
+        (CountingEncoder(tokenizer), path, {"split": "train[:5]"}),
+        (CountingEncoder(tokenizer), other, {}),
+    ]:
+        tokens = cached(tmp_path, encoder, given, **keys)
+        assert encoder.texts == len(tokens) > 0, keys
+    unchanged = CountingEncoder(tokenizer)
+    cached(tmp_path, unchanged, path)
+    assert unchanged.calls == 0
+
+
+def test_a_tokenisation_that_was_cut_off_is_not_taken_for_whole(tmp_path, tokenizer):
+    many = [f"Document {i}" for i in range(2500)]  # datasets maps batches of 1,000
+    path = write(tmp_path / "a.jsonl", many)
+    with pytest.raises(KeyboardInterrupt):
+        cached(tmp_path, CountingEncoder(tokenizer, fail_at=2), path)
+    encoder = CountingEncoder(tokenizer)
+    assert len(cached(tmp_path, encoder, path)) == encoder.texts == len(many)
+
+
+def tokenise_in_a_process(folder, path, tokenizer, barrier, results):
+    sources.datasets.config.HF_DATASETS_CACHE = folder / "datasets"
+    sources.datasets.disable_progress_bars()
+    encoder = CountingEncoder(tokenizer, delay=0.2)
+    barrier.wait()
+    tokens = cached(folder, encoder, path)
+    results.put((encoder.texts, tokens))
+
+
+def test_two_processes_at_once_make_the_cache_once(tmp_path, tokenizer):
+    path = write(tmp_path / "a.jsonl", [f"Document {i}" for i in range(2500)])
+    barrier, results = FORKSERVER.Barrier(2), FORKSERVER.Queue()
+    arguments = (tmp_path, path, tokenizer, barrier, results)
+    processes = [FORKSERVER.Process(target=tokenise_in_a_process, args=arguments) for _ in range(2)]
+    for process in processes:
+        process.start()
+    got = [results.get(timeout=90) for _ in processes]
+    for process in processes:
+        process.join(timeout=30)
+        assert process.exitcode == 0
+    assert sorted(texts for texts, _ in got) == [0, 2500]
+    assert got[0][1] == got[1][1]
+    assert len(got[0][1]) == 2500
+    assert len(list((tmp_path / "cache").glob("*.arrow"))) == 1
+
+
+# Cursors
+
+
+def numbered(shard_sizes: list[int]) -> list[list[list[int]]]:
+    """For each shard its documents, of 1 to 3 tokens that are nowhere else."""
+    token, shards = FIRST, []
+    for size in shard_sizes:
+        shards.append([])
+        for _ in range(size):
+            length = 1 + token % 3
+            shards[-1].append(list(range(token, token + length)))
+            token += length
+    return shards
+
+
+def write_numbered(folder, shards, suffix=".jsonl") -> str:
+    for i, documents in enumerate(shards):
+        write(folder / f"{i}{suffix}", [text(document) for document in documents])
+    return str(folder / f"*{suffix}")
+
+
+@pytest.fixture(scope="module")
+def numbers():
+    return Encoder(number_tokenizer(4000))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize(
+    ("chunk", "streams", "stream"),
+    [(3, 1, 0), (4, 2, 1), (3, 8, 6), (128, 2, 0)],
+    ids=["one stream", "two streams", "more streams than shards", "chunks longer than shards"],
+)
+def test_a_stream_resumes_at_every_document(tmp_path, numbers, monkeypatch, suffix, chunk, streams, stream):
+    """Across the ends of chunks, shards and epochs; with a state that was written as JSON."""
+    monkeypatch.setattr(sources, "READ_CHUNK", chunk)
+    path = write_numbered(tmp_path / "shards", numbered([6, 1, 5, 3]), suffix)
+    source = open_source(tmp_path, numbers, make_source(path, streaming=True))
+    cursor = source.cursor(stream, streams, None)
+    states, whole = [], []
+    while cursor.epoch < 3:
+        states.append(json.dumps(cursor.state()))
+        whole.append((cursor.next()[1].tolist(), cursor.epoch))
+    another = open_source(tmp_path, numbers, make_source(path, streaming=True))  # as after a restart
+    for i, state in enumerate(states):
+        resumed = (source, another)[i % 2].cursor(stream, streams, json.loads(state))
+        following = [(resumed.next()[1].tolist(), resumed.epoch) for _ in whole[i : i + 12]]
+        assert following == whole[i : i + 12], f"resumed before document {i}"
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("chunk", [3, 128])
+def test_a_stream_resumes_from_the_state_of_a_resumed_stream(tmp_path, numbers, monkeypatch, suffix, chunk):
+    """At every document, with no, one or two documents read in between."""
+    monkeypatch.setattr(sources, "READ_CHUNK", chunk)
+    path = write_numbered(tmp_path / "shards", numbered([6, 1, 5, 3]), suffix)
+    source = open_source(tmp_path, numbers, make_source(path, streaming=True))
+    cursor, whole = source.cursor(0, 1, None), []
+    states = []
+    for _ in range(40):
+        states.append(cursor.state())
+        whole.append(cursor.next()[1].tolist())
+    for i, state in enumerate(states[:30]):
+        second = source.cursor(0, 1, state)
+        assert [second.next()[1].tolist() for _ in range(i % 3)] == whole[i : i + i % 3]
+        third = source.cursor(0, 1, second.state())
+        at = i + i % 3
+        assert [third.next()[1].tolist() for _ in range(8)] == whole[at : at + 8], f"resumed at {i}, then at {at}"
+
+
+def test_a_stream_resumes_in_the_middle_of_large_shards(tmp_path, numbers):
+    """At the real chunk size, over documents without text, twice in a row."""
+    shards = numbered([300, 500])
+    texts = [[text(document) if i % 7 else "" for i, document in enumerate(shard)] for shard in shards]
+    for i, values in enumerate(texts):
+        write(tmp_path / "shards" / f"{i}.parquet", values)
+    source = open_source(tmp_path, numbers, make_source(tmp_path / "shards" / "*.parquet", streaming=True))
+    cursor = source.cursor(0, 1, None)
+    whole = [cursor.next()[1].tolist() for _ in range(1500)]
+    for first, second in [(1, 1), (110, 3), (127, 130), (256, 300), (430, 400), (685, 1), (686, 700)]:
+        one = source.cursor(0, 1, None)
+        assert [one.next()[1].tolist() for _ in range(first)] == whole[:first]
+        two = source.cursor(0, 1, one.state())
+        assert [two.next()[1].tolist() for _ in range(second)] == whole[first : first + second]
+        three = source.cursor(0, 1, two.state())
+        assert [three.next()[1].tolist() for _ in range(50)] == whole[first + second : first + second + 50]
+
+
+@pytest.mark.parametrize("streams", [1, 2, 3, 5, 10, 15])
+def test_every_document_is_read_exactly_once_an_epoch_over_all_streams(tmp_path, numbers, streams):
+    shards = numbered([9, 4, 7, 6, 3])
+    path = write_numbered(tmp_path / "shards", shards)
+    source = open_source(tmp_path, numbers, make_source(path, streaming=True))
+    assert source.num_shards == len(shards)
+    cursors = [source.cursor(stream, streams, None) for stream in range(streams)]
+    expected = sorted([*document, 0] for shard in shards for document in shard)
+    for _ in range(3):
+        assert sorted(document for cursor in cursors for document in drain(cursor)) == expected
+
+
+@pytest.mark.parametrize("streams", [1, 2, 3])
+def test_every_document_of_a_map_style_source_is_read_once_an_epoch_over_all_streams(tmp_path, numbers, streams):
+    documents = [document for shard in numbered([30]) for document in shard]
+    path = write_shards(tmp_path / "shards", documents, 2)
+    source = open_source(tmp_path, numbers, make_source(path))
+    cursors = [source.cursor(stream, streams, None) for stream in range(streams)]
+    epochs = []
+    for _ in range(3):
+        epochs.append([document for cursor in cursors for document in drain(cursor)])
+        assert sorted(epochs[-1]) == sorted([*document, 0] for document in documents)
+    assert epochs[0] != epochs[1] != epochs[2], "every epoch has an order of its own"
+    for cursor in cursors:
+        cursor.next()
+        state = json.loads(json.dumps(cursor.state()))
+        resumed = source.cursor(cursors.index(cursor), streams, state)
+        assert [resumed.next() for _ in range(40)] == [cursor.next() for _ in range(40)]
+
+
+def test_the_order_follows_the_seed_alone(tmp_path, numbers):
+    path = write_numbered(tmp_path / "shards", numbered([5] * 6))
+    for streaming in (False, True):
+        orders = []
+        for seed in (0, 0, 1):
+            config = make_config(tmp_path, make_source(path, streaming=streaming)).model_copy(update={"seed": seed})
+            source = RowDataset(config, config.data.sources, numbers, 0, 1).sources[0]
+            cursor = source.cursor(0, 1, None)
+            orders.append([drain(cursor), drain(cursor)])
+        assert orders[0] == orders[1] != orders[2]
+        assert orders[0][0] != orders[0][1], "every epoch has an order of its own"
+
+
+@pytest.mark.parametrize("streams", [4, 7])
+def test_a_number_of_streams_that_does_not_fit_the_shards_names_what_would(tmp_path, numbers, streams):
+    path = write_numbered(tmp_path / "shards", numbered([2, 2, 2]))
+    source = open_source(tmp_path, numbers, make_source(path, streaming=True))
+    with pytest.raises(ConfigError) as caught:
+        source.cursor(0, streams, None)
+    assert f"data.num_streams {streams}" in str(caught.value)
+    assert "multiple of 3" in str(caught.value)
+
+
+def test_a_map_style_source_with_fewer_documents_than_streams_is_refused(tmp_path, numbers):
+    path = write_numbered(tmp_path / "shards", numbered([3]))
+    source = open_source(tmp_path, numbers, make_source(path))
+    with pytest.raises(ConfigError, match=r"data\.num_streams 4 .* 3 documents"):
+        source.cursor(0, 4, None)

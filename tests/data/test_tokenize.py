@@ -1,0 +1,310 @@
+"""Text to ids: every way in which tokenizers differ, on tokenizers made on the spot."""
+
+import copy
+import json
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from lacuna.config import ConfigError, ModelConfig
+from lacuna.data.tokenize import Encoder, load_tokenizer, token_bytes
+
+TINY = Path(__file__).parents[2] / "examples" / "tiny"
+TEXTS = [
+    "Call me Ishmael. Some years ago",
+    "naïve café — “quotes” … Ω≈ç√ 漢字 ру́сский",
+    "emoji 😀👩‍👩‍👧‍👦 🇸🇪 and\ttabs\n\nnew lines\r\n  indented 1234567890",
+    " leading and trailing ",
+    "\n",
+    "x",
+]
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
+TEMPLATES = {"none": None, "BOS": "<s> $A", "BOS and EOS": "<s> $A </s>", "EOS": "$A </s>"}
+
+
+def byte_level(template: str | None = None, **special) -> PreTrainedTokenizerFast:
+    """GPT-2's kind: bytes as characters, BPE."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    core.train_from_iterator(
+        TEXTS * 3, trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
+    )
+    return finish(core, template, special)
+
+
+def sentencepiece(template: str | None = None, prefix: str = "", **special) -> PreTrainedTokenizerFast:
+    """Llama 2's kind: ▁ for a space, <0x0A> for a byte without a token of its own, BPE."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abcdefghijklmnopqrstuvwxyzCIS."]
+    merges = [("▁", "t"), ("h", "e"), ("▁t", "he"), ("▁", "a"), ("▁", "▁"), ("a", "g"), ("ag", "o")]
+    pieces += ["".join(merge) for merge in merges]
+    core = Tokenizer(
+        models.BPE({piece: i for i, piece in enumerate(pieces)}, merges, unk_token="<unk>", byte_fallback=True)
+    )
+    core.normalizer = normalizers.Sequence(
+        [*([normalizers.Prepend(prefix)] if prefix else []), normalizers.Replace(" ", "▁")]
+    )
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return finish(core, template, special | {"unk_token": "<unk>"})
+
+
+def unigram(template: str | None = None, **special) -> PreTrainedTokenizerFast:
+    """T5's and some Japanese models' kind: its vocabulary holds the special tokens as pieces with a score."""
+    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), *((f"<0x{byte:02X}>", -9.0) for byte in range(256))]
+    pieces += [("▁", -3.0), ("▁the", -2.0), ("wh", -2.5), ("ale", -2.5), ("▁wha", -2.0), ("le", -2.0)]
+    core = Tokenizer(models.Unigram(pieces, 0, byte_fallback=True))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return finish(core, template, special)
+
+
+def finish(core: Tokenizer, template: str | None, special: dict) -> PreTrainedTokenizerFast:
+    if template:
+        ids = [("<s>", core.token_to_id("<s>")), ("</s>", core.token_to_id("</s>"))]
+        core.post_processor = processors.TemplateProcessing(single=template, special_tokens=ids)
+    return PreTrainedTokenizerFast(tokenizer_object=core, **special)
+
+
+KINDS = {"byte-level": byte_level, "SentencePiece": sentencepiece, "unigram": unigram}
+kinds = pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
+assets = pytest.mark.parametrize("name", ["smollm2", "qwen3"])
+
+
+def asset(name: str):
+    if "LACUNA_ASSETS" not in os.environ:
+        pytest.skip("LACUNA_ASSETS is not set")
+    return AutoTokenizer.from_pretrained(Path(os.environ["LACUNA_ASSETS"]) / "tokenizer" / name)
+
+
+# BOS and EOS
+
+
+@kinds
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_bos_once_where_the_tokenizer_adds_one_and_eos_once_at_the_end(make, template):
+    tokenizer = make(TEMPLATES[template], **SPECIAL)
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    assert bos != eos
+    for text, ids in zip(TEXTS, Encoder(tokenizer)(TEXTS), strict=True):
+        plain = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert ids.tolist() == ([bos] if "BOS" in template else []) + plain + [eos]
+        assert ids.dtype == np.int32
+
+
+@kinds
+@pytest.mark.parametrize(("template", "bos"), [(None, 0), ("</s> $A", 1), ("</s> $A </s>", 1), ("$A </s>", 0)])
+def test_bos_eos_and_pad_may_be_one_token(make, template, bos):
+    tokenizer = make(template, bos_token="</s>", eos_token="</s>", pad_token="</s>")
+    for text, ids in zip(TEXTS, Encoder(tokenizer)(TEXTS), strict=True):
+        plain = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert ids.tolist() == [tokenizer.eos_token_id] * bos + plain + [tokenizer.eos_token_id]
+
+
+@kinds
+def test_a_tokenizer_without_bos_gets_none(make):
+    tokenizer = make(eos_token="</s>")
+    for text, ids in zip(TEXTS, Encoder(tokenizer)(TEXTS), strict=True):
+        assert ids.tolist() == [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+
+
+@kinds
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_text_without_tokens_is_no_document(make, template):
+    lengths = [len(ids) for ids in Encoder(make(TEMPLATES[template], **SPECIAL))(["", "x", ""])]
+    assert lengths[0] == lengths[2] == 0
+    assert lengths[1] > 0
+
+
+def test_a_tokenizer_without_eos_is_refused_in_one_sentence():
+    with pytest.raises(ConfigError) as caught:
+        Encoder(byte_level(bos_token="<s>"))
+    assert "EOS" in str(caught.value)
+    assert "model.tokenizer" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@assets
+def test_real_tokenizers_add_eos_and_no_bos(name):
+    tokenizer = asset(name)
+    for text, ids in zip(TEXTS, Encoder(tokenizer)(TEXTS), strict=True):
+        assert ids.tolist() == [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+
+
+def test_text_comes_back_from_its_ids(tokenizer):
+    for text, ids in zip(TEXTS, Encoder(tokenizer)(TEXTS), strict=True):
+        assert tokenizer.decode(ids[:-1]) == text
+
+
+# Special tokens spelled out in a text
+
+
+def check_specials_stay_text(tokenizer, encoder):
+    names = [token for token in tokenizer.all_special_tokens if token != tokenizer.unk_token]
+    texts = [*names, *(f"a {name} b{name}" for name in names), "".join(names)]
+    for text, ids in zip(texts, encoder(texts), strict=True):
+        inside = ids[:-1].tolist() if encoder.bos is None else ids[1:-1].tolist()
+        assert not set(inside) & {tokenizer.convert_tokens_to_ids(name) for name in names}, text
+        assert tokenizer.decode(inside, clean_up_tokenization_spaces=False) == text
+        assert ids[-1] == tokenizer.eos_token_id
+
+
+@kinds
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_special_tokens_spelled_in_a_text_stay_text(make, template):
+    tokenizer = make(TEMPLATES[template], **SPECIAL)
+    check_specials_stay_text(tokenizer, Encoder(tokenizer))
+
+
+def test_special_tokens_of_the_example_stay_text(tokenizer):
+    check_specials_stay_text(tokenizer, Encoder(tokenizer))
+
+
+@assets
+def test_special_tokens_of_real_tokenizers_stay_text(name):
+    check_specials_stay_text(asset(name), Encoder(asset(name)))
+
+
+@pytest.mark.parametrize("travel", [lambda e: pickle.loads(pickle.dumps(e)), copy.deepcopy], ids=["pickle", "deepcopy"])
+def test_an_encoder_encodes_alike_in_a_loader_worker(tokenizer, travel):
+    encoder = Encoder(tokenizer)
+    there = travel(encoder)
+    texts = [*TEXTS, "a <|endoftext|> b", ""]
+    assert [ids.tolist() for ids in there(texts)] == [ids.tolist() for ids in encoder(texts)]
+    assert there.fingerprint() == encoder.fingerprint()
+    check_specials_stay_text(tokenizer, there)
+
+
+def test_the_tokenizer_given_is_left_as_it_was(tokenizer):
+    before = tokenizer("a <|endoftext|> b", truncation=True, max_length=6)["input_ids"]
+    Encoder(tokenizer)(["a <|endoftext|> b"])
+    assert tokenizer("a <|endoftext|> b", truncation=True, max_length=6)["input_ids"] == before
+    assert tokenizer.eos_token_id in tokenizer("a <|endoftext|> b")["input_ids"]
+
+
+# Settings that must not get in
+
+
+@kinds
+def test_truncation_and_padding_of_a_tokenizer_file_cut_and_fill_nothing(make, tmp_path):
+    tokenizer = make("<s> $A", **SPECIAL, pad_token="</s>")
+    long = " ".join(TEXTS) * 20
+    expected = [ids.tolist() for ids in Encoder(tokenizer)([long, "x"])]
+    tokenizer.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer.json").read_text())
+    settings["truncation"] = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
+    settings["padding"] = {
+        "strategy": {"Fixed": 16},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 2,
+        "pad_type_id": 0,
+        "pad_token": "</s>",
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
+    loaded = AutoTokenizer.from_pretrained(tmp_path, model_max_length=8)
+    assert len(loaded.backend_tokenizer.encode("x").ids) == 16, "this test no longer sets what it wants to see ignored"
+    assert [ids.tolist() for ids in Encoder(loaded)([long, "x"])] == expected
+
+
+def test_a_folder_without_a_tokenizer_is_refused_by_name(tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        load_tokenizer(ModelConfig(name=str(tmp_path)))
+    assert str(tmp_path) in str(caught.value)
+    assert "model.tokenizer" in str(caught.value)
+
+
+# The fingerprint: part of the key of the token cache
+
+
+def test_the_fingerprint_is_the_same_for_two_loads_and_after_use(tmp_path):
+    byte_level("<s> $A", **SPECIAL, pad_token="</s>").save_pretrained(tmp_path)
+    one, two = (AutoTokenizer.from_pretrained(tmp_path) for _ in range(2))
+    one(["some", "use"], truncation=True, max_length=4, padding=True)
+    encoder = Encoder(one)
+    before = encoder.fingerprint()
+    encoder(["some use"])
+    assert encoder.fingerprint() == before == Encoder(two).fingerprint()
+
+
+def test_the_fingerprint_changes_with_anything_that_changes_a_token(tmp_path):
+    tokenizers = {
+        "first": byte_level(**SPECIAL),
+        "BOS by template": byte_level("<s> $A", **SPECIAL),
+        "another EOS": byte_level(bos_token="<s>", eos_token="<s>"),
+        "an added token": byte_level(**SPECIAL),
+        "an added special token": byte_level(**SPECIAL),
+        "another kind": sentencepiece(**SPECIAL),
+        "a prefix": sentencepiece(prefix="▁", **SPECIAL),
+    }
+    tokenizers["an added token"].add_tokens(["<think>"])
+    tokenizers["an added special token"].add_tokens(["<think>"], special_tokens=True)
+    byte_level(**SPECIAL).save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer.json").read_text())
+    vocabulary = settings["model"]["vocab"]
+    vocabulary["A"], vocabulary["B"] = vocabulary["B"], vocabulary["A"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
+    tokenizers["two ids swapped"] = AutoTokenizer.from_pretrained(tmp_path)
+    fingerprints = {name: Encoder(tokenizer).fingerprint() for name, tokenizer in tokenizers.items()}
+    assert len(set(fingerprints.values())) == len(tokenizers), fingerprints
+
+
+def test_the_fingerprint_changes_with_the_code(tokenizer, monkeypatch):
+    before = Encoder(tokenizer).fingerprint()
+    read_text = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda path, *args: read_text(path, *args) + "# changed")
+    assert Encoder(tokenizer).fingerprint() != before
+
+
+# Bytes of tokens
+
+
+def check_bytes(tokenizer, texts=TEXTS):
+    sizes = token_bytes(tokenizer)
+    for text, ids in zip(texts, Encoder(tokenizer)(texts), strict=True):
+        assert sizes[ids].sum() == len(text.encode()), text
+
+
+@kinds
+def test_token_bytes_add_up_to_the_bytes_of_the_text(make):
+    check_bytes(make("<s> $A </s>", **SPECIAL))
+
+
+def test_token_bytes_of_the_example_add_up(tokenizer):
+    check_bytes(tokenizer, [*TEXTS, "a <|endoftext|> spelled out"])
+
+
+@assets
+def test_token_bytes_of_real_tokenizers_add_up(name):
+    check_bytes(asset(name), [*TEXTS, "a <|endoftext|> <|im_end|> spelled out", "<think>thoughts</think>\n"])
+
+
+def test_a_space_that_the_tokenizer_puts_before_a_text_counts_as_one_byte():
+    tokenizer = sentencepiece(prefix="▁", **SPECIAL)
+    sizes = token_bytes(tokenizer)
+    for text, ids in zip(TEXTS, Encoder(tokenizer)(TEXTS), strict=True):
+        assert tokenizer.decode(ids[:-1]) == " " + text
+        assert sizes[ids].sum() == 1 + len(text.encode())
+
+
+@kinds
+def test_special_tokens_stand_for_no_byte_and_added_words_for_theirs(make):
+    tokenizer = make(**SPECIAL)
+    tokenizer.add_tokens(["<thïnk>"])
+    sizes = token_bytes(tokenizer)
+    assert sizes[[tokenizer.bos_token_id, tokenizer.eos_token_id]].tolist() == [0, 0]
+    assert sizes[tokenizer.convert_tokens_to_ids("<thïnk>")] == 8
+    check_bytes(tokenizer, ["x <thïnk> y"])
+
+
+def test_token_bytes_reach_to_the_highest_id():
+    """Ids may have gaps, so that len(tokenizer) is no bound of them."""
+    core = Tokenizer(models.WordLevel({"one": 0, "</s>": 1, "three": 7}, unk_token="one"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    sizes = token_bytes(PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>"))
+    assert sizes[[0, 1, 7]].tolist() == [3, 0, 5]

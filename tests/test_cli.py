@@ -1,0 +1,207 @@
+"""The command: lines are counted honestly, threads are set, and several GPUs become torchrun only when they should."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lacuna import cli
+
+VARIABLES = [
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID", "CUDA_VISIBLE_DEVICES"),
+    *("OMP_NUM_THREADS", "RAYON_NUM_THREADS", "TOKENIZERS_PARALLELISM"),
+    *(name for name in os.environ if name.startswith("SLURM_")),
+]
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """os.environ without anything that decides about ranks and threads; changes end with the test."""
+    copy = {key: value for key, value in os.environ.items() if key not in VARIABLES}
+    monkeypatch.setattr(os, "environ", copy)
+    return copy
+
+
+# count_lines
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "cli.py"))
+    return tmp_path
+
+
+def count(capsys) -> tuple[int, str]:
+    with pytest.raises(SystemExit) as end:
+        cli.count_lines()
+    return int(end.value.code or 0), capsys.readouterr().out
+
+
+def test_count_lines_counts_code_comments_docstrings_and_blanks_of_every_file(package, capsys):
+    (package / "cli.py").write_text('"""Two\nlines."""\n\n# comment\n\nx = 1  # code\n')
+    (package / "no_newline_at_end.py").write_text("a = 1\nb = 2")
+    (package / "empty.py").write_text("")
+    (package / "data" / "deep").mkdir(parents=True)
+    (package / "data" / "deep" / "inner.py").write_text("\n" * 1234)
+    (package / "notes.md").write_text("not\ncounted\n")
+    code, out = count(capsys)
+    rows = {line.split()[-1]: line.split()[0] for line in out.splitlines()[:-1]}
+    assert code == 0
+    assert rows == {"cli.py": "6", "no_newline_at_end.py": "2", "empty.py": "0", "data/deep/inner.py": "1,234"}
+    assert out.splitlines()[-1].split()[0] == "1,242"
+
+
+@pytest.mark.parametrize(("lines", "code"), [(2999, 0), (3000, 1), (3001, 1)])
+def test_count_lines_fails_from_3000_on(package, capsys, lines, code):
+    (package / "cli.py").write_text("\n" * 1000)
+    (package / "other.py").write_text("# comment\n" * (lines - 1000))
+    assert count(capsys)[0] == code
+
+
+def test_lacuna_itself_stays_below_3000_lines():
+    package = Path(cli.__file__).parent
+    lines = sum(len(file.read_bytes().split(b"\n")) - 1 for file in package.rglob("*.py"))
+    result = subprocess.run(
+        [sys.executable, "-c", "from lacuna.cli import count_lines; count_lines()"], capture_output=True, text=True
+    )
+    assert result.returncode == 0
+    assert result.stdout.splitlines()[-1].split()[0] == f"{lines:,}"
+    assert lines < 3000
+
+
+# Threads
+
+
+class Topology:
+    """In place of `Path` inside cli: CPUs 2n and 2n+1 are the two hyperthreads of core n."""
+
+    def __init__(self, path: str):
+        self.cpu = int(path.removeprefix("/sys/devices/system/cpu/cpu").split("/")[0])
+
+    def exists(self) -> bool:
+        return True
+
+    def read_text(self) -> str:
+        return f"{self.cpu // 2 * 2}-{self.cpu // 2 * 2 + 1}\n"
+
+
+@pytest.fixture
+def cores(monkeypatch):
+    def cores(cpus):
+        monkeypatch.setattr(cli, "Path", Topology)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(cpus))
+
+    return cores
+
+
+@pytest.mark.parametrize(
+    ("cpus", "processes", "threads"),
+    [
+        (range(16), 1, 8),
+        (range(16), 2, 4),
+        (range(16), 3, 2),
+        (range(16), 8, 1),
+        (range(16), 16, 1),
+        ([0, 1], 1, 1),
+        ([0, 2, 4, 6], 2, 2),
+    ],
+)
+def test_threads_are_physical_cores_of_the_affinity_over_processes(environment, cores, cpus, processes, threads):
+    cores(cpus)
+    cli.set_threads(processes)
+    assert environment["OMP_NUM_THREADS"] == str(threads)
+    assert environment["RAYON_NUM_THREADS"] == str(threads)
+    assert environment["TOKENIZERS_PARALLELISM"] == "true"
+
+
+def test_threads_chosen_by_the_user_stay(environment, cores):
+    cores(range(16))
+    environment |= {"OMP_NUM_THREADS": "3", "RAYON_NUM_THREADS": "5", "TOKENIZERS_PARALLELISM": "false"}
+    cli.set_threads(1)
+    assert [environment[k] for k in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS")] == ["3", "5"]
+    assert environment["TOKENIZERS_PARALLELISM"] == "false"
+
+
+def test_the_single_thread_that_torchrun_sets_is_replaced(environment, cores):
+    cores(range(16))
+    environment |= {"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x"}
+    cli.set_threads(2)
+    assert environment["OMP_NUM_THREADS"] == "4"
+
+
+def test_without_topology_files_every_cpu_counts(environment, monkeypatch, tmp_path):
+    monkeypatch.setattr(cli, "Path", lambda path: tmp_path / "missing")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2, 3})
+    cli.set_threads(1)
+    assert environment["OMP_NUM_THREADS"] == "4"
+
+
+# Launch
+
+
+@pytest.fixture
+def launch(environment, monkeypatch, cores):
+    """Launch with this environment on 16 CPUs (8 cores) and this many GPU devices; the command that it became, if any."""
+    cores(range(16))
+
+    def launch(devices: int = 0, **variables) -> list[str] | None:
+        environment.update(variables)
+        became = []
+        nodes = [f"/dev/nvidia{i}" for i in range(devices)]
+        monkeypatch.setattr(cli, "glob", lambda pattern: nodes if pattern.startswith("/dev/nvidia[0-9]") else [])
+        monkeypatch.setattr(os, "execv", lambda program, argv: became.append((program, argv)))
+        cli.launch(["pt", "my.toml", "--train.steps", "3"])
+        if not became:
+            return None
+        assert became[0][0] == sys.executable
+        return became[0][1]
+
+    return launch
+
+
+@pytest.mark.parametrize(
+    ("devices", "variables", "processes"),
+    [
+        (0, {"CUDA_VISIBLE_DEVICES": "0,1"}, 2),
+        (8, {"CUDA_VISIBLE_DEVICES": "4,5,6"}, 3),
+        (4, {}, 4),
+        (0, {"CUDA_VISIBLE_DEVICES": "GPU-1b2c,GPU-3d4e"}, 2),
+        (4, {"SLURM_NTASKS": "1", "SLURM_JOB_ID": "7"}, 4),
+    ],
+)
+def test_several_gpus_become_torchrun_over_all_of_them(launch, environment, devices, variables, processes):
+    command = launch(devices, **variables)
+    assert command[:3] == [sys.executable, "-m", "torch.distributed.run"]
+    assert "--standalone" in command
+    assert command[command.index("--nproc-per-node") + 1] == str(processes)
+    assert command[-6:] == ["-m", "lacuna", "pt", "my.toml", "--train.steps", "3"]
+    assert environment["OMP_NUM_THREADS"] == str(8 // processes), "set before a worker starts"
+
+
+@pytest.mark.parametrize(
+    ("devices", "variables", "threads"),
+    [
+        (0, {}, 8),
+        (1, {}, 8),
+        (4, {"CUDA_VISIBLE_DEVICES": "2"}, 8),
+        (4, {"CUDA_VISIBLE_DEVICES": ""}, 8),
+        (4, {"CUDA_VISIBLE_DEVICES": "-1"}, 8),
+        (4, {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "x"}, 2),
+        (4, {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "CUDA_VISIBLE_DEVICES": "0,1,2,3"}, 2),
+        (4, {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_NTASKS_PER_NODE": "2"}, 4),
+    ],
+    ids=["no GPU", "one", "one visible", "none visible", "none by -1", "torchrun", "torchrun 2 nodes", "Slurm"],
+)
+def test_one_gpu_or_a_process_started_by_torchrun_or_slurm_stays_itself(
+    launch, environment, devices, variables, threads
+):
+    assert launch(devices, **variables) is None
+    assert environment["OMP_NUM_THREADS"] == str(threads)
+
+
+def test_slurm_tasks_share_the_node_without_ntasks_per_node(launch, environment):
+    """Slurm sets SLURM_NTASKS_PER_NODE only where the user asked for it, SLURM_TASKS_PER_NODE always."""
+    assert launch(4, SLURM_NTASKS="4", SLURM_PROCID="0", SLURM_NNODES="1", SLURM_TASKS_PER_NODE="4") is None
+    assert environment["OMP_NUM_THREADS"] == "2"

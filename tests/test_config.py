@@ -1,0 +1,469 @@
+"""The config: what wins over what, that no typo is ignored, and that every contradiction is one clear sentence."""
+
+import os
+import re
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from lacuna.config import Config, ConfigError, Section, Source, load_config, to_toml
+
+BASE = """
+[train]
+steps = 10
+[[data.sources]]
+path = "corpus.jsonl"
+"""
+SECTIONS = {name: f.annotation for name, f in Config.model_fields.items() if isinstance(f.default, Section)}
+TOP_KEYS = [name for name in Config.model_fields if name not in SECTIONS]
+SECTION_KEYS = [f"{name}.{key}" for name, section in SECTIONS.items() for key in section.model_fields]
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load(toml: str = BASE, *argv: str) -> Config:
+        path = tmp_path / "config.toml"
+        path.write_text(toml, encoding="utf-8")
+        return load_config(str(path), list(argv))
+
+    return load
+
+
+def refusal(load, *args) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(*args)
+    return str(caught.value)
+
+
+def lacuna(*argv: str, **kwargs) -> subprocess.CompletedProcess:
+    environment = os.environ | {"COLUMNS": "200"}
+    command = [sys.executable, *argv]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, **kwargs)
+
+
+def typo(key: str) -> str:
+    """The key with two of its middle letters swapped, or one left out where they are the same."""
+    *head, word = key.split(".")
+    middle = len(word) // 2
+    swapped = word[: middle - 1] + word[middle] + word[middle - 1] + word[middle + 1 :]
+    return ".".join([*head, swapped if swapped != word else word[:middle] + word[middle + 1 :]])
+
+
+# What wins
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(load):
+    toml = BASE + "[optim]\nlr = 0.5\nwarmup_steps = 3\n"
+    config = load(toml, "--optim.lr", "0.25", "--train.seq_len=64")
+    assert (config.optim.lr, config.optim.warmup_steps, config.train.seq_len) == (0.25, 3, 64)
+    assert config.optim.eps == Config.model_fields["optim"].default.eps
+    assert config.train.steps == 10, "a key beside the one on the command line is lost"
+
+
+def test_a_default_given_on_the_command_line_wins_over_the_file(load):
+    assert load(BASE + "[optim]\nlr = 0.5\n", "--optim.lr", "3e-4").optim.lr == 3e-4
+
+
+def test_null_on_the_command_line_takes_a_key_of_the_file_back(load):
+    assert load(BASE + "[data]\nnum_streams = 4\n", "--data.num_streams", "null").data.num_streams is None
+
+
+def test_every_kind_of_value_can_be_given_on_the_command_line(load):
+    config = load(
+        BASE,
+        *(
+            "--data.sources",
+            '[{"path": "a.jsonl", "weight": 0.5}, {"path": "b.jsonl", "weight": 2, "streaming": true}]',
+        ),
+        *(
+            "--model.overrides",
+            '{"hidden_size": 64, "tie_word_embeddings": false, "rms_norm_eps": 1e-6, "act": "gelu"}',
+        ),
+        *("--optim.betas", "[0.8, 0.9]", "--log.trackers", '["wandb"]', "--train.compile", "true"),
+        *("--model.from_scratch", "true", "--train.activation_checkpointing", "2", "--model.tokenizer", "other"),
+    )
+    assert [source.path for source in config.data.sources] == ["a.jsonl", "b.jsonl"]
+    assert [source.weight for source in config.data.sources] == [0.5, 2.0]
+    assert config.model.overrides == {
+        "hidden_size": 64,
+        "tie_word_embeddings": False,
+        "rms_norm_eps": 1e-6,
+        "act": "gelu",
+    }
+    assert config.model.overrides["tie_word_embeddings"] is False
+    assert (config.optim.betas, config.log.trackers, config.train.compile) == ([0.8, 0.9], ["wandb"], True)
+    assert (config.model.from_scratch, config.train.activation_checkpointing) == (True, 2)
+    assert load(BASE, "--train.activation_checkpointing", "full").train.activation_checkpointing == "full"
+
+
+@pytest.mark.parametrize("value", ["auto", "true", "false", "True", "False"])
+def test_train_compile_takes_the_values_that_help_shows(load, value):
+    assert load(BASE, "--train.compile", value).train.compile == (
+        "auto" if value == "auto" else value.lower() == "true"
+    )
+
+
+@pytest.mark.parametrize(
+    ("inside", "argv", "expected"),
+    [
+        ("steps = 10", ["--train.epochs", "2"], (None, 2)),
+        ("epochs = 2", ["--train.steps", "7"], (7, None)),
+        ("steps = 10", ["--train.steps=7"], (7, None)),
+        ("epochs = 2", ["--train.epochs", "3"], (None, 3)),
+        ("steps = 10", ["--train.seq_len", "64"], (10, None)),
+        ("epochs = 2", ["--train", '{"steps": 7}'], (7, None)),
+        ("", ["--train.steps", "7"], (7, None)),
+    ],
+)
+def test_steps_and_epochs_on_the_command_line_replace_one_another(load, inside, argv, expected):
+    config = load(f'[train]\n{inside}\n[[data.sources]]\npath = "corpus.jsonl"\n', *argv)
+    assert (config.train.steps, config.train.epochs) == expected
+
+
+def test_steps_and_epochs_both_on_the_command_line_are_a_contradiction(load):
+    assert "train.steps" in refusal(load, BASE, "--train.steps", "7", "--train.epochs", "2")
+
+
+# No typo is ignored
+
+
+@pytest.mark.parametrize("key", SECTION_KEYS + TOP_KEYS)
+def test_an_unknown_key_names_the_nearest_in_the_file_and_on_the_command_line(load, key):
+    wrong = typo(key)
+    section, _, name = wrong.rpartition(".")
+    toml = BASE.replace(f"[{section}]\n", f"[{section}]\n{name} = 1\n")
+    if toml == BASE:
+        toml = BASE + f"[{section}]\n{name} = 1\n" if section else f"{name} = 1\n" + BASE
+    for message in (refusal(load, toml), refusal(load, BASE, f"--{wrong}", "1"), refusal(load, BASE, f"--{wrong}=1")):
+        assert message == f"unknown key {wrong}: did you mean {key}?"
+
+
+@pytest.mark.parametrize("key", list(Source.model_fields))
+def test_an_unknown_key_in_a_source_names_the_nearest(load, key):
+    wrong = typo(key)
+    in_data = refusal(load, BASE + f"{wrong} = 1\n")
+    on_command_line = refusal(load, BASE, "--data.sources", f'[{{"path": "a", "{wrong}": 1}}]')
+    in_eval = refusal(load, BASE + f'[[eval.sources]]\npath = "a"\n{wrong} = 1\n')
+    assert f"unknown key data.sources.{wrong}: did you mean data.sources.{key}?" in in_data.splitlines()
+    assert f"unknown key data.sources.{wrong}: did you mean data.sources.{key}?" in on_command_line.splitlines()
+    assert f"unknown key eval.sources.{wrong}: did you mean eval.sources.{key}?" in in_eval.splitlines()
+
+
+@pytest.mark.parametrize("section", list(SECTIONS))
+def test_an_unknown_section_names_the_nearest(load, section):
+    wrong = typo(section)
+    assert refusal(load, BASE + f"[{wrong}]\n") == f"unknown key {wrong}: did you mean {section}?"
+
+
+def test_a_key_outside_its_section_is_found(load):
+    assert refusal(load, BASE, "--lr", "1e-3") == "unknown key lr: did you mean optim.lr?"
+    assert refusal(load, "seq_len = 64\n" + BASE) == "unknown key seq_len: did you mean train.seq_len?"
+
+
+def test_a_key_like_no_other_leads_to_the_list_of_keys(load):
+    for message in (refusal(load, "qqqqq = 1\n" + BASE), refusal(load, BASE, "--qqqqq", "1")):
+        assert "unknown key qqqqq" in message
+        assert "--help" in message
+
+
+def test_abbreviated_options_are_not_guessed(load):
+    assert refusal(load, BASE, "--train.step", "4") == "unknown key train.step: did you mean train.steps?"
+
+
+# Every contradiction, and every value of a wrong kind, is one sentence
+
+CONTRADICTIONS = {  # name: (what is wrong, words of the sentence, what the sentence says would be right)
+    "no data": (["--data.sources", "[]"], ["data.sources", "[[data.sources]]", "path"], []),
+    "steps and epochs": (
+        ["--train.steps", "7", "--train.epochs", "2"],
+        ["exactly one", "train.steps", "train.epochs"],
+        ["--train.steps", "7"],
+    ),
+    "neither": (["--train.steps", "null"], ["exactly one", "train.steps", "train.epochs"], ["--train.steps", "7"]),
+    "epochs of a stream": (
+        ["--train.epochs", "1", "--data.sources", '[{"path": "a", "streaming": true}]'],
+        ["train.epochs", "train.steps", "streaming = false"],
+        ["--train.steps", "7", "--data.sources", '[{"path": "a", "streaming": true}]'],
+    ),
+    "epochs of a mixture": (
+        ["--train.epochs", "1", "--data.sources", '[{"path": "a", "weight": 1}, {"path": "b", "weight": 1}]'],
+        ["train.epochs", "train.steps", "weights"],
+        ["--train.steps", "7", "--data.sources", '[{"path": "a", "weight": 1}, {"path": "b", "weight": 1}]'],
+    ),
+    "a weight is missing": (
+        ["--data.sources", '[{"path": "a", "weight": 1}, {"path": "b"}]'],
+        ["data.sources", "weight", "every"],
+        ["--data.sources", '[{"path": "a", "weight": 1}, {"path": "b", "weight": 1}]'],
+    ),
+    "uneven micro-batches": (
+        ["--train.global_batch_size", "8", "--train.micro_batch_size", "3"],
+        ["train.global_batch_size 8", "train.micro_batch_size 3", "6 or 9"],
+        ["--train.global_batch_size", "9", "--train.micro_batch_size", "3"],
+    ),
+    "micro-batch above global": (
+        ["--train.global_batch_size", "8", "--train.micro_batch_size", "16"],
+        ["train.global_batch_size 8", "train.micro_batch_size 16"],
+        ["--train.global_batch_size", "16", "--train.micro_batch_size", "16"],
+    ),
+    "long context": (
+        ["--data.context_len", "128", "--train.seq_len", "64"],
+        ["data.context_len 128", "train.seq_len 64", "lower"],
+        ["--data.context_len", "64", "--train.seq_len", "64"],
+    ),
+    "context warm-up from nowhere": (
+        ["--data.context_warmup_steps", "5"],
+        ["data.context_warmup_steps", "data.context_len"],
+        ["--data.context_warmup_steps", "5", "--data.context_len", "64"],
+    ),
+    "warmup to the end": (
+        ["--optim.warmup_steps", "10"],
+        ["optim.warmup_steps 10", "train.steps 10", "below"],
+        ["--optim.warmup_steps", "9"],
+    ),
+    "decay steps of another schedule": (
+        ["--optim.decay_steps", "5"],
+        ["optim.decay_steps", 'optim.schedule = "wsd"'],
+        ["--optim.decay_steps", "5", "--optim.schedule", "wsd"],
+    ),
+    "kernel mapping for no kernels": (
+        ["--model.kernel_mapping", '{"RMSNorm": "/folder:RMSNorm"}'],
+        ["model.kernel_mapping", 'model.kernels = "hub"'],
+        ["--model.kernel_mapping", '{"RMSNorm": "/folder:RMSNorm"}', "--model.kernels", "hub"],
+    ),
+    "flash attention in float32": (
+        ["--model.dtype", "float32", "--model.attention", "varlen"],
+        ['model.attention = "varlen"', 'model.dtype = "bfloat16"', '"sdpa"'],
+        ["--model.dtype", "bfloat16", "--model.attention", "varlen"],
+    ),
+    "fa4 in float32": (
+        ["--model.dtype", "float32", "--model.attention", "fa4"],
+        ['model.attention = "fa4"', 'model.dtype = "bfloat16"', '"sdpa"'],
+        ["--model.dtype", "float32", "--model.attention", "sdpa"],
+    ),
+    "evaluation of nothing": (
+        ["--eval.every", "5"],
+        ["eval.every", "eval.sources"],
+        ["--eval.every", "5", "--eval.sources", '[{"path": "a"}]'],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_a_contradiction_is_one_sentence_that_names_keys_and_cure_and_the_cure_works(load, name):
+    wrong, words, cure = CONTRADICTIONS[name]
+    message = refusal(load, BASE, *wrong)
+    assert "\n" not in message
+    assert not [word for word in words if word not in message], message
+    load(BASE, *cure)
+
+
+@pytest.mark.parametrize(
+    ("argv", "key"),
+    [
+        (["--train.steps", "ten"], "train.steps"),
+        (["--train.steps", "0"], "train.steps"),
+        (["--train.seq_len", "4"], "train.seq_len"),
+        (["--optim.lr", "0"], "optim.lr"),
+        (["--optim.lr", "nan"], "optim.lr"),
+        (["--optim.betas", "[0.9]"], "optim.betas"),
+        (["--optim.betas", "[0.9, 1.5]"], "optim.betas"),
+        (["--model.attention", "flash"], "model.attention"),
+        (["--name", "a/b"], "name"),
+        (["--seed", "-1"], "seed"),
+        (["--log.trackers", '["wandbx"]'], "log.trackers"),
+        (["--train.activation_checkpointing", "0"], "train.activation_checkpointing"),
+        (["--data.sources", '[{"path": "a", "weight": 0}]'], "data.sources"),
+        (["--data.sources", '[{"column": "a"}]'], "data.sources"),
+    ],
+)
+def test_a_wrong_value_is_one_line_that_names_its_key(load, argv, key):
+    message = refusal(load, BASE, *argv)
+    assert message.startswith(key), message
+    named = [re.sub(r"\.\d+", "", line.split(":")[0]) for line in message.splitlines()]
+    known = ["name", "seed", *SECTION_KEYS, *(f"data.sources.{key}" for key in Source.model_fields)]
+    assert set(named) <= set(known), f"not a key of the config: {named}"
+
+
+def test_a_number_written_as_text_in_the_file_is_refused(load):
+    message = refusal(load, BASE.replace("10", '"10"'))
+    assert message.startswith("train.steps: ")
+    assert "'10'" in message
+
+
+def test_several_problems_are_a_line_each(load):
+    message = refusal(load, BASE + "[optim]\nlr = -1.0\nlrr = 2\n", "--train.seq_len", "3")
+    assert len(message.splitlines()) == 3
+    assert {line.split(":")[0] for line in message.splitlines()} == {
+        "train.seq_len",
+        "optim.lr",
+        "unknown key optim.lrr",
+    }
+
+
+@pytest.mark.parametrize("text", ["[train\nsteps = 1", "steps =", b"\xff\xfe"])
+def test_a_file_that_is_not_toml_is_named(tmp_path, text):
+    path = tmp_path / "broken.toml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConfigError, match=r"broken\.toml is not valid TOML: .+"):
+        load_config(str(path), [])
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"cannot read config .*nowhere\.toml: No such file"):
+        load_config(str(tmp_path / "nowhere.toml"), [])
+
+
+# What is written can be read
+
+EVERYTHING = """
+name = "all.of-it_1"
+seed = 7
+out = "runs/ä b"
+
+[model]
+name = "some/model"
+from_scratch = true
+overrides = { hidden_size = 64, rms_norm_eps = 1e-06, tie_word_embeddings = true, hidden_act = "silu", "odd key" = 1.0 }
+tokenizer = 'C:\\models\\"quoted"'
+kernels = "hub"
+kernel_mapping = { RMSNorm = "/folder:RMSNorm" }
+
+[data]
+mask_boundary = false
+num_streams = 8
+context_len = 16
+context_warmup_steps = 2
+workers = 0
+
+[[data.sources]]
+path = "a.jsonl"
+weight = 1e-3
+streaming = true
+data_files = ["x/*.parquet", "y.parquet"]
+
+[[data.sources]]
+path = "b"
+name = "en"
+split = "train[:90%]"
+weight = 3
+column = "tab\\tnewline\\n"
+
+[train]
+steps = 12
+seq_len = 64
+activation_checkpointing = 3
+compile = false
+
+[optim]
+lr = 1e-5
+eps = 1e-30
+schedule = "wsd"
+decay_steps = 4
+
+[log]
+trackers = ["wandb", "tensorboard"]
+
+[[eval.sources]]
+path = "held.txt"
+"""
+
+
+@pytest.mark.parametrize("toml", [BASE, EVERYTHING])
+def test_what_is_written_loads_as_the_same_config(load, toml):
+    config = load(toml)
+    assert load(to_toml(config)) == config
+    assert to_toml(load(to_toml(config))) == to_toml(config)
+
+
+def test_every_key_survives_writing(load):
+    config = load(EVERYTHING)
+    written = load(to_toml(config))
+    for name in SECTIONS:
+        assert getattr(written, name).model_dump() == getattr(config, name).model_dump()
+    assert type(written.model.overrides["odd key"]) is float
+    assert type(written.model.overrides["hidden_size"]) is int
+
+
+@pytest.mark.parametrize(
+    "toml",
+    [
+        'out = "runs/\U0001f600"' + BASE,
+        'out = "runs/\\u007f"' + BASE,
+        BASE.replace("[train]", "[train]\nmax_grad_norm = inf"),
+        BASE + '[model]\noverrides = { "clé \U0001f600" = 1 }\n',
+    ],
+    ids=["emoji", "delete", "infinity", "emoji in a key"],
+)
+def test_unusual_values_survive_writing(load, toml):
+    config = load(toml)
+    assert load(to_toml(config)) == config
+
+
+# The command
+
+
+def test_help_shows_every_key_with_description_and_default():
+    result = lacuna("-m", "lacuna", "pt", "--help")
+    assert result.returncode == 0
+    options = re.split(r"\n  (?=--)", result.stdout)
+    shown = {option.split()[0].removeprefix("--"): " ".join(option.split()) for option in options[1:]}
+    fields = {key: Config.model_fields[key] for key in TOP_KEYS}
+    fields |= {f"{n}.{key}": field for n, section in SECTIONS.items() for key, field in section.model_fields.items()}
+    assert not set(fields) - set(shown)
+    for key, field in fields.items():
+        assert field.description.replace("%%", "%") in shown[key], key
+        assert f"(default: {field.default})" in shown[key], key
+
+
+def test_help_shows_the_keys_of_a_source():
+    text = " ".join(lacuna("-m", "lacuna", "pt", "--help").stdout.split())
+    assert [key for key, field in Source.model_fields.items() if field.description.replace("%%", "%") not in text] == []
+
+
+def test_help_imports_no_torch_and_answers_at_once():
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    result = lacuna("-X", "importtime", "-m", "lacuna", "pt", "--help")
+    seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
+    imported = {line.rsplit("|", 1)[-1].strip().split(".")[0] for line in result.stderr.splitlines()}
+    assert result.returncode == 0
+    assert "pydantic" in imported, "this test no longer sees what is imported"
+    assert not {"torch", "transformers", "datasets", "numpy", "pandas"} & imported
+    assert seconds < 2, f"--help took {seconds:.1f} s of user time"
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["-h"], [], ["pt", "-h"], ["pt", "nowhere.toml", "--help"]])
+def test_help_exits_with_0(argv):
+    result = lacuna("-m", "lacuna", *argv)
+    assert result.returncode == 0
+    assert result.stdout.startswith("usage: lacuna pt")
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["pt", "nowhere.toml"], "cannot read config nowhere.toml"),
+        (["pt", "ok.toml", "--train.stesp", "5"], "unknown key train.stesp: did you mean train.steps?"),
+        (["pt", "ok.toml", "--train.seq_len", "4"], "train.seq_len"),
+        (["pt", "ok.toml", "--train.steps"], "train.steps"),
+        (["pt"], "no config given"),
+    ],
+)
+def test_an_error_is_one_line_and_a_bad_exit_code(tmp_path, argv, words):
+    (tmp_path / "ok.toml").write_text(BASE)
+    result = lacuna("-m", "lacuna", *argv, cwd=tmp_path)
+    assert result.returncode not in (0, None)
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith("lacuna: ")
+    assert words in result.stderr
+    assert result.stdout == ""
+
+
+def test_an_unknown_command_is_named_and_shows_the_usage(tmp_path):
+    result = lacuna("-m", "lacuna", "train", cwd=tmp_path)
+    assert result.returncode not in (0, None)
+    assert result.stderr.startswith("lacuna: unknown command train\n")
+    assert "Traceback" not in result.stderr
+    assert "usage: lacuna" in result.stderr
