@@ -143,7 +143,7 @@ def test_without_topology_files_every_cpu_counts(environment, monkeypatch, tmp_p
 
 @pytest.fixture
 def launch(environment, monkeypatch, cores):
-    """Launch with this environment on 16 CPUs (8 cores) and this many GPU devices; the command that it became, if any."""
+    """Launch in this environment, on 8 cores and with this many GPUs; the command that it became, if any."""
     cores(range(16))
 
     def launch(devices: int = 0, **variables) -> list[str] | None:

@@ -63,7 +63,9 @@ def test_float32_accumulation_is_more_exact_than_bfloat16(monkeypatch):
     for head in ("chunked", "liger"):
         for accum_dtype in (torch.float32, torch.bfloat16):
             w = weight.to(torch.bfloat16).float().requires_grad_()
-            head_loss(hidden, w, labels, 192, head=head, accum_dtype=accum_dtype, compiled=False).backward()
+            head_loss(
+                hidden.detach().requires_grad_(), w, labels, 192, head=head, accum_dtype=accum_dtype, compiled=False
+            ).backward()
             exact = weight.to(torch.bfloat16).double().requires_grad_()
             F.cross_entropy(hidden.double() @ exact.T, labels, reduction="sum").backward()
             errors[head, accum_dtype] = ((w.grad.double() - exact.grad).norm() / exact.grad.norm()).item()

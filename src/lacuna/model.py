@@ -150,8 +150,13 @@ def kernelize_from_hub(model: PreTrainedModel, mapping: dict[str, str], device: 
         from kernels import LayerRepository, LocalLayerRepository, Mode, kernelize, use_kernel_mapping
     except ImportError:
         raise ConfigError('model.kernels = "hub" needs the extra: uv sync --extra kernels') from None
-    layers = {}
+    layers, marked = {}, {getattr(module, "kernel_layer_name", None) for module in model.modules()} - {None}
     for name, place in mapping.items():
+        if name not in marked:
+            raise ConfigError(
+                f"model.kernel_mapping.{name}: {type(model).__name__} marks {sorted(marked) or 'no layer'} "
+                "(transformers needs a version of the package kernels that it knows)"
+            )
         repository, _, layer = place.rpartition(":")
         layer, _, version = layer.partition("@")
         if Path(repository).is_dir():

@@ -17,7 +17,7 @@ from lacuna.data.tokenize import Encoder, load_tokenizer, token_bytes
 TINY = Path(__file__).parents[2] / "examples" / "tiny"
 TEXTS = [
     "Call me Ishmael. Some years ago",
-    "naïve café — “quotes” … Ω≈ç√ 漢字 ру́сский",
+    "naïve café — “quotes” … Ω≈ç√ 漢字 Привет",
     "emoji 😀👩‍👩‍👧‍👦 🇸🇪 and\ttabs\n\nnew lines\r\n  indented 1234567890",
     " leading and trailing ",
     "\n",

@@ -1,0 +1,59 @@
+"""Whole runs on a GPU: deterministic where asked, and nothing recompiles after the first step."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import EXAMPLES, REPO, model_config
+from test_train import no_config, options, texts, train_lines  # noqa: F401  texts is a fixture
+
+pytestmark = pytest.mark.gpu
+
+
+def lacuna(*argv: str, **environ: str) -> str:
+    command = [sys.executable, "-m", "lacuna", "pt", *argv]
+    path = os.pathsep.join([str(REPO / "src"), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": path} | environ
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
+
+
+@pytest.fixture
+def base(texts, tmp_path, tokenizer):  # noqa: F811
+    folder = tmp_path / "model"
+    config = model_config("qwen3")
+    config.head_dim = 64
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    more = ["--model.from_scratch", "true", "--train.steps", "8", "--train.global_batch_size", "4"]
+    return [*no_config(tmp_path), *options(folder, texts, tmp_path, *more)]
+
+
+@pytest.mark.parametrize("attention", ["varlen", "auto"])
+def test_two_deterministic_runs_are_bit_identical(base, attention, tmp_path):
+    losses = []
+    for name in ("a", "b"):
+        lacuna(*base, "--name", name, "--train.deterministic", "true", "--model.attention", attention)
+        losses.append([(m["loss"], m["grad_norm"]) for m in train_lines(tmp_path / "runs" / name)])
+    assert len(losses[0]) == 8 and losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
+def test_nothing_recompiles_after_the_first_step(base, checkpointing):
+    log = lacuna(*base, "--train.activation_checkpointing", checkpointing, TORCH_LOGS="recompiles,graph_breaks")
+    assert "step 8/8" in log
+    after_first = log[re.search(r"step 1/8", log).end() :]
+    assert "Recompiling" not in after_first and "Graph break" not in log
+
+
+def test_the_default_run_learns_on_a_gpu_too(tmp_path):
+    data = '[{"path": "%s"}]' % (EXAMPLES / "moby_dick" / "train.jsonl")  # noqa: UP031
+    held_out = data.replace("train.jsonl", "heldout.jsonl")
+    argv = ["--out", str(tmp_path), "--model.name", str(EXAMPLES / "tiny"), "--data.cache", str(tmp_path / "cache")]
+    lacuna(str(REPO / "configs" / "pt.toml"), *argv, "--data.sources", data, "--eval.sources", held_out)
+    metrics = train_lines(tmp_path / "moby-dick")
+    assert metrics[0]["loss"] > 8 and metrics[-1]["loss"] < 5.7
