@@ -51,7 +51,7 @@ def test_nothing_recompiles_after_the_first_step(base, checkpointing):
 
 
 def test_the_default_run_learns_on_a_gpu_too(tmp_path):
-    data = '[{"path": "%s"}]' % (EXAMPLES / "moby_dick" / "train.jsonl")  # noqa: UP031
+    data = '[{"path": "%s"}]' % (EXAMPLES / "moby_dick" / "train.jsonl")
     held_out = data.replace("train.jsonl", "heldout.jsonl")
     argv = ["--out", str(tmp_path), "--model.name", str(EXAMPLES / "tiny"), "--data.cache", str(tmp_path / "cache")]
     lacuna(str(REPO / "configs" / "pt.toml"), *argv, "--data.sources", data, "--eval.sources", held_out)

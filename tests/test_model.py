@@ -252,12 +252,18 @@ def test_hub_kernels_come_from_a_local_repository(tmp_path, model_folder):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("attention", ["varlen", "fa4", "sdpa"])
 @pytest.mark.parametrize(
-    "options", [[], ["--train.compile", "false"], ["--train.activation_checkpointing", "selective"]]
+    ("name", "attention", "options"),
+    [
+        ("qwen3", "varlen", []),
+        ("qwen3", "fa4", ["--train.activation_checkpointing", "selective"]),
+        ("qwen3", "sdpa", ["--train.compile", "false"]),  # with Liger's norms and SwiGLU
+        ("mistral", "varlen", ["--train.compile", "false"]),
+        ("mistral", "fa4", []),
+        ("llama", "varlen", ["--model.head", "liger", "--train.activation_checkpointing", "full"]),
+    ],
 )
-@pytest.mark.parametrize("name", ["qwen3", "mistral"])
-def test_on_a_gpu_packed_equals_alone_within_bfloat16(name, options, attention, model_folder):
+def test_on_a_gpu_packed_equals_alone_within_bfloat16(name, attention, options, model_folder):
     from lacuna.attention import choose_backend
 
     try:

@@ -14,8 +14,7 @@ from conftest import EXAMPLES, REPO, pack, random_documents
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lacuna import train as train_module
-from lacuna.config import load_config
-from lacuna.metrics import NonFinite
+from lacuna.config import NonFinite, load_config
 from lacuna.model import build_model
 from lacuna.parallel import Ranks, clip_gradients
 from lacuna.train import accumulate_gradients, run

@@ -30,10 +30,8 @@ def choose_backend(asked: str, device: torch.device, dtype: torch.dtype) -> str:
     if asked == "auto":
         return possible[0]
     if asked not in possible:
-        raise ConfigError(
-            f'model.attention = "{asked}" does not run here; possible: {", ".join(possible)}. varlen needs bfloat16 and an '
-            "Ampere GPU or later, fa4 bfloat16, a Hopper GPU or later and the extra fa4"
-        )
+        needs = "varlen needs bfloat16 and an Ampere GPU or later, fa4 a Hopper GPU or later and the extra fa4"
+        raise ConfigError(f'model.attention = "{asked}" does not run here; possible: {", ".join(possible)}. {needs}')
     return asked
 
 
@@ -68,7 +66,7 @@ def packed_attention(
     """Attention of every document to itself alone; returns [1, T, heads, D] and no weights."""
     if others.get("softcap") is not None or others.get("s_aux") is not None or others.get("dropout"):
         raise ConfigError(
-            f"{type(module).__name__} wants soft-capped scores, sinks or dropout, which lacuna does not have"
+            f"{type(module).__name__} wants soft-capped scores, sinks or dropout: lacuna has none of these"
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = -1 if sliding_window is None or sliding_window >= max_seqlen else sliding_window - 1
@@ -76,9 +74,8 @@ def packed_attention(
         return sdpa(query, key, value, document_mask, scaling, window), None
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
     if backend == "fa4":
-        return fa4(q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens, max_seqlen, scaling, window)[0][
-            None
-        ], None
+        out, _ = fa4(q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens, max_seqlen, scaling, window)
+        return out[None], None
     limits = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
     return varlen_attn(q, k, v, *limits, scale=scaling, window_size=(window, 0), **GROUPED)[None], None
 

@@ -10,7 +10,7 @@ from lacuna.parallel import whole
 
 @torch.no_grad()
 def export(trainee: Trainee, tokenizer, folder: Path, rank: int):
-    """Write a Hugging Face folder in the computation's dtype; all ranks call it, rank 0 holds one copy in host memory."""
+    """Write a Hugging Face folder in the computation's dtype; all ranks call it, rank 0 holds one copy on the host."""
     model, state = trainee.model, {}
     for name, parameter in model.named_parameters():
         tensor = whole(parameter).to(model.config.dtype)

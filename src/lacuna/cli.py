@@ -5,13 +5,11 @@ import sys
 from glob import glob
 from pathlib import Path
 
-from lacuna.config import ConfigError, load_config
+from lacuna.config import ConfigError, NonFinite, load_config
 
 USAGE = """usage: lacuna pt [CONFIG.toml] [--section.key VALUE ...]
 
-  lacuna pt         pretrain, or go on pretraining, a causal language model
-  lacuna pt --help  every key with its meaning, unit and default
-
+Pretrain, or go on pretraining, a causal language model. `lacuna pt --help` shows every key with meaning and default.
 Without a config, configs/pt.toml is used: a small model on text that ships with the repository."""
 
 
@@ -31,14 +29,10 @@ def main():
                 raise ConfigError("no config given, and no configs/pt.toml here: give one, or run in a clone of lacuna")
         config = load_config(path, argv)
         launch(["pt", path, *argv])
-        from lacuna.metrics import NonFinite
         from lacuna.train import run
 
-        try:
-            run(config)
-        except NonFinite as error:
-            raise ConfigError(str(error)) from None
-    except ConfigError as error:
+        run(config)
+    except (ConfigError, NonFinite) as error:
         rank = os.environ.get("RANK")
         sys.exit(f"lacuna{f' (rank {rank})' if rank else ''}: {error}")
 

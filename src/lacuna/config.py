@@ -19,123 +19,117 @@ class ConfigError(Exception):
     """What the user asked for cannot be done; the message says which key is wrong and what would be right."""
 
 
+class NonFinite(Exception):
+    """A loss or gradient is not a number; the parameters are those of the step before."""
+
+
+def key(default, meaning: str, **limits):
+    """One key of the config, with its meaning and unit for --help."""
+    return Field(default, description=meaning, **limits)
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class ModelConfig(Section):
-    name: str = Field("examples/tiny", description="Hub id, or local folder with config.json (and *.safetensors)")
-    from_scratch: bool = Field(False, description="initialise the weights from `seed` instead of reading them")
-    overrides: dict[str, int | float | str | bool] = Field({}, description="fields of the model's config to replace")
-    tokenizer: str | None = Field(None, description="Hub id or folder of the tokenizer, if not the model's own")
-    dtype: Literal["auto", "bfloat16", "float32"] = Field(
-        "auto",
-        description="dtype of the computation; parameters stay float32. auto: bfloat16 on a GPU, float32 on a CPU",
+    name: str = key("examples/tiny", "Hub id, or local folder with config.json (and *.safetensors)")
+    from_scratch: bool = key(False, "initialise the weights from `seed` instead of reading them")
+    overrides: dict[str, int | float | str | bool] = key({}, "fields of the model's config to replace")
+    tokenizer: str | None = key(None, "Hub id or folder of the tokenizer, if not the model's own")
+    dtype: Literal["auto", "bfloat16", "float32"] = key(
+        "auto", "dtype of the computation, parameters stay float32; auto: bfloat16 on a GPU, float32 on a CPU"
     )
-    attention: Literal["auto", "varlen", "fa4", "sdpa"] = Field(
-        "auto",
-        description="varlen: torch's FlashAttention; fa4: FlashAttention-4 (extra fa4); sdpa: masked rows, any device",
+    attention: Literal["auto", "varlen", "fa4", "sdpa"] = key(
+        "auto", "varlen: torch's FlashAttention; fa4: FlashAttention-4 (extra fa4); sdpa: on any device, slower"
     )
-    kernels: Literal["auto", "none", "liger", "hub"] = Field(
-        "auto", description="fused layers: Liger's or the Hub's. auto: liger on a GPU without train.compile, else none"
+    kernels: Literal["auto", "none", "liger", "hub"] = key(
+        "auto", "fused layers: Liger's or the Hub's; auto: liger on a GPU where train.compile is off, else none"
     )
-    kernel_mapping: dict[str, str] = Field(
-        {}, description="for kernels = hub: layer name -> owner/repo:Layer@version, or /folder:Layer"
-    )
-    head: Literal["auto", "chunked", "liger"] = Field(
-        "auto", description="LM head + cross-entropy without full logits: lacuna's (auto) or Liger's fused one"
-    )
-    accum_dtype: Literal["float32", "model"] = Field(
-        "float32", description="dtype in which the head's weight gradient is summed over chunks (model: model.dtype)"
-    )
-    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+    kernel_mapping: dict[str, str] = key({}, "for hub: layer -> owner/repo:Layer@version or folder:Layer")
+    head: Literal["chunked", "liger"] = key("chunked", "LM head and loss without full logits: lacuna's, or Liger's")
+    accum_dtype: Literal["float32", "model"] = key("float32", "of the sum of the head's gradient over chunks")
+    trust_remote_code: bool = key(False, "run Python code that comes with the model")
 
 
 class Source(Section):
-    path: str = Field(description="Hub id, folder, or file, glob or URL (https://, s3://) of .parquet, .jsonl or .txt")
-    name: str | None = Field(None, description="configuration of a Hub dataset")
-    split: str = Field("train", description="split, slices allowed: train[:90%%]")
-    data_files: str | list[str] | None = Field(None, description="files inside `path`, globs allowed")
-    streaming: bool = Field(False, description="read while training instead of tokenising everything first")
-    weight: float | None = Field(None, gt=0, description="share of the mixture's tokens; none: all data once an epoch")
-    column: str = Field("text", description="column that holds the text")
+    path: str = key(..., "Hub id, folder, or file, glob or URL (https://, s3://) of .parquet, .jsonl or .txt")
+    name: str | None = key(None, "configuration of a Hub dataset")
+    split: str = key("train", "split, slices allowed: train[:1000]")
+    data_files: str | list[str] | None = key(None, "files inside `path`, globs allowed")
+    streaming: bool = key(False, "read while training instead of tokenising everything first")
+    weight: float | None = key(None, "share of the mixture's tokens; none: all data once an epoch", gt=0)
+    column: str = key("text", "column that holds the text")
+
+
+SOURCE = "; ".join(f"{name} ({field.description})" for name, field in Source.model_fields.items())
 
 
 class DataConfig(Section):
-    sources: list[Source] = Field([], description="where documents come from: [[data.sources]] in TOML, JSON here")
-    mask_boundary: bool = Field(True, description="a document's last token does not predict the next document's first")
-    num_streams: int | None = Field(
-        None, ge=1, description="virtual streams of streaming data; default: the number of shards, at most 64"
-    )
-    context_len: int | None = Field(None, ge=1, description="longest piece of a document, tokens; default: seq_len")
-    context_warmup_steps: int = Field(0, ge=0, description="steps in which context_len grows linearly to seq_len")
-    workers: int | None = Field(
-        None, ge=0, description="loader processes a rank; default: 1 if anything streams, else 0 (in this process)"
-    )
-    cache: str = Field("~/.cache/lacuna", description="folder of the token cache")
+    sources: list[Source] = key([], "where documents come from: [[data.sources]] in TOML, JSON here; keys: " + SOURCE)
+    mask_boundary: bool = key(True, "a document's last token does not predict the next document's first")
+    num_streams: int | None = key(None, "virtual streams; default: the number of shards, at most 64", ge=1)
+    context_len: int | None = key(None, "longest piece of a document, tokens; default: seq_len", ge=1)
+    context_warmup_steps: int = key(0, "steps in which context_len grows linearly to seq_len", ge=0)
+    workers: int | None = key(None, "loader processes a rank; default: 1 if data streams, else 0", ge=0)
+    cache: str = key("~/.cache/lacuna", "folder of the token cache")
 
 
 class TrainConfig(Section):
-    seq_len: int = Field(1024, ge=8, description="slots a row, tokens")
-    micro_batch_size: int = Field(8, ge=1, description="rows a device takes through the model at once")
-    global_batch_size: int = Field(8, ge=1, description="rows an optimizer step, over all devices and micro-batches")
-    steps: int | None = Field(None, ge=1, description="optimizer steps (this or train.epochs)")
-    epochs: int | None = Field(None, ge=1, description="passes over map-style data (this or train.steps)")
-    compile: Literal["auto", True, False] = Field(
-        "auto", description="torch.compile each layer; auto: on a GPU only (on a CPU it needs a C++ compiler)"
+    seq_len: int = key(1024, "slots a row, tokens", ge=8)
+    micro_batch_size: int = key(8, "rows a device takes through the model at once", ge=1)
+    global_batch_size: int = key(8, "rows an optimizer step, over all devices and micro-batches", ge=1)
+    steps: int | None = key(None, "optimizer steps (this or train.epochs)", ge=1)
+    epochs: int | None = key(None, "passes over map-style data (this or train.steps)", ge=1)
+    compile: Literal["auto", True, False] = key("auto", "torch.compile each layer; auto: on a GPU")
+    activation_checkpointing: Literal["none", "full", "selective"] | Annotated[int, Field(ge=1)] = key(
+        "none", "recompute in the backward: all layers, cheap operators only (selective), or every n-th layer (n)"
     )
-    activation_checkpointing: Literal["none", "full", "selective"] | Annotated[int, Field(ge=1)] = Field(
-        "none", description="recompute activations: of every layer (full), every n-th (a number), or cheap ops only"
-    )
-    max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this global L2 norm")
-    deterministic: bool = Field(False, description="deterministic GPU kernels, where they exist (slower)")
+    max_grad_norm: float = key(1.0, "gradients are scaled down to this global L2 norm", gt=0)
+    deterministic: bool = key(False, "deterministic GPU kernels, where they exist (slower)")
 
 
 class OptimConfig(Section):
-    lr: float = Field(3e-4, gt=0, description="peak learning rate")
-    weight_decay: float = Field(0.1, ge=0, description="decay of matrices; embeddings, norms and biases have none")
-    betas: list[float] = Field([0.9, 0.95], min_length=2, max_length=2, description="AdamW's two decay rates")
-    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
-    schedule: Literal["constant", "linear", "cosine", "wsd"] = Field(
-        "cosine", description="learning rate after warmup; wsd: constant, then linear decay in the last decay_steps"
+    lr: float = key(3e-4, "peak learning rate", gt=0)
+    weight_decay: float = key(0.1, "decay of matrices; embeddings, norms and biases have none", ge=0)
+    betas: list[float] = key([0.9, 0.95], "AdamW's two decay rates", min_length=2, max_length=2)
+    eps: float = key(1e-8, "AdamW's epsilon", gt=0)
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = key(
+        "cosine", "after warmup; wsd: constant, then linear decay"
     )
-    warmup_steps: int = Field(0, ge=0, description="steps of linear warmup from 0")
-    decay_steps: int | None = Field(None, ge=1, description="wsd: steps of decay at the end; default: a tenth")
-    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="last learning rate over the peak (linear, cosine, wsd)")
+    warmup_steps: int = key(0, "steps of linear warmup from 0", ge=0)
+    decay_steps: int | None = key(None, "wsd: steps of decay at the end; default: a tenth", ge=1)
+    min_lr_ratio: float = key(0.1, "last learning rate over the peak (linear, cosine, wsd)", ge=0, le=1)
 
 
 class DistConfig(Section):
-    dp_replicate: int = Field(1, ge=1, description="copies of the sharded model (HSDP)")
-    dp_shard: int | None = Field(
-        None, ge=1, description="ranks that share one copy (FSDP2); default: all that are left"
-    )
-    timeout: int = Field(600, ge=10, description="seconds after which a collective that hangs ends the run")
+    dp_replicate: int = key(1, "copies of the sharded model (HSDP)", ge=1)
+    dp_shard: int | None = key(None, "ranks that share one copy (FSDP2); default: all that are left", ge=1)
+    timeout: int = key(600, "seconds after which a collective that hangs ends the run", ge=10)
 
 
 class LogConfig(Section):
-    every: int = Field(10, ge=1, description="steps between two lines of metrics")
-    trackers: list[Literal["wandb", "tensorboard", "trackio"]] = Field([], description="where else metrics go")
+    every: int = key(10, "steps between two lines of metrics", ge=1)
+    trackers: list[Literal["wandb", "tensorboard", "trackio"]] = key([], "where else metrics go")
 
 
 class EvalConfig(Section):
-    sources: list[Source] = Field([], description="held-out data, same keys as data.sources")
-    every: int | None = Field(
-        None, ge=1, description="steps between evaluations; default: before the first, after the last"
-    )
-    rows: int = Field(512, ge=1, description="rows evaluated at most")
+    sources: list[Source] = key([], "held-out data, same keys as data.sources")
+    every: int | None = key(None, "steps between evaluations; none: only at start and end", ge=1)
+    rows: int = key(512, "rows evaluated at most", ge=1)
 
 
 class Config(Section):
-    name: str = Field("run", pattern=r"^[\w.-]+$", description="the run's name: everything lands in out/name")
-    seed: int = Field(0, ge=0, lt=2**32, description="of the order of data and of initial weights")
-    out: str = Field("runs", description="folder of runs")
-    model: ModelConfig = Field(ModelConfig(), description="what is trained")
-    data: DataConfig = Field(DataConfig(), description="on what")
-    train: TrainConfig = Field(TrainConfig(), description="how much at a time, how long")
-    optim: OptimConfig = Field(OptimConfig(), description="AdamW and its learning rate")
-    dist: DistConfig = Field(DistConfig(), description="over which devices")
-    log: LogConfig = Field(LogConfig(), description="what is reported")
-    eval: EvalConfig = Field(EvalConfig(), description="on what it is measured")
+    name: str = key("run", "the run's name: everything lands in out/name", pattern=r"^[\w.-]+$")
+    seed: int = key(0, "of the order of data and of initial weights", ge=0, lt=2**32)
+    out: str = key("runs", "folder of runs")
+    model: ModelConfig = key(ModelConfig(), "what is trained")
+    data: DataConfig = key(DataConfig(), "on what")
+    train: TrainConfig = key(TrainConfig(), "how much at a time, how long")
+    optim: OptimConfig = key(OptimConfig(), "AdamW and its learning rate")
+    dist: DistConfig = key(DistConfig(), "over which devices")
+    log: LogConfig = key(LogConfig(), "what is reported")
+    eval: EvalConfig = key(EvalConfig(), "on what it is measured")
 
     @model_validator(mode="after")
     def check(self):
@@ -146,22 +140,20 @@ class Config(Section):
             raise ValueError("give exactly one of train.steps and train.epochs")
         if train.epochs and any(source.streaming for source in data.sources):
             raise ValueError(
-                "train.epochs needs data of known size: set train.steps, or streaming = false in data.sources"
+                "train.epochs needs data of known size: set train.steps, or data.sources streaming = false"
             )
         if train.epochs and any(weights):
             raise ValueError("train.epochs has no meaning for a weighted mixture: set train.steps, or drop the weights")
         if any(weights) and not all(weights):
             raise ValueError("data.sources: give every source a weight, or none")
         if train.global_batch_size % train.micro_batch_size:
-            raise ValueError(
-                f"train.global_batch_size {train.global_batch_size} is not a multiple of train.micro_batch_size "
-                f"{train.micro_batch_size}: the nearest that is, "
-                f"is {nearest_multiple(train.global_batch_size, train.micro_batch_size)}"
+            near = nearest_multiple(train.global_batch_size, train.micro_batch_size)
+            sizes = (
+                f"train.global_batch_size {train.global_batch_size}, train.micro_batch_size {train.micro_batch_size}"
             )
+            raise ValueError(f"{sizes}: the first must be a multiple of the second; the nearest is {near}")
         if data.context_len and data.context_len > train.seq_len:
-            raise ValueError(
-                f"data.context_len {data.context_len} > train.seq_len {train.seq_len}: lower one or raise the other"
-            )
+            raise ValueError(f"data.context_len {data.context_len} is over train.seq_len {train.seq_len}: lower it")
         if data.context_warmup_steps and not data.context_len:
             raise ValueError("data.context_warmup_steps needs data.context_len, the length that it starts from")
         if train.steps and self.optim.warmup_steps >= train.steps:
@@ -172,7 +164,7 @@ class Config(Section):
             raise ValueError('model.kernel_mapping belongs to model.kernels = "hub"')
         if self.model.dtype == "float32" and self.model.attention in ("varlen", "fa4"):
             raise ValueError(
-                f'model.attention = "{self.model.attention}" needs model.dtype = "bfloat16", or use "sdpa"'
+                f'model.attention = "{self.model.attention}" needs model.dtype = "bfloat16"; or use "sdpa"'
             )
         if self.eval.every and not self.eval.sources:
             raise ValueError("eval.every without eval.sources: there is nothing to evaluate on")
@@ -214,10 +206,9 @@ def load_config(path: str | None, argv: list[str], prog: str = "lacuna pt") -> C
 
     Raises ConfigError with one sentence a problem; exits 0 after printing help where argv asks for it.
     """
-    parser = Parser(prog=f"{prog} [CONFIG.toml]", allow_abbrev=False, description="Keys of CONFIG.toml, as options:")
-    given = CliSettingsSource(
-        CommandLine, cli_parse_args=argv, root_parser=parser, parse_args_method=Parser.parse_args
-    )()
+    usage, about = f"{prog} [CONFIG.toml] [--section.key VALUE ...]", "Keys of CONFIG.toml, as options:"
+    parser = Parser(usage=usage, allow_abbrev=False, description=about)
+    given = CliSettingsSource(CommandLine, None, argv, root_parser=parser, parse_args_method=Parser.parse_args)()
     merged = {}
     if path is not None:
         try:

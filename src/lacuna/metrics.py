@@ -3,8 +3,8 @@
 import json
 import logging
 import math
-import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import datasets
@@ -15,21 +15,18 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel
 
-from lacuna.config import Config
+from lacuna.config import Config, NonFinite
 from lacuna.model import Trainee
 from lacuna.parallel import Ranks
 
 log = logging.getLogger("lacuna")
+console = Console(stderr=True)
 # Dense bf16 peaks, FLOP/s, from the vendors' datasheets; the first name that the device's name contains counts.
 PEAKS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10": 125e12, "4090": 165e12}
 MFU_CONVENTION = (
     "mfu: 6 FLOP a weight and token (input embeddings left out) + 6 x heads x head_dim a layer x the sum of squared "
     "document lengths (causal: halved), over the dense bf16 peak; recomputation does not count"
 )
-
-
-class NonFinite(Exception):
-    """A loss or gradient is not a number; the parameters are those of the step before."""
 
 
 class Outcome:
@@ -101,10 +98,7 @@ class Report:
             log.info(MFU_CONVENTION)
         self.file = open(folder / "metrics.jsonl", "w", buffering=1)  # noqa: SIM115  a killed run keeps its lines
         self.trackers = [open_tracker(name, config, folder) for name in config.log.trackers]
-        console = Console(file=sys.stderr)
         if console.is_terminal:
-            log.handlers = [h for h in log.handlers if isinstance(h, logging.FileHandler)]
-            log.addHandler(RichHandler(console=console, show_path=False, show_level=False))
             columns = (TextColumn("{task.completed}/{task.total}"), BarColumn(), TextColumn("{task.description}"))
             self.progress = Progress(*columns, TimeRemainingColumn(), console=console)
             self.task = self.progress.add_task("", total=steps)
@@ -113,7 +107,7 @@ class Report:
     def start_clock(self):
         """Begin a new interval between two lines: what follows is measured, what was before (an evaluation) is not."""
         self.since = Moment(self.ranks.device)
-        self.interval = {"steps": 0, "tokens": 0, "slots": 0, "pairs": 0, "data_seconds": 0.0}
+        self.interval = Counter()
 
     def step(self, outcome: Outcome):
         """Take in a step, in order; raises NonFinite."""
@@ -124,21 +118,18 @@ class Report:
         trained, tokens, pairs, checksum, dropped = outcome.counts.tolist()
         if not math.isfinite(loss) or not math.isfinite(norm):
             ranks = ", ".join(str(rank) for rank, bad in enumerate(bad_ranks) if bad)
-            first = next(
-                (n for n, square in zip(self.names, squares, strict=True) if not math.isfinite(square)), "none"
-            )
+            where = f"the loss on rank {ranks}" if ranks else "a gradient"
+            bad = [name for name, square in zip(self.names, squares, strict=True) if not math.isfinite(square)]
             raise NonFinite(
-                f"step {facts['step']}: {f'the loss on rank {ranks}' if ranks else 'a gradient'} is not finite "
-                f"(loss {loss}, grad norm {norm}, first bad gradient: {first}); no update was made from this step on. "
-                "Lower optim.lr, or look at the data of this step"
+                f"step {facts['step']}: {where} is not finite (loss {loss}, grad norm {norm}, first bad gradient: "
+                f"{(bad or ['none'])[0]}); nothing was updated from here on. Lower optim.lr, or look at the data"
             )
         if dropped:
             log.warning("step %d: %d documents without text were dropped", facts["step"], dropped)
         self.tokens += tokens
         self.trained_tokens += trained
         slots = train.global_batch_size * train.seq_len
-        for key, value in zip(self.interval, (1, tokens, slots, pairs, facts["data_seconds"]), strict=True):
-            self.interval[key] += value
+        self.interval.update(steps=1, tokens=tokens, slots=slots, pairs=pairs, data_seconds=facts["data_seconds"])
         if facts["step"] % self.config.log.every and facts["step"] not in (1, self.steps):
             return
         total = self.interval
@@ -146,16 +137,16 @@ class Report:
         metrics = {"step": facts["step"], "loss": loss, "grad_norm": norm, "lr": facts["lr"], "tokens": self.tokens}
         metrics |= {"trained_tokens": self.trained_tokens, "epoch": round(facts["epoch"], 4)}
         metrics |= {"packing_efficiency": total["tokens"] / total["slots"], "tokens_per_second": speed}
-        metrics |= {"tokens_per_second_per_device": speed / world}
-        metrics |= {"mfu": self.work.mfu(total["slots"], total["pairs"], seconds, world)}
+        mfu = self.work.mfu(total["slots"], total["pairs"], seconds, world)
+        metrics |= {"tokens_per_second_per_device": speed / world, "mfu": mfu}
         metrics |= {"step_seconds": seconds / total["steps"], "data_seconds": total["data_seconds"] / total["steps"]}
         metrics |= {"peak_memory_gib": peak_memory(self.ranks.device), "batch_checksum": f"{checksum % 2**64:016x}"}
         self.start_clock()
         self.since = outcome.moment
         self.write(metrics)
-        mfu = "" if metrics["mfu"] is None else f" | mfu {metrics['mfu']:.1%}"
-        memory = f"{metrics['peak_memory_gib']:.1f} GiB"
-        text = f"loss {loss:.4f} | grad norm {norm:.2f} | {speed:,.0f} tokens/s{mfu} | {memory}"
+        share = "" if mfu is None else f" | mfu {mfu:.1%}"
+        rates = f"{speed:,.0f} tokens/s{share} | {metrics['peak_memory_gib']:.1f} GiB"
+        text = f"loss {loss:.4f} | grad norm {norm:.2f} | {rates}"
         left = time.strftime("%H:%M:%S", time.gmtime((self.steps - facts["step"]) * metrics["step_seconds"]))
         log.info("step %d/%d | %s | %s left", facts["step"], self.steps, text, left)
         if self.progress:
@@ -180,10 +171,12 @@ class Report:
 
 def start_logging(folder: Path, rank: int):
     """Rank 0 logs to stderr and log.txt, other ranks only warnings to stderr."""
-    datasets.disable_progress_bars()
+    if not console.is_terminal:
+        datasets.disable_progress_bars()
     log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     log.propagate = False
-    log.handlers = [logging.StreamHandler()]
+    rich = RichHandler(console=console, show_path=False, show_time=False, show_level=False)
+    log.handlers = [rich if console.is_terminal else logging.StreamHandler()]
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         log.addHandler(logging.FileHandler(folder / "log.txt", mode="w"))

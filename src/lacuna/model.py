@@ -44,18 +44,16 @@ class Trainee(nn.Module):
 
     def hidden(self, batch: PackedBatch) -> torch.Tensor:
         """The decoder's last hidden states [T, H]."""
-        decoder = self.model.get_decoder()
-        ids, positions = batch.input_ids[None], batch.position_ids[None]
-        outputs = decoder(input_ids=ids, position_ids=positions, use_cache=False, **boundaries(batch, self.backend))
-        return outputs.last_hidden_state[0]
+        inputs = {"input_ids": batch.input_ids[None], "position_ids": batch.position_ids[None], "use_cache": False}
+        return self.model.get_decoder()(**inputs, **boundaries(batch, self.backend)).last_hidden_state[0]
 
 
 def build_model(config: Config, ranks: Ranks, vocabulary: int) -> Trainee:
     """The model of `config.model`, sharded over ranks.mesh, with weights, ready to train."""
     on_gpu = ranks.device.type == "cuda"
-    dtype = {"auto": torch.bfloat16 if on_gpu else torch.float32}.get(config.model.dtype) or getattr(
-        torch, config.model.dtype
-    )
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    if config.model.dtype != "auto":
+        dtype = getattr(torch, config.model.dtype)
     compiled = on_gpu if config.train.compile == "auto" else config.train.compile
     model, folder = empty_model(config.model, vocabulary)
     layers = list(model.get_decoder().layers)
@@ -67,8 +65,7 @@ def build_model(config: Config, ranks: Ranks, vocabulary: int) -> Trainee:
         compile_layers(layers)
     accum_dtype = torch.float32 if config.model.accum_dtype == "float32" else dtype
     backend = choose_backend(config.model.attention, ranks.device, dtype)
-    head = "chunked" if config.model.head == "auto" else config.model.head
-    trainee = Trainee(model, backend, head, accum_dtype, compiled)
+    trainee = Trainee(model, backend, config.model.head, accum_dtype, compiled)
     if ranks.mesh is not None:
         shard_model(trainee, layers, ranks.mesh, dtype)
     trainee.to_empty(device=ranks.device)
@@ -92,16 +89,13 @@ def empty_model(config: ModelConfig, vocabulary: int) -> tuple[PreTrainedModel, 
             raise ConfigError(f"model.overrides.{key} is no field of {config.name}'s config; nearest: {near or 'none'}")
         setattr(hf_config, key, value)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            hf_config, dtype=torch.float32, trust_remote_code=config.trust_remote_code
-        )
+        trust = config.trust_remote_code
+        model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32, trust_remote_code=trust)
     refuse_unfit(model)
     model.set_attn_implementation("lacuna")
     if vocabulary > hf_config.vocab_size:
-        raise ConfigError(
-            f"the tokenizer has {vocabulary} tokens, the model {hf_config.vocab_size}: choose a model.tokenizer that "
-            f"fits, or train from_scratch with model.overrides.vocab_size = {vocabulary}"
-        )
+        sizes = f"the tokenizer has {vocabulary} tokens, the model {hf_config.vocab_size}"
+        raise ConfigError(f"{sizes}: set model.tokenizer, or train from_scratch with model.overrides.vocab_size")
     model.train()
     if config.from_scratch:
         return model, None
@@ -153,10 +147,8 @@ def kernelize_from_hub(model: PreTrainedModel, mapping: dict[str, str], device: 
     layers, marked = {}, {getattr(module, "kernel_layer_name", None) for module in model.modules()} - {None}
     for name, place in mapping.items():
         if name not in marked:
-            raise ConfigError(
-                f"model.kernel_mapping.{name}: {type(model).__name__} marks {sorted(marked) or 'no layer'} "
-                "(transformers needs a version of the package kernels that it knows)"
-            )
+            known = f"{type(model).__name__} marks {sorted(marked) or 'no layer: is kernels a version it knows?'}"
+            raise ConfigError(f"model.kernel_mapping.{name}: {known}")
         repository, _, layer = place.rpartition(":")
         layer, _, version = layer.partition("@")
         if Path(repository).is_dir():
@@ -247,22 +239,17 @@ def load_weights(model: PreTrainedModel, folder: Path):
         with safe_open(file, framework="pt") as tensors:
             names |= dict.fromkeys(tensors.keys(), file)
     if not names:
-        raise ConfigError(
-            f"model.name {folder} has no *.safetensors; set model.from_scratch = true to start without weights"
-        )
+        raise ConfigError(f"model.name {folder} has no *.safetensors; to begin without, set model.from_scratch = true")
     tied = set(model.all_tied_weights_keys)
     parameters = {k: p for k, p in model.named_parameters(remove_duplicate=False) if k not in tied}
     missing = sorted(set(parameters) - set(names))
     unknown = sorted(k for k in set(names) - set(parameters) - tied if not k.endswith("inv_freq"))
     if missing or unknown:
-        raise ConfigError(
-            f"model.name {folder} does not fit {type(model).__name__}: missing {missing[:3]}, unknown {unknown[:3]}"
-        )
+        keys = f"missing {missing[:3]}, unknown {unknown[:3]}"
+        raise ConfigError(f"model.name {folder} does not fit {type(model).__name__}: {keys}")
     for name, parameter in parameters.items():
         with safe_open(names[name], framework="pt") as tensors:
             stored = tensors.get_slice(name)
             if tuple(stored.get_shape()) != tuple(parameter.shape):
-                raise ConfigError(
-                    f"{name} is {stored.get_shape()} in {folder}, the model wants {list(parameter.shape)}"
-                )
+                raise ConfigError(f"{folder}: {name} is {stored.get_shape()}, the model wants {list(parameter.shape)}")
             local(parameter).copy_(stored[local_slices(parameter)])

@@ -36,9 +36,8 @@ def join_slurm(environ: dict):
     environ["RANK"], environ["WORLD_SIZE"] = environ["SLURM_PROCID"], environ["SLURM_NTASKS"]
     environ["LOCAL_RANK"] = environ["SLURM_LOCALID"]
     if "MASTER_ADDR" not in environ:
-        hosts = subprocess.run(
-            ["scontrol", "show", "hostnames", environ["SLURM_JOB_NODELIST"]], capture_output=True, text=True, check=True
-        )
+        command = ["scontrol", "show", "hostnames", environ["SLURM_JOB_NODELIST"]]
+        hosts = subprocess.run(command, capture_output=True, text=True, check=True)
         environ["MASTER_ADDR"] = hosts.stdout.split()[0]
     # one port a job, the same on every node
     environ.setdefault("MASTER_PORT", str(20000 + int(environ["SLURM_JOB_ID"]) % 20000))
@@ -54,15 +53,12 @@ def start(config: DistConfig, train: TrainConfig) -> Ranks:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     shard = config.dp_shard or max(1, world // config.dp_replicate)
     if config.dp_replicate * shard != world:
-        raise ConfigError(
-            f"dist.dp_replicate {config.dp_replicate} x dist.dp_shard {shard} is not the {world} ranks started"
-        )
+        raise ConfigError(f"dist.dp_replicate {config.dp_replicate} x dist.dp_shard {shard} is not the {world} ranks")
     rows = train.micro_batch_size * world
     if train.global_batch_size % rows:
-        raise ConfigError(
-            f"train.global_batch_size {train.global_batch_size} is not a multiple of train.micro_batch_size "
-            f"{train.micro_batch_size} x {world} ranks: use {nearest_multiple(train.global_batch_size, rows)}"
-        )
+        sizes = f"train.global_batch_size {train.global_batch_size}, train.micro_batch_size {train.micro_batch_size}"
+        near = nearest_multiple(train.global_batch_size, rows)
+        raise ConfigError(f"{sizes}, {world} ranks: the first must be a multiple of the others' product; use {near}")
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -118,9 +114,7 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def clip_gradients(
-    parameters: list[nn.Parameter], max_norm: float, mesh: DeviceMesh | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def clip_gradients(parameters: list, max_norm: float, mesh: DeviceMesh | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale gradients, sharded or not, to a global L2 norm of at most max_norm.
 
     Returns the norm before and the squared norm of every gradient [P], as tensors: nothing waits for the device.

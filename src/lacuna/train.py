@@ -64,10 +64,7 @@ def run(config: Config) -> Path:
         # 3. Clip and step, unless something is not finite: then the device updates nothing, now or later.
         norm, squares = clip_gradients(parameters, config.train.max_grad_norm, ranks.mesh)
         losses = torch.zeros(1 + ranks.world, device=ranks.device, dtype=torch.float64)
-        losses[0], losses[1 + ranks.rank] = (
-            loss,
-            ~loss.isfinite(),
-        )  # the sum, and a mark for each rank whose part is bad
+        losses[0], losses[1 + ranks.rank] = loss, ~loss.isfinite()  # the mean, and a mark for each bad rank
         sum_over_ranks(losses)
         failed = torch.maximum(failed, (~(norm + losses[0]).isfinite()).float())
         lr = learning_rate(config.optim, step - 1, steps)
@@ -94,16 +91,14 @@ def run(config: Config) -> Path:
     loader.close()
     export(trainee, tokenizer, folder / "hf", ranks.rank)
     report.close()
-    log.info("The model is in %s. Read it with transformers' AutoModelForCausalLM.from_pretrained,", folder / "hf")
-    log.info("or train it further: lacuna pt CONFIG.toml --model.name %s --model.from_scratch false", folder / "hf")
+    log.info("The model is in %s, a folder for transformers' from_pretrained. To train it further:", folder / "hf")
+    log.info("lacuna pt CONFIG.toml --name NEW --model.name %s --model.from_scratch false", folder / "hf")
     if dist.is_initialized():
         dist.destroy_process_group()
     return folder
 
 
-def accumulate_gradients(
-    trainee: Trainee, batches: list[PackedBatch], trained_tokens: torch.Tensor, ranks: Ranks
-) -> torch.Tensor:
+def accumulate_gradients(trainee: Trainee, batches: list[PackedBatch], trained_tokens, ranks: Ranks) -> torch.Tensor:
     """Forward and backward of this rank's micro-batches; returns its part of the step's mean loss.
 
     trained_tokens counts the whole global batch, so gradients add up to the mean over all its trained tokens.
@@ -131,8 +126,7 @@ def evaluate(trainee: Trainee, config: Config, dataset: RowDataset, ranks: Ranks
     while True:
         batch = loader.next()
         trained = batch.labels >= 0
-        left = sum_over_ranks(trained.sum())
-        if not left.item():
+        if not sum_over_ranks(trained.sum()).item():
             break
         size = (sizes[batch.labels.clamp(min=0)] * trained).sum()
         sums += torch.stack([trainee(batch).double(), trained.sum().double(), size.double()])

@@ -1,4 +1,4 @@
-"""Parquet shards over http:// and s3://, as a run reads them: the same rows for all ranks, and nothing fetched twice."""
+"""Parquet shards over http:// and s3://, as a run reads them: the same rows for all ranks, nothing fetched twice."""
 
 import re
 import socket
@@ -17,15 +17,16 @@ from lacuna.config import ConfigError
 from lacuna.data.loader import Loader, RowDataset
 from lacuna.data.tokenize import Encoder
 
-from .corpora import EOS, FIRST, lacuna_log, make_config, make_source, number_tokenizer, text, write
+from .corpora import EOS, FIRST, lacuna_log, make_config, make_source, number_tokenizer, text
 
 SHARDS, SEQ_LEN, ROWS = 8, 64, 8
+FOOTER = 65536  # bytes that Arrow reads first, at a file's end
 DOCUMENTS = [list(range(FIRST + 20 * i, FIRST + 20 * i + 5 + i % 16)) for i in range(480)]
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory) -> Path:
-    """Eight files of three row groups each, with a column that no one needs and that is most of their bytes."""
+    """Eight files of three row groups and some 300 kB each, most of them in a column that no one needs."""
     folder = tmp_path_factory.mktemp("shards")
     for i in range(SHARDS):
         texts = [text(document) for document in DOCUMENTS[i::SHARDS]]
@@ -120,7 +121,7 @@ def s3(shards, monkeypatch):
     moto.stop()
 
 
-def read(config, encoder, ranks: int, steps: int, server=None, **limits) -> list[tuple]:
+def read(config, encoder, ranks: int, steps: int, server=None, state=None, **limits) -> list[tuple]:
     """The rows of these steps in the order of the run, the ranks read one after the other."""
     config.data.workers = 0
     rows = {}
@@ -128,9 +129,8 @@ def read(config, encoder, ranks: int, steps: int, server=None, **limits) -> list
         if server:
             server.who = (ranks, rank)
             fsspec.filesystem("http").clear_instance_cache()
-        loader = Loader(
-            config, RowDataset(config, config.data.sources, encoder, rank, ranks, **limits), torch.device("cpu")
-        )
+        dataset = RowDataset(config, config.data.sources, encoder, rank, ranks, **limits)
+        loader = Loader(config, dataset, torch.device("cpu"), state)
         a_step = config.train.global_batch_size // config.train.micro_batch_size // ranks
         for i in range(steps * a_step):
             batch = loader.next()
@@ -148,7 +148,7 @@ def document_starts(rows) -> Counter:
 
 
 ONCE = Counter(document[0] for document in DOCUMENTS)
-EPOCH_STEPS = sum(len(document) + 1 for document in DOCUMENTS) // SEQ_LEN // ROWS + 4
+EPOCH_STEPS = sum(len(document) + 1 for document in DOCUMENTS) // SEQ_LEN // ROWS + 12
 
 
 def test_http_shards_are_read_in_the_same_order_by_1_2_and_4_ranks(tmp_path, encoder, server):
@@ -172,20 +172,70 @@ def test_every_http_document_is_read_once_over_the_ranks(tmp_path, encoder, serv
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_every_http_shard_is_fetched_by_the_one_rank_that_owns_it(tmp_path, encoder, server, ranks, shards):
-    """Of another rank's shard, a rank may look at the footer, and of the first one at its beginning: not at its data."""
+    """A rank may look at the footer of the first shard, where the columns stand: no more of what it does not own."""
     config = make_config(tmp_path, make_source(f"{server.url}/shard-*.parquet", streaming=True))
     read(config, encoder, ranks, 4, server)
-    fetched = defaultdict(Counter)
-    for (_, rank), name, _, size in server.log:
-        fetched[name][rank] += size
-    files = sorted(file.name for file in shards.iterdir())
-    text_bytes = {name: text_column_bytes(shards / name) for name in files}
-    owners = {name: [rank for rank in range(ranks) if fetched[name][rank] >= 0.3 * text_bytes[name]] for name in files}
-    print({name: dict(fetched[name]) for name in files}, text_bytes)
-    assert {len(of_shard) for of_shard in owners.values()} == {1}, owners
-    assert Counter(of_shard[0] for of_shard in owners.values()) == Counter(dict.fromkeys(range(ranks), SHARDS // ranks))
+    sizes = {file.name: file.stat().st_size for file in shards.iterdir()}
+    fetched, footers = defaultdict(Counter), set()
+    for (_, rank), name, begin, size in server.log:
+        if name and begin >= sizes[name] - FOOTER:
+            footers.add((rank, name))
+        elif name:
+            fetched[name][rank] += size
+    assert set(fetched) == set(sizes)
+    owners = {name: list(of_ranks) for name, of_ranks in fetched.items()}
+    assert {len(ranks_of_file) for ranks_of_file in owners.values()} == {1}, owners
+    assert Counter(rank for (rank,) in owners.values()) == Counter(dict.fromkeys(range(ranks), SHARDS // ranks))
+    assert all(name == "shard-0.parquet" or owners[name] == [rank] for rank, name in footers), footers
+    total = sum(size for (_, _), name, _, size in server.log if name)
+    assert total <= sum(sizes.values()) + FOOTER * (SHARDS + ranks), "data is fetched more than once"
 
 
-def text_column_bytes(path: Path) -> int:
-    metadata = pq.read_metadata(path)
-    return sum(metadata.row_group(i).column(0).total_compressed_size for i in range(metadata.num_row_groups))
+def test_http_shards_are_read_map_style_too(tmp_path, encoder, server):
+    config = make_config(tmp_path, make_source(f"{server.url}/shard-*.parquet"), steps=None, epochs=1)
+    rows = read(config, encoder, 1, EPOCH_STEPS, epochs=1)
+    assert document_starts(rows) == ONCE
+    asked = len(server.log)
+    assert read(config, encoder, 2, EPOCH_STEPS, epochs=1) == rows
+    assert not any(size > FOOTER for _, _, _, size in server.log[asked:]), "downloaded again"
+
+
+def test_a_run_over_http_resumes_exactly(tmp_path, encoder, server):
+    config = make_config(tmp_path, make_source(f"{server.url}/shard-*.parquet", streaming=True), workers=0)
+    whole = read(config, encoder, 1, 6)
+    loader = Loader(config, RowDataset(config, config.data.sources, encoder, 0, 1), torch.device("cpu"))
+    for _ in range(3 * ROWS // config.train.micro_batch_size):
+        loader.next()
+    state = loader.state_dict()
+    loader.close()
+    assert read(config, encoder, 2, 3, state=state) == whole[3 * ROWS :]
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+def test_a_url_that_is_not_there_is_refused_by_name(tmp_path, encoder, server, streaming):
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        port = nobody.getsockname()[1]
+    for url in (f"{server.url}/nowhere.parquet", f"http://127.0.0.1:{port}/a.parquet"):
+        config = make_config(tmp_path, make_source(url, streaming=streaming))
+        with pytest.raises(ConfigError) as caught:
+            RowDataset(config, config.data.sources, encoder, 0, 1)
+        assert url in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+def test_s3_is_read_with_credentials_and_endpoint_of_the_environment(tmp_path, encoder, shards, s3, streaming):
+    """As the local files are: the same rows for 1 and 2 ranks, every document once."""
+    rows = {}
+    for ranks, path in [(1, s3), (2, s3), (1, str(shards / "*.parquet"))]:
+        config = make_config(tmp_path, make_source(path, streaming=streaming))
+        rows[ranks, path] = read(config, encoder, ranks, EPOCH_STEPS, epochs=1)
+        assert document_starts(rows[ranks, path]) == ONCE
+    assert rows[1, s3] == rows[2, s3] == rows[1, str(shards / "*.parquet")]
+
+
+def test_an_s3_bucket_that_is_not_there_is_refused_by_name(tmp_path, encoder, s3):
+    config = make_config(tmp_path, make_source("s3://nowhere/a.parquet", streaming=True))
+    with pytest.raises(ConfigError, match=r"s3://nowhere/a\.parquet"):
+        RowDataset(config, config.data.sources, encoder, 0, 1)

@@ -70,16 +70,12 @@ class Stream:
 
     def __init__(self, data: "RowDataset", stream: int, state: dict | None):
         self.data, self.stream = data, stream
-        state = state or {
-            "cursors": [None] * len(data.sources),
-            "drawn": [0] * len(data.sources),
-            "window": 0,
-            "row": 0,
-        }
+        sources = len(data.sources)
+        state = state or {"cursors": [None] * sources, "drawn": [0] * sources, "window": 0, "row": 0}
         self.drawn, self.window, self.first_row = list(state["drawn"]), state["window"], state["row"]
         pairs = zip(data.sources, state["cursors"], strict=True)
-        self.cursors = [source.cursor(stream, data.num_streams, cursor) for source, cursor in pairs]
-        self.rows, self.emitted, self.dropped = [], 0, 0
+        self.cursors = [source.cursor(source, stream, data.num_streams, **(cursor or {})) for source, cursor in pairs]
+        self.rows, self.emitted, self.dropped = [], 0, sum(c.dropped for c in self.cursors)
 
     @property
     def row(self) -> int:
@@ -103,11 +99,10 @@ class Stream:
             if self.ended:
                 return None
             self.draw_window()
-        pieces = self.rows[self.emitted]
+        row = self.data.assemble(self.rows[self.emitted])
         self.emitted += 1
-        dropped, self.dropped = self.dropped, 0
-        row = self.data.assemble(pieces)
-        return row._replace(epoch=self.epoch, dropped=dropped, stream=self.stream, state=self.start)
+        before, self.dropped = self.dropped, sum(c.dropped for c in self.cursors)
+        return row._replace(epoch=self.epoch, dropped=self.dropped - before, stream=self.stream, state=self.start)
 
     def draw_window(self):
         """Draw documents until the window is full, always from the source that is furthest behind its weight."""
@@ -116,8 +111,7 @@ class Stream:
         cursors = [c.state() for c in self.cursors]
         self.start = {"cursors": cursors, "drawn": list(self.drawn), "window": self.window, "row": self.first_row}
         budget = data.seq_len * min(STREAM_WINDOW[0] << self.window, STREAM_WINDOW[1])
-        epochs, dropped = [c.epoch for c in self.cursors], sum(getattr(c, "dropped", 0) for c in self.cursors)
-        documents, lengths, total = [], [], 0
+        epoch, documents, lengths, total = self.cursors[0].epoch, [], [], 0
         while len(documents) < MAP_WINDOW if data.map_style else total < budget:
             behind = min(range(len(self.cursors)), key=lambda i: self.drawn[i] / data.weights[i])
             length, document = self.cursors[behind].next()
@@ -125,10 +119,9 @@ class Stream:
             total += length
             documents.append((behind, document))
             lengths.append(length)
-            if len(self.cursors) == 1 and self.cursors[0].epoch != epochs[0]:
+            if len(self.cursors) == 1 and self.cursors[0].epoch != epoch:
                 break  # a window ends with the epoch: no row mixes two
         self.epoch = max(c.progress for c in self.cursors)
-        self.dropped += sum(getattr(c, "dropped", 0) for c in self.cursors) - dropped
         which, start, length = split_documents(np.asarray(lengths), data.seq_len)
         rows = best_fit(length, data.seq_len, data.max_pieces)
         order = np.random.default_rng([data.seed, self.stream, self.window]).permutation(len(rows))
@@ -193,7 +186,7 @@ class RowDataset(IterableDataset):
         labels = np.full(self.seq_len, -100, dtype=np.int32)
         starts, at = [], 0
         for (which, document), start, end in pieces:
-            tokens = self.sources[which].load(document)
+            tokens = self.sources[which].load(document) if isinstance(document, int) else document
             # a cut document goes on in its next piece: its first token there is still the target of the last one here
             targets = tokens[start + 1 : end + 1]
             ids[at : at + end - start] = tokens[start:end]
@@ -245,10 +238,10 @@ class Loader:
         workers = config.data.workers if config.data.workers is not None else int(not dataset.map_style)
         readers, streams = dataset.ranks * max(1, workers), dataset.num_streams
         if not dataset.map_style and streams % readers and dataset.rank == 0:
+            times, fast = readers // math.gcd(streams, readers), nearest_multiple(streams, readers)
+            what = f"{streams} virtual streams (num_shards or data.num_streams), {readers} readers (ranks x workers)"
             log.warning(
-                f"data: {streams} virtual streams (num_shards or data.num_streams) do not divide over {readers} readers "
-                f"(ranks x workers): each is read {readers // math.gcd(streams, readers)} times; "
-                f"{nearest_multiple(streams, readers)} would be fast"
+                "data: %s: these do not divide, each stream is read %d times; %s would be fast", what, times, fast
             )
         if state is not None:
             dataset.first, dataset.states = state["rows"], state["streams"]

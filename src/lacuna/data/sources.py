@@ -1,15 +1,10 @@
-"""Where documents come from: map-style and streaming datasets, read by virtual streams, mixed by tokens.
+"""Where documents come from: map-style and streaming datasets, read by virtual streams.
 
-    open_dataset   a source of the config -> a Hugging Face Dataset or IterableDataset
-    MapSource      tokenised once into a cache; an epoch is a seeded permutation of all documents
-    StreamSource   tokenised while reading; an epoch is a seeded permutation of the shards
-    source.cursor(stream, num_streams, state)   the documents of one virtual stream, endless, epoch after epoch
-
-A cursor has `next() -> (length, document)`, `state()` (small and JSON-like: it goes into a checkpoint), `epoch` (passes
-that are complete) and `progress` (the same with the share of the pass that is under way).
+A source is read through cursors, one for each virtual stream: its documents, endless, epoch after epoch. A cursor has
+`next() -> (length, document)`, `state()` (small and JSON-like: it goes into a checkpoint), `epoch` (complete passes) and
+`progress` (with the share of the pass under way). An epoch is a seeded permutation: of documents, or of whole shards.
 """
 
-import glob
 import hashlib
 import logging
 from pathlib import Path
@@ -36,46 +31,27 @@ def open_dataset(source: Source) -> datasets.Dataset | datasets.IterableDataset:
         options["sample_by"] = "document"
     if builder == "parquet":
         options["columns"] = [source.column]  # only this column is read from disk or network
-    if "://" not in source.path and glob.has_magic(source.path) and not glob.glob(source.path, recursive=True):
-        raise ConfigError(f"data.sources path {source.path} matches no file")
     try:
         if builder is not None:
             dataset = datasets.load_dataset(builder, data_files=source.path, **options)
         else:
             dataset = datasets.load_dataset(source.path, source.name, data_files=source.data_files, **options)
     except Exception as error:
-        cause = error.__cause__ or error
-        raise ConfigError(f"data.sources path {source.path}, split {source.split}: {cause}") from None
+        raise ConfigError(
+            f"data.sources path {source.path}, split {source.split}: {error.__cause__ or error}"
+        ) from None
     columns = dataset.column_names or list(next(iter(dataset)))
     if source.column not in columns:
         raise ConfigError(f"data.sources {source.path} has no column {source.column!r}; it has {', '.join(columns)}")
     return dataset.select_columns([source.column])
 
 
-class MapSource:
-    """Tokenised documents that can be had by index. Several datasets make one source: all of each, once an epoch."""
-
-    def __init__(self, sources: list[Source], encoder: Encoder, seed: list[int], cache: str):
-        tokenised = [tokenise(source, encoder, cache) for source in sources]
-        self.tokens = datasets.concatenate_datasets(tokenised).with_format("numpy")
-        self.lengths = np.concatenate([pc.list_value_length(t.data["input_ids"]).to_numpy() for t in tokenised])
-        self.seed = seed
-        if len(self.lengths) == 0:
-            raise ConfigError(f"data.sources: no document with text in {', '.join(s.path for s in sources)}")
-
-    def cursor(self, stream: int, num_streams: int, state: dict | None):
-        return MapCursor(self, stream, num_streams, **(state or {}))
-
-    def load(self, document: int) -> np.ndarray:
-        return self.tokens[document]["input_ids"]
-
-
 class MapCursor:
-    def __init__(self, source: MapSource, stream: int, num_streams: int, epoch: int = 0, index: int = 0):
+    dropped = 0  # documents without text never get here
+
+    def __init__(self, source, stream: int, num_streams: int, epoch: int = 0, index: int = 0):
         if num_streams > len(source.lengths):
-            raise ConfigError(
-                f"data.num_streams {num_streams} is more than the {len(source.lengths)} documents of a source"
-            )
+            raise ConfigError(f"data.num_streams {num_streams} exceeds the {len(source.lengths)} documents of a source")
         self.source, self.stream, self.num_streams = source, stream, num_streams
         self.start_epoch(epoch)
         self.index = index
@@ -101,6 +77,23 @@ class MapCursor:
         return {"epoch": self.epoch, "index": self.index}
 
 
+class MapSource:
+    """Tokenised documents that can be had by index. Several datasets make one source: all of each, once an epoch."""
+
+    cursor = MapCursor
+
+    def __init__(self, sources: list[Source], encoder: Encoder, seed: list[int], cache: str):
+        tokenised = [tokenise(source, encoder, cache) for source in sources]
+        self.tokens = datasets.concatenate_datasets(tokenised).with_format("numpy")
+        self.lengths = np.concatenate([pc.list_value_length(t.data["input_ids"]).to_numpy() for t in tokenised])
+        self.seed = seed
+        if len(self.lengths) == 0:
+            raise ConfigError(f"data.sources: no document with text in {', '.join(s.path for s in sources)}")
+
+    def load(self, document: int) -> np.ndarray:
+        return self.tokens[document]["input_ids"]
+
+
 def tokenise(source: Source, encoder: Encoder, cache: str) -> datasets.Dataset:
     """A map-style source as token ids, made once: the cache's key holds data, column, tokenizer and code."""
     dataset = open_dataset(source)
@@ -112,15 +105,9 @@ def tokenise(source: Source, encoder: Encoder, cache: str) -> datasets.Dataset:
         return {"input_ids": [ids for ids in encoder(texts(batch[source.column], source)) if len(ids)]}
 
     with FileLock(folder / f"{key}.lock"):  # one rank makes it, the others wait here and read it
-        tokens = dataset.map(
-            encode,
-            batched=True,
-            remove_columns=dataset.column_names,
-            features=datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))}),
-            cache_file_name=str(folder / f"{key}.arrow"),
-            new_fingerprint=key,
-            desc=f"tokenising {source.path}",
-        )
+        features = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))})
+        file = {"cache_file_name": str(folder / f"{key}.arrow"), "new_fingerprint": key}
+        tokens = dataset.map(encode, batched=True, remove_columns=dataset.column_names, features=features, **file)
     if dropped := len(dataset) - len(tokens):
         log.warning("%s: %d of %d documents have no text and are dropped", source.path, dropped, len(dataset))
     return tokens
@@ -130,25 +117,9 @@ def texts(values: list, source: Source) -> list[str]:
     """The values of a text column, null as empty; ConfigError where they are not text."""
     for value in values:
         if value is not None and not isinstance(value, str):
-            raise ConfigError(
-                f"data.sources {source.path}: column {source.column!r} holds {type(value).__name__}, not text"
-            )
+            kind = type(value).__name__
+            raise ConfigError(f"data.sources {source.path}: column {source.column!r} holds {kind}, not text")
     return [value or "" for value in values]
-
-
-class StreamSource:
-    """Documents that are read and tokenised as the run goes, shard by shard."""
-
-    def __init__(self, source: Source, encoder: Encoder, seed: list[int]):
-        self.source, self.encoder, self.seed = source, encoder, seed
-        self.dataset = open_dataset(source)
-        self.num_shards = self.dataset.num_shards
-
-    def cursor(self, stream: int, num_streams: int, state: dict | None):
-        return StreamCursor(self, stream, num_streams, **(state or {}))
-
-    def load(self, document: np.ndarray) -> np.ndarray:
-        return document
 
 
 class StreamCursor:
@@ -161,9 +132,9 @@ class StreamCursor:
     def __init__(self, source, stream, num_streams, epoch=0, shard=0, inside=None, taken=0, dropped=0):
         shards = source.num_shards
         if num_streams > shards and num_streams % shards:
+            fit = f"use at most {shards}, or a multiple of {shards}"
             raise ConfigError(
-                f"data.num_streams {num_streams} does not fit the {shards} shards of {source.source.path}: "
-                f"use at most {shards}, or a multiple of {shards}"
+                f"data.num_streams {num_streams} does not fit {shards} shards of {source.source.path}: {fit}"
             )
         self.source, self.stream, self.num_streams = source, stream, num_streams
         # more streams than shards: a shard is read by several streams, and each keeps every n-th document of it
@@ -228,3 +199,14 @@ class StreamCursor:
     def state(self) -> dict:
         place = {"epoch": self.epoch, "shard": self.shard, "inside": self.inside, "taken": self.taken}
         return {**place, "dropped": self.dropped_before}
+
+
+class StreamSource:
+    """Documents that are read and tokenised as the run goes, shard by shard."""
+
+    cursor = StreamCursor
+
+    def __init__(self, source: Source, encoder: Encoder, seed: list[int]):
+        self.source, self.encoder, self.seed = source, encoder, seed
+        self.dataset = open_dataset(source)
+        self.num_shards = self.dataset.num_shards
