@@ -190,7 +190,7 @@ def test_several_gpus_become_torchrun_over_all_of_them(launch, environment, devi
         (4, {"CUDA_VISIBLE_DEVICES": "-1"}, 8),
         (4, {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "x"}, 2),
         (4, {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "CUDA_VISIBLE_DEVICES": "0,1,2,3"}, 2),
-        (4, {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_NTASKS_PER_NODE": "2"}, 4),
+        (4, {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "4", "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}, 4),
     ],
     ids=["no GPU", "one", "one visible", "none visible", "none by -1", "torchrun", "torchrun 2 nodes", "Slurm"],
 )
@@ -201,7 +201,6 @@ def test_one_gpu_or_a_process_started_by_torchrun_or_slurm_stays_itself(
     assert environment["OMP_NUM_THREADS"] == str(threads)
 
 
-def test_slurm_tasks_share_the_node_without_ntasks_per_node(launch, environment):
-    """Slurm sets SLURM_NTASKS_PER_NODE only where the user asked for it, SLURM_TASKS_PER_NODE always."""
-    assert launch(4, SLURM_NTASKS="4", SLURM_PROCID="0", SLURM_NNODES="1", SLURM_TASKS_PER_NODE="4") is None
-    assert environment["OMP_NUM_THREADS"] == "2"
+def test_a_batch_script_that_srun_did_not_start_is_no_task(launch):
+    """Slurm sets SLURM_NTASKS there too, but no other task will ever come."""
+    assert "torch.distributed.run" in launch(4, SLURM_JOB_ID="7", SLURM_NTASKS="4", SLURM_PROCID="0")

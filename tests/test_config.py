@@ -217,11 +217,6 @@ CONTRADICTIONS = {  # name: (what is wrong, words of the sentence, what the sent
         ["data.context_warmup_steps", "data.context_len"],
         ["--data.context_warmup_steps", "5", "--data.context_len", "64"],
     ),
-    "warmup to the end": (
-        ["--optim.warmup_steps", "10"],
-        ["optim.warmup_steps 10", "train.steps 10", "below"],
-        ["--optim.warmup_steps", "9"],
-    ),
     "decay steps of another schedule": (
         ["--optim.decay_steps", "5"],
         ["optim.decay_steps", 'optim.schedule = "wsd"'],

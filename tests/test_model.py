@@ -198,6 +198,8 @@ UNFIT = {
     "gemma2": ({"head_dim": 16}, "Gemma2ForCausalLM has final_logit_softcapping"),
     "cohere": ({}, "CohereForCausalLM has logit_scale"),
     "gpt_oss": ({"head_dim": 16}, "GptOssForCausalLM has attention sinks"),
+    "mixtral": ({}, "MixtralForCausalLM is a mixture of experts"),
+    "qwen3_moe": ({}, "Qwen3MoeForCausalLM is a mixture of experts"),
     "phi": ({}, "PhiForCausalLM has a bias in its head"),
 }
 

@@ -14,7 +14,7 @@ from conftest import EXAMPLES, REPO, pack, random_documents
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lacuna import train as train_module
-from lacuna.config import NonFinite, load_config
+from lacuna.config import ConfigError, NonFinite, load_config
 from lacuna.model import build_model
 from lacuna.parallel import Ranks, clip_gradients
 from lacuna.train import accumulate_gradients, run
@@ -339,3 +339,10 @@ def test_a_batch_that_does_not_divide_over_the_ranks_names_the_nearest_that_does
     assert (
         "train.global_batch_size 6 is not a multiple of train.micro_batch_size 2 x 2 ranks: use 4 or 8" in done.stderr
     )
+
+
+def test_a_warmup_as_long_as_the_run_is_refused_before_it_begins(model_folder, texts, tmp_path):
+    argv = options(model_folder("llama"), texts, tmp_path, "--optim.warmup_steps", "30")
+    for length in (["--train.steps", "30"], ["--train.epochs", "1"]):
+        with pytest.raises(ConfigError, match=r"optim.warmup_steps 30 must be below the run's \d+ steps"):
+            run(load_config(None, [*argv, *length]))

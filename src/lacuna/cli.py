@@ -39,12 +39,12 @@ def main():
 
 def launch(argv: list[str]):
     """Become torchrun over all local GPUs, unless there is one at most, or torchrun or Slurm started this process."""
-    started = "RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", 1)) > 1
+    in_slurm = "SLURM_STEP_ID" in os.environ and os.environ["SLURM_NTASKS"] != "1"
+    started = "RANK" in os.environ or in_slurm
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = len(glob("/dev/nvidia[0-9]*")) if visible is None else len([d for d in visible.split(",") if d])
-    on_node = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or 1)
-    processes = on_node if started else max(1, gpus)
-    set_threads(processes)
+    tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1").partition("(")[0]  # such as 4(x2)
+    set_threads(int(os.environ.get("LOCAL_WORLD_SIZE", tasks)) if started else max(1, gpus))
     if not started and gpus > 1:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)]
         os.execv(sys.executable, [*torchrun, "-m", "lacuna", *argv])

@@ -81,7 +81,7 @@ class TrainConfig(Section):
     global_batch_size: int = key(8, "rows an optimizer step, over all devices and micro-batches", ge=1)
     steps: int | None = key(None, "optimizer steps (this or train.epochs)", ge=1)
     epochs: int | None = key(None, "passes over map-style data (this or train.steps)", ge=1)
-    compile: Literal["auto", True, False] = key("auto", "torch.compile each layer; auto: on a GPU")
+    compile: Literal["auto"] | bool = key("auto", "torch.compile each layer; auto: on a GPU")
     activation_checkpointing: Literal["none", "full", "selective"] | Annotated[int, Field(ge=1)] = key(
         "none", "recompute in the backward: all layers, cheap operators only (selective), or every n-th layer (n)"
     )
@@ -92,7 +92,9 @@ class TrainConfig(Section):
 class OptimConfig(Section):
     lr: float = key(3e-4, "peak learning rate", gt=0)
     weight_decay: float = key(0.1, "decay of matrices; embeddings, norms and biases have none", ge=0)
-    betas: list[float] = key([0.9, 0.95], "AdamW's two decay rates", min_length=2, max_length=2)
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = key(
+        [0.9, 0.95], "AdamW's two decay rates", min_length=2, max_length=2
+    )
     eps: float = key(1e-8, "AdamW's epsilon", gt=0)
     schedule: Literal["constant", "linear", "cosine", "wsd"] = key(
         "cosine", "after warmup; wsd: constant, then linear decay"
@@ -156,8 +158,6 @@ class Config(Section):
             raise ValueError(f"data.context_len {data.context_len} is over train.seq_len {train.seq_len}: lower it")
         if data.context_warmup_steps and not data.context_len:
             raise ValueError("data.context_warmup_steps needs data.context_len, the length that it starts from")
-        if train.steps and self.optim.warmup_steps >= train.steps:
-            raise ValueError(f"optim.warmup_steps {self.optim.warmup_steps} must be below train.steps {train.steps}")
         if self.optim.decay_steps and self.optim.schedule != "wsd":
             raise ValueError('optim.decay_steps belongs to optim.schedule = "wsd"')
         if self.model.kernel_mapping and self.model.kernels != "hub":
@@ -166,6 +166,8 @@ class Config(Section):
             raise ValueError(
                 f'model.attention = "{self.model.attention}" needs model.dtype = "bfloat16"; or use "sdpa"'
             )
+        if any(source.weight for source in self.eval.sources):
+            raise ValueError("eval.sources have no weight: all of their data counts, at most eval.rows")
         if self.eval.every and not self.eval.sources:
             raise ValueError("eval.every without eval.sources: there is nothing to evaluate on")
         return self
@@ -188,7 +190,7 @@ def unknown_key(key: str) -> str:
     known = []
     for name, field in Config.model_fields.items():
         inner = getattr(field.annotation, "model_fields", {})
-        known += [f"{name}.{k}" for k in inner] or [name]
+        known += [name, *(f"{name}.{k}" for k in inner)]
         known += [f"{name}.sources.{k}" for k in Source.model_fields if "sources" in inner]
     same_word = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
     near = same_word or difflib.get_close_matches(key, known, 1)
@@ -231,7 +233,7 @@ def load_config(path: str | None, argv: list[str], prog: str = "lacuna pt") -> C
 
 def problem(error: dict) -> str:
     """One pydantic error as one sentence that names the key as it is written in TOML."""
-    key = ".".join(str(part) for part in error["loc"] if isinstance(part, int) or "[" not in part)
+    key = ".".join(str(part) for part in error["loc"] if isinstance(part, int) or part.isidentifier())
     if error["type"] == "extra_forbidden":
         return unknown_key(".".join(part for part in key.split(".") if not part.isdigit()))
     message = error["msg"].removeprefix("Value error, ")
@@ -250,7 +252,8 @@ def to_toml(config: Config) -> str:
 
 def toml_value(value) -> str:
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(k)} = {toml_value(v)}" for k, v in value.items()) + "}"
+        return "{" + ", ".join(f"{toml_value(k)} = {toml_value(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(toml_value(v) for v in value) + "]"
-    return json.dumps(value)
+    # of JSON's way to write, TOML forbids escaped surrogates, a bare DEL, and Infinity
+    return repr(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

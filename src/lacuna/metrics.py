@@ -3,12 +3,12 @@
 import json
 import logging
 import math
+import resource
 import time
 from collections import Counter
 from pathlib import Path
 
 import datasets
-import psutil
 import torch
 from rich.console import Console
 from rich.logging import RichHandler
@@ -187,7 +187,7 @@ def start_logging(folder: Path, rank: int):
 def peak_memory(device: torch.device) -> float:
     """GiB: of the device since the last call, or of this process on a CPU."""
     if device.type != "cuda":
-        return psutil.Process().memory_info().rss / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     peak = torch.cuda.max_memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     return peak / 2**30

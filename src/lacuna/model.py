@@ -115,6 +115,8 @@ def refuse_unfit(model: PreTrainedModel):
     for key in ("final_logit_softcapping", "attn_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(config, key, None) not in (None, 1.0):
             raise ConfigError(f"{name} has {key}, which lacuna's head and attention do not compute")
+    if getattr(config, "num_experts_per_tok", None):
+        raise ConfigError(f"{name} is a mixture of experts, whose balancing loss lacuna does not compute")
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         raise ConfigError(f"{name} has a bias in its head, which lacuna does not compute")
     if any(key.endswith("sinks") for key, _ in model.named_parameters()):

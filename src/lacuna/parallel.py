@@ -30,8 +30,8 @@ class Ranks(NamedTuple):
 
 
 def join_slurm(environ: dict):
-    """Under srun without torchrun: give torch its rendezvous from Slurm's variables."""
-    if "SLURM_PROCID" not in environ or "RANK" in environ or int(environ.get("SLURM_NTASKS", 1)) == 1:
+    """In a task of srun without torchrun: give torch its rendezvous from Slurm's variables."""
+    if "SLURM_STEP_ID" not in environ or "RANK" in environ or int(environ["SLURM_NTASKS"]) == 1:
         return
     environ["RANK"], environ["WORLD_SIZE"] = environ["SLURM_PROCID"], environ["SLURM_NTASKS"]
     environ["LOCAL_RANK"] = environ["SLURM_LOCALID"]
@@ -59,8 +59,9 @@ def start(config: DistConfig, train: TrainConfig) -> Ranks:
         sizes = f"train.global_batch_size {train.global_batch_size}, train.micro_batch_size {train.micro_batch_size}"
         near = nearest_multiple(train.global_batch_size, rows)
         raise ConfigError(f"{sizes}, {world} ranks: the first must be a multiple of the others' product; use {near}")
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
+    device = torch.device("cpu")
+    if torch.cuda.is_available():  # with srun --gpus-per-task, a task sees one device only
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
     if train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

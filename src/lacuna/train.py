@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from lacuna.checkpoint import export
-from lacuna.config import Config, to_toml
+from lacuna.config import Config, ConfigError, to_toml
 from lacuna.data.loader import Loader, PackedBatch, RowDataset
 from lacuna.data.tokenize import Encoder, load_tokenizer, token_bytes
 from lacuna.metrics import Outcome, Report, log, start_logging
@@ -31,6 +31,8 @@ def run(config: Config) -> Path:
     # Data comes before the model, so that it is read ahead while the model is built.
     dataset = RowDataset(config, config.data.sources, encoder, ranks.rank, ranks.world, config.train.epochs)
     steps = config.train.steps or math.ceil(dataset.count_rows() / config.train.global_batch_size)
+    if config.optim.warmup_steps >= steps:
+        raise ConfigError(f"optim.warmup_steps {config.optim.warmup_steps} must be below the run's {steps} steps")
     loader = Loader(config, dataset, ranks.device)
     held_out = None
     if config.eval.sources:

@@ -101,8 +101,9 @@ class Stream:
             self.draw_window()
         row = self.data.assemble(self.rows[self.emitted])
         self.emitted += 1
+        epoch = self.begin + (self.end - self.begin) * self.emitted / len(self.rows)
         before, self.dropped = self.dropped, sum(c.dropped for c in self.cursors)
-        return row._replace(epoch=self.epoch, dropped=self.dropped - before, stream=self.stream, state=self.start)
+        return row._replace(epoch=epoch, dropped=self.dropped - before, stream=self.stream, state=self.start)
 
     def draw_window(self):
         """Draw documents until the window is full, always from the source that is furthest behind its weight."""
@@ -111,6 +112,7 @@ class Stream:
         cursors = [c.state() for c in self.cursors]
         self.start = {"cursors": cursors, "drawn": list(self.drawn), "window": self.window, "row": self.first_row}
         budget = data.seq_len * min(STREAM_WINDOW[0] << self.window, STREAM_WINDOW[1])
+        self.begin = max(c.progress for c in self.cursors)
         epoch, documents, lengths, total = self.cursors[0].epoch, [], [], 0
         while len(documents) < MAP_WINDOW if data.map_style else total < budget:
             behind = min(range(len(self.cursors)), key=lambda i: self.drawn[i] / data.weights[i])
@@ -121,7 +123,7 @@ class Stream:
             lengths.append(length)
             if len(self.cursors) == 1 and self.cursors[0].epoch != epoch:
                 break  # a window ends with the epoch: no row mixes two
-        self.epoch = max(c.progress for c in self.cursors)
+        self.end = max(c.progress for c in self.cursors)
         which, start, length = split_documents(np.asarray(lengths), data.seq_len)
         rows = best_fit(length, data.seq_len, data.max_pieces)
         order = np.random.default_rng([data.seed, self.stream, self.window]).permutation(len(rows))

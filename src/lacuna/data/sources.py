@@ -27,7 +27,9 @@ def open_dataset(source: Source) -> datasets.Dataset | datasets.IterableDataset:
     suffixes = [s for s in Path(source.path).suffixes if s not in (".gz", ".zst", ".bz2", ".xz")]
     builder = BUILDERS.get(suffixes[-1]) if suffixes and not Path(source.path).is_dir() else None
     options = {"split": source.split, "streaming": source.streaming}
-    if builder == "text":
+    if builder and (source.name or source.data_files):
+        raise ConfigError(f"data.sources: {source.path} is a file, so name and data_files have no meaning: remove them")
+    if builder == "text" or next(Path(source.path).glob("*.txt"), None):
         options["sample_by"] = "document"
     if builder == "parquet":
         options["columns"] = [source.column]  # only this column is read from disk or network

@@ -1,0 +1,124 @@
+"""Text to `PackedBatch` through the real Loader, beside the tokenizer alone: same texts, same cores, same run.
+
+    uv run python benchmarks/loader.py [CORPUS.jsonl] [--tokenizer FOLDER] [--seq-len 1024] [--tokens 6000000]
+
+For example `benchmarks/loader.py $LACUNA_ASSETS/corpus/tinystories.jsonl --tokenizer $LACUNA_ASSETS/tokenizer/qwen3`.
+
+The corpus (column `text`) is repeated into parquet shards in a temporary folder, which are streamed: read, tokenised,
+packed, laid out as tensors. Each way warms up on a part of `--tokens` and is then timed over `--tokens`; the ways take
+turns, `--rounds` times, and the fastest round of each counts. tokens = tokens of documents, EOS included.
+
+    loader, workers 0 or 1     Loader.next() in a loop: in this process (a thread), or in one worker process
+    encode_batch_fast          the backend of the tokenizer, without offsets and masks: what lacuna calls
+    tokenizer(texts)           the plain call
+"""
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+
+from lacuna.cli import set_threads
+
+set_threads(1)  # before the tokenizer's threads start: as many as a run of one process has
+
+import pyarrow as pa  # noqa: E402
+import pyarrow.parquet as pq  # noqa: E402
+import torch  # noqa: E402
+from transformers import AutoTokenizer  # noqa: E402
+
+from lacuna.config import Config  # noqa: E402
+from lacuna.data.loader import Loader, RowDataset  # noqa: E402
+from lacuna.data.tokenize import Encoder  # noqa: E402
+
+REPOSITORY = Path(__file__).parents[1]
+BATCH = 1000  # texts in one call of the tokenizer alone
+
+
+def time_tokens(step, tokens: int) -> float:
+    """Tokens a second of step() -> tokens, over this many tokens, after a warm-up of a quarter of them."""
+    done = 0
+    while done < tokens / 4:
+        done += step()
+    begin, done = time.perf_counter(), 0
+    while done < tokens:
+        done += step()
+    return done / (time.perf_counter() - begin)
+
+
+def tokenizer_alone(encode, texts: list[str]):
+    """A step over the next BATCH texts, round and round; encode(texts) -> lists of ids."""
+    at = 0
+
+    def step() -> int:
+        nonlocal at
+        batch = texts[at : at + BATCH]
+        at = at + BATCH if at + BATCH < len(texts) else 0
+        return sum(len(ids) + 1 for ids in encode(batch))
+
+    return step
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("corpus", nargs="?", default=REPOSITORY / "examples/moby_dick/train.jsonl", type=Path)
+    parser.add_argument("--tokenizer", default=str(REPOSITORY / "examples/tiny"))
+    parser.add_argument("--seq-len", type=int, default=1024)
+    parser.add_argument("--micro-batch-size", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=6_000_000)
+    parser.add_argument("--shards", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=2)
+    arguments = parser.parse_args()
+
+    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
+    backend = AutoTokenizer.from_pretrained(arguments.tokenizer).backend_tokenizer
+    texts = [json.loads(line)["text"] for line in arguments.corpus.read_text().splitlines()]
+    texts *= -(-3000 // len(texts))
+    temporary = tempfile.TemporaryDirectory(prefix="lacuna-loader-", ignore_cleanup_errors=True)
+    folder = Path(temporary.name)
+    for i in range(arguments.shards):
+        pq.write_table(pa.table({"text": texts[i :: arguments.shards]}), folder / f"{i}.parquet", row_group_size=500)
+
+    ways = {
+        "encode_batch_fast": lambda: time_tokens(
+            tokenizer_alone(lambda t: [e.ids for e in backend.encode_batch_fast(t)], texts), arguments.tokens
+        ),
+        "tokenizer(texts)": lambda: time_tokens(
+            tokenizer_alone(lambda t: tokenizer(t)["input_ids"], texts), arguments.tokens
+        ),
+    }
+
+    def load(workers: int) -> float:
+        sizes = {"micro_batch_size": arguments.micro_batch_size, "global_batch_size": arguments.micro_batch_size}
+        source = {"path": str(folder / "*.parquet"), "streaming": True}
+        config = Config.model_validate(
+            {
+                "data": {"workers": workers, "cache": str(folder / "cache"), "sources": [source]},
+                "train": {"steps": 10**9, "seq_len": arguments.seq_len, **sizes},
+            }
+        )
+        loader = Loader(config, RowDataset(config, config.data.sources, Encoder(tokenizer), 0, 1), torch.device("cpu"))
+        speed = time_tokens(lambda: int(loader.next().tokens), arguments.tokens)
+        loader.close()
+        return speed
+
+    for workers in (0, 1):
+        ways[f"loader, workers {workers}"] = lambda workers=workers: load(workers)
+
+    speeds = {name: 0.0 for name in ways}
+    for _ in range(arguments.rounds):
+        for name, way in ways.items():
+            speeds[name] = max(speeds[name], way())
+
+    cores = len(os.sched_getaffinity(0))
+    print(f"{arguments.corpus.name}, {Path(arguments.tokenizer).name}, seq_len {arguments.seq_len}, {cores} CPUs")
+    print(f"{'':22}{'tokens/s':>12}{'/ fast':>9}{'/ plain':>9}")
+    for name, speed in speeds.items():
+        fast, plain = speed / speeds["encode_batch_fast"], speed / speeds["tokenizer(texts)"]
+        print(f"{name:22}{speed:12,.0f}{fast:9.2f}{plain:9.2f}")
+
+
+if __name__ == "__main__":
+    main()
