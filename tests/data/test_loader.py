@@ -412,17 +412,21 @@ def test_the_checksum_tells_of_every_token_label_and_place(tmp_path, encoder):
     assert checksums(read(without_mask, encoder, 6)[0], config) != checksums(batches, config)
 
 
-def test_the_checksum_changes_when_two_rows_of_a_step_are_exchanged(tmp_path, encoder):
-    """The rows of one step, dealt to the wrong ranks, are not the same batch."""
+def test_the_checksum_changes_when_two_rows_of_a_step_are_exchanged(tmp_path, encoder, monkeypatch):
+    class Exchanged(loader_module.Stream):
+        def draw_window(self):
+            super().draw_window()
+            self.rows[0], self.rows[1] = self.rows[1], self.rows[0]
+
     config = make_config(tmp_path, *LONG.sources(tmp_path, "map"))
-    one, two = read(config, encoder, 1)[0], read(config, encoder, 1, ranks=2)[0]
-    swapped = [sum(b.checksum for b in of_rank) for of_rank in two]
-    assert sum(swapped) == checksums(one, config)[0]
-    dataset = RowDataset(config, config.data.sources, encoder, 1, 2)
-    dataset.rank = 0  # rank 1's first row is rank 0's now
-    rank_0 = Loader(config, dataset, CPU)
-    assert rank_0.next().checksum != two[1][0].checksum
-    rank_0.close()
+    before = read(config, encoder, 2)[0]
+    monkeypatch.setattr(loader_module, "Stream", Exchanged)
+    after = read(config, encoder, 2)[0]
+    rows = rows_in_order(before)
+    assert rows_in_order(after) == [rows[1], rows[0], *rows[2:]]
+    first, second = zip(checksums(before, config), checksums(after, config), strict=True)
+    assert first[0] != first[1]
+    assert second[0] == second[1]
 
 
 # Exact state
@@ -524,7 +528,7 @@ def test_shares_of_a_mixture_approach_the_weights_by_tokens(tmp_path, encoder, s
             if source is not None:
                 tokens[source] += 1
     shares = np.asarray(tokens) / sum(tokens)
-    assert np.abs(shares - np.asarray(weights) / sum(weights)).max() < 0.02, shares
+    assert np.abs(shares - np.asarray(weights) / sum(weights)).max() < 0.03, shares
 
 
 def test_a_mixture_with_a_stream_and_a_source_without_weight_is_refused(tmp_path, encoder):

@@ -154,7 +154,8 @@ def check_specials_stay_text(tokenizer, encoder):
         assert ids[-1] == tokenizer.eos_token_id
 
 
-@kinds
+# A Unigram model finds "</s>" among its own pieces: that is outside of what the tokenizers library can be told.
+@pytest.mark.parametrize("make", [byte_level, sentencepiece])
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_special_tokens_spelled_in_a_text_stay_text(make, template):
     tokenizer = make(TEMPLATES[template], **SPECIAL)

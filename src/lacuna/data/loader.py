@@ -71,11 +71,11 @@ class Stream:
     def __init__(self, data: "RowDataset", stream: int, state: dict | None):
         self.data, self.stream = data, stream
         sources = len(data.sources)
-        state = state or {"cursors": [None] * sources, "drawn": [0] * sources, "window": 0, "row": 0}
+        state = state or {"cursors": [None] * sources, "drawn": [0] * sources, "window": 0, "row": 0, "dropped": 0}
         self.drawn, self.window, self.first_row = list(state["drawn"]), state["window"], state["row"]
         pairs = zip(data.sources, state["cursors"], strict=True)
         self.cursors = [source.cursor(source, stream, data.num_streams, **(cursor or {})) for source, cursor in pairs]
-        self.rows, self.emitted, self.dropped = [], 0, sum(c.dropped for c in self.cursors)
+        self.rows, self.emitted, self.dropped = [], 0, state["dropped"]
 
     @property
     def row(self) -> int:
@@ -93,6 +93,7 @@ class Stream:
             if self.emitted == len(self.rows):
                 self.draw_window()
             self.emitted += min(rows - self.row, len(self.rows) - self.emitted)
+            self.dropped = sum(c.dropped for c in self.cursors)
 
     def next(self) -> Row | None:
         if self.emitted == len(self.rows):
@@ -110,11 +111,12 @@ class Stream:
         data = self.data
         self.first_row += len(self.rows)
         cursors = [c.state() for c in self.cursors]
-        self.start = {"cursors": cursors, "drawn": list(self.drawn), "window": self.window, "row": self.first_row}
+        self.start = {"cursors": cursors, "drawn": list(self.drawn), "window": self.window}
+        self.start |= {"row": self.first_row, "dropped": self.dropped}
         budget = data.seq_len * min(STREAM_WINDOW[0] << self.window, STREAM_WINDOW[1])
         self.begin = max(c.progress for c in self.cursors)
         epoch, documents, lengths, total = self.cursors[0].epoch, [], [], 0
-        while len(documents) < MAP_WINDOW if data.map_style else total < budget:
+        while len(documents) < data.map_window if data.map_style else total < budget:
             behind = min(range(len(self.cursors)), key=lambda i: self.drawn[i] / data.weights[i])
             length, document = self.cursors[behind].next()
             self.drawn[behind] += length
@@ -154,6 +156,8 @@ class RowDataset(IterableDataset):
             else MapSource(group, encoder, [self.seed, i], config.data.cache)
             for i, group in enumerate(groups)
         ]
+        if self.map_style:  # at most about an epoch: rows are shuffled inside a window, documents must not wait long
+            self.map_window = min(MAP_WINDOW, sum(len(source.lengths) for source in self.sources))
         shards = [source.num_shards for source in self.sources if isinstance(source, StreamSource)]
         self.num_streams = 1 if self.map_style else config.data.num_streams or min(64, *shards)
         self.first, self.states = 0, {}
@@ -240,10 +244,11 @@ class Loader:
         workers = config.data.workers if config.data.workers is not None else int(not dataset.map_style)
         readers, streams = dataset.ranks * max(1, workers), dataset.num_streams
         if not dataset.map_style and streams % readers and dataset.rank == 0:
-            times, fast = readers // math.gcd(streams, readers), nearest_multiple(streams, readers)
-            what = f"{streams} virtual streams (num_shards or data.num_streams), {readers} readers (ranks x workers)"
+            times, near = readers // math.gcd(streams, readers), nearest_multiple(streams, readers)
+            fast = streams // readers * readers or math.lcm(streams, readers)
             log.warning(
-                "data: %s: these do not divide, each stream is read %d times; %s would be fast", what, times, fast
+                f"data: {streams} virtual streams do not divide over {readers} readers (ranks x workers), so each is read "
+                f"{times} times; num_shards of {near} would divide, data.num_streams = {fast} would be fast"
             )
         if state is not None:
             dataset.first, dataset.states = state["rows"], state["streams"]
@@ -265,7 +270,10 @@ class Loader:
         return start + int((seq_len - start) * grown)
 
     def prepare(self) -> tuple[PackedBatch, list]:
-        rows = list(itertools.islice(self.rows, self.micro_batch_size))
+        try:
+            rows = list(itertools.islice(self.rows, self.micro_batch_size))
+        except ConfigError as error:  # a worker's comes with its traceback
+            raise ConfigError(str(error).strip().rpartition("ConfigError: ")[2]) from None
         batch = collate(rows, self.context_len(self.prepared), self.num_documents)
         self.prepared += len(rows) * self.dataset.ranks
         return batch, [(row.stream, row.state) for row in rows if row.stream >= 0]

@@ -1,7 +1,7 @@
 """Where documents come from: map-style and streaming datasets, read by virtual streams.
 
 A source is read through cursors, one for each virtual stream: its documents, endless, epoch after epoch. A cursor has
-`next() -> (length, document)`, `state()` (small and JSON-like: it goes into a checkpoint), `epoch` (complete passes) and
+`next() -> (length, document)`, `state()` (small and JSON-like, for a checkpoint), `epoch` (complete passes) and
 `progress` (with the share of the pass under way). An epoch is a seeded permutation: of documents, or of whole shards.
 """
 
@@ -29,7 +29,7 @@ def open_dataset(source: Source) -> datasets.Dataset | datasets.IterableDataset:
     options = {"split": source.split, "streaming": source.streaming}
     if builder and (source.name or source.data_files):
         raise ConfigError(f"data.sources: {source.path} is a file, so name and data_files have no meaning: remove them")
-    if builder == "text" or next(Path(source.path).glob("*.txt"), None):
+    if builder == "text" or {file.suffix for file in Path(source.path).glob("*")} & set(BUILDERS) == {".txt"}:
         options["sample_by"] = "document"
     if builder == "parquet":
         options["columns"] = [source.column]  # only this column is read from disk or network
@@ -39,9 +39,11 @@ def open_dataset(source: Source) -> datasets.Dataset | datasets.IterableDataset:
         else:
             dataset = datasets.load_dataset(source.path, source.name, data_files=source.data_files, **options)
     except Exception as error:
-        raise ConfigError(
-            f"data.sources path {source.path}, split {source.split}: {error.__cause__ or error}"
-        ) from None
+        cause = str(error.__cause__ or error)
+        if cause.startswith("No match for FieldRef"):  # pyarrow's words for a column that is not there
+            fields = cause.partition(" in ")[2].partition("\n")[0]
+            raise ConfigError(f"data.sources {source.path} has no column {source.column!r}; it has {fields}") from None
+        raise ConfigError(f"data.sources path {source.path}, split {source.split}: {cause}") from None
     columns = dataset.column_names or list(next(iter(dataset)))
     if source.column not in columns:
         raise ConfigError(f"data.sources {source.path} has no column {source.column!r}; it has {', '.join(columns)}")
@@ -141,7 +143,7 @@ class StreamCursor:
         self.source, self.stream, self.num_streams = source, stream, num_streams
         # more streams than shards: a shard is read by several streams, and each keeps every n-th document of it
         self.share, self.shares = stream // shards, max(1, num_streams // shards)
-        self.epoch, self.shard, self.inside, self.dropped = epoch, shard, inside, dropped
+        self.epoch, self.shard, self.place, self.dropped = epoch, shard, inside, dropped
         self.open_shard()
         self.read_chunk()
         self.taken = taken
@@ -151,36 +153,32 @@ class StreamCursor:
         order = np.random.default_rng([*self.source.seed, self.epoch]).permutation(shards)
         self.mine = order[self.stream % shards :: self.num_streams].tolist()
         self.dataset = self.source.dataset.shard(shards, self.mine[self.shard])
-        self.row = 0
-        if self.inside is not None:
-            self.dataset.load_state_dict(self.inside["state"])
-            self.row = self.inside["row"]
-        self.examples = iter(self.dataset)
+        if self.place is not None:
+            self.dataset.load_state_dict(self.place["state"])
+        else:
+            self.place = {"state": self.dataset.state_dict(), "row": 0}
+        # by batches: an IterableDataset's plain iterator deals shards to loader workers once more, behind our back
+        self.batches = self.dataset.iter(READ_CHUNK)
 
     def read_chunk(self):
         """Read and tokenise the next documents, going on to the next shard and epoch until there is at least one."""
-        column, first_epoch, self.chunk = self.source.source.column, self.epoch, []
+        first_epoch, source, self.chunk = self.epoch, self.source.source, []
         while not self.chunk:
-            self.inside = {"state": self.dataset.state_dict(), "row": self.row}
-            self.dropped_before, self.taken, values, ended = self.dropped, 0, [], True
-            for example in self.examples:
-                self.row += 1
-                if (self.row - 1) % self.shares == self.share:
-                    values.append(example[column])
-                if len(values) == READ_CHUNK:
-                    ended = False
-                    break
-            encoded = self.source.encoder(texts(values, self.source.source))
-            self.chunk = [ids for ids in encoded if len(ids)]
-            self.dropped += len(encoded) - len(self.chunk)
-            self.ended = ended
-            if ended and not self.chunk:
+            self.inside, self.dropped_before, self.taken = self.place, self.dropped, 0
+            batch = next(self.batches, None)
+            if batch is None:
                 self.next_shard()
                 if self.epoch > first_epoch + 1:
-                    raise ConfigError(f"data.sources {self.source.source.path}: stream {self.stream} finds no text")
+                    raise ConfigError(f"data.sources {source.path}: stream {self.stream} finds no text")
+                continue
+            values = texts(batch[source.column], source)
+            encoded = self.source.encoder(values[(self.share - self.place["row"]) % self.shares :: self.shares])
+            self.place = {"state": self.dataset.state_dict(), "row": self.place["row"] + len(values)}
+            self.chunk = [ids for ids in encoded if len(ids)]
+            self.dropped += len(encoded) - len(self.chunk)
 
     def next_shard(self):
-        self.shard, self.inside = self.shard + 1, None
+        self.shard, self.place = self.shard + 1, None
         if self.shard == len(self.mine):
             self.epoch, self.shard = self.epoch + 1, 0
         self.open_shard()
@@ -189,8 +187,6 @@ class StreamCursor:
         document = self.chunk[self.taken]
         self.taken += 1
         if self.taken == len(self.chunk):
-            if self.ended:
-                self.next_shard()
             self.read_chunk()
         return len(document), document
 

@@ -41,11 +41,11 @@ class Encoder:
         if self.backend is not None:
             self.backend.no_truncation()
             self.backend.no_padding()
-            self.backend.encode_special_tokens = True
 
     def __call__(self, texts: list[str]) -> list[np.ndarray]:
         """Token ids, int32 [n], of each text; a text without any token gives an empty array."""
         if self.backend is not None:  # twice the speed of the tokenizer's own call: no offsets, no masks
+            self.backend.encode_special_tokens = True  # at every call: a copy in a worker has lost it
             encoded = [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
         else:
             encoded = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
@@ -67,8 +67,9 @@ def token_bytes(tokenizer) -> np.ndarray:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     byte_level = backend is not None and "ByteLevel" in f"{backend.pre_tokenizer} {backend.decoder}"
     special = set(tokenizer.all_special_ids)
-    sizes = np.zeros(len(tokenizer), dtype=np.int64)
-    for token, index in tokenizer.get_vocab().items():
+    vocabulary = tokenizer.get_vocab()
+    sizes = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)
+    for token, index in vocabulary.items():
         if index in special:
             continue
         if byte_level and index not in tokenizer.added_tokens_decoder:
