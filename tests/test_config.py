@@ -301,12 +301,12 @@ def test_several_problems_are_a_line_each(load):
 def test_a_file_that_is_not_toml_is_named(tmp_path, text):
     path = tmp_path / "broken.toml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(ConfigError, match=r"broken\.toml is not valid TOML: .+"):
+    with pytest.raises(ConfigError, match=r"broken\.toml as TOML: .+"):
         load_config(str(path), [])
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(ConfigError, match=r"cannot read config .*nowhere\.toml: No such file"):
+    with pytest.raises(ConfigError, match=r"cannot read config .*nowhere\.toml as TOML: .*No such file"):
         load_config(str(tmp_path / "nowhere.toml"), [])
 
 

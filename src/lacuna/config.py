@@ -208,17 +208,14 @@ def load_config(path: str | None, argv: list[str], prog: str = "lacuna pt") -> C
 
     Raises ConfigError with one sentence a problem; exits 0 after printing help where argv asks for it.
     """
-    usage, about = f"{prog} [CONFIG.toml] [--section.key VALUE ...]", "Keys of CONFIG.toml, as options:"
-    parser = Parser(usage=usage, allow_abbrev=False, description=about)
+    parser = Parser(usage=f"{prog} [CONFIG.toml] [--section.key VALUE ...]", allow_abbrev=False)
     given = CliSettingsSource(CommandLine, None, argv, root_parser=parser, parse_args_method=Parser.parse_args)()
     merged = {}
     if path is not None:
         try:
             merged = tomllib.loads(Path(path).read_text())
-        except OSError as error:
-            raise ConfigError(f"cannot read config {path}: {error.strerror}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path} is not valid TOML: {error}") from None
+        except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read config {path} as TOML: {error}") from None
     if len({"steps", "epochs"} & set(given.get("train", {}))) == 1 and isinstance(merged.get("train"), dict):
         # they exclude each other: the one on the command line replaces the one in the file
         merged["train"] = {k: v for k, v in merged["train"].items() if k not in ("steps", "epochs")}

@@ -12,7 +12,7 @@ import datasets
 import torch
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel
 
 from lacuna.config import Config, NonFinite
@@ -24,8 +24,8 @@ console = Console(stderr=True)
 # Dense bf16 peaks, FLOP/s, from the vendors' datasheets; the first name that the device's name contains counts.
 PEAKS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10": 125e12, "4090": 165e12}
 MFU_CONVENTION = (
-    "mfu: 6 FLOP a weight and token (input embeddings left out) + 6 x heads x head_dim a layer x the sum of squared "
-    "document lengths (causal: halved), over the dense bf16 peak; recomputation does not count"
+    "mfu: 6 FLOP a weight (without input embeddings) and token + 6 x heads x head_dim a layer x the sum of squared "
+    "document lengths, over the dense bf16 peak; what is recomputed, or masked as not causal, does not count"
 )
 
 
@@ -99,8 +99,8 @@ class Report:
         self.file = open(folder / "metrics.jsonl", "w", buffering=1)  # noqa: SIM115  a killed run keeps its lines
         self.trackers = [open_tracker(name, config, folder) for name in config.log.trackers]
         if console.is_terminal:
-            columns = (TextColumn("{task.completed}/{task.total}"), BarColumn(), TextColumn("{task.description}"))
-            self.progress = Progress(*columns, TimeRemainingColumn(), console=console)
+            columns = (MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+            self.progress = Progress(*columns, console=console)
             self.task = self.progress.add_task("", total=steps)
             self.progress.start()
 

@@ -36,8 +36,7 @@ def run(config: Config) -> Path:
     loader = Loader(config, dataset, ranks.device)
     held_out = None
     if config.eval.sources:
-        rows = config.eval.rows
-        held_out = RowDataset(config, config.eval.sources, encoder, ranks.rank, ranks.world, epochs=1, limit=rows)
+        held_out = RowDataset(config, config.eval.sources, encoder, ranks.rank, ranks.world, 1, config.eval.rows)
 
     # Model, optimizer, and where the run reports to.
     trainee = build_model(config, ranks, len(tokenizer))

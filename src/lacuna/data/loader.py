@@ -57,12 +57,10 @@ class PackedBatch(NamedTuple):
     epoch: float
 
     def to(self, device: torch.device) -> "PackedBatch":
+        tensors = {key: value for key, value in self._asdict().items() if isinstance(value, torch.Tensor)}
         if device.type == "cuda":
-            return self._replace(**{k: getattr(self, k).pin_memory().to(device, non_blocking=True) for k in TENSORS})
-        return self
-
-
-TENSORS = ("input_ids", "labels", "position_ids", "cu_seqlens")
+            tensors = {key: value.pin_memory().to(device, non_blocking=True) for key, value in tensors.items()}
+        return self._replace(**tensors)
 
 
 class Stream:
@@ -78,21 +76,16 @@ class Stream:
         self.rows, self.emitted, self.dropped = [], 0, state["dropped"]
 
     @property
-    def row(self) -> int:
-        """Rows emitted since the run began."""
-        return self.first_row + self.emitted
-
-    @property
     def ended(self) -> bool:
         last = self.data.epochs
         return self.emitted == len(self.rows) and last is not None and all(c.epoch >= last for c in self.cursors)
 
     def skip(self, rows: int):
         """Go on until `rows` rows of this stream are behind, planning windows but loading nothing."""
-        while not self.ended and self.row < rows:
+        while not self.ended and self.first_row + self.emitted < rows:
             if self.emitted == len(self.rows):
                 self.draw_window()
-            self.emitted += min(rows - self.row, len(self.rows) - self.emitted)
+            self.emitted = min(rows - self.first_row, len(self.rows))
             self.dropped = sum(c.dropped for c in self.cursors)
 
     def next(self) -> Row | None:
@@ -184,7 +177,7 @@ class RowDataset(IterableDataset):
         while not stream.ended:
             stream.draw_window()
             stream.emitted = len(stream.rows)
-        return stream.row
+        return stream.first_row + stream.emitted
 
     def assemble(self, pieces: list) -> Row:
         """Copy document pieces into one row. What is left over is a document of its own that trains nothing."""
@@ -246,10 +239,9 @@ class Loader:
         if not dataset.map_style and streams % readers and dataset.rank == 0:
             times, near = readers // math.gcd(streams, readers), nearest_multiple(streams, readers)
             fast = streams // readers * readers or math.lcm(streams, readers)
-            log.warning(
-                f"data: {streams} virtual streams do not divide over {readers} readers (ranks x workers), so each is read "
-                f"{times} times; num_shards of {near} would divide, data.num_streams = {fast} would be fast"
-            )
+            what = f"{streams} virtual streams do not divide over {readers} readers (ranks x workers)"
+            cure = f"num_shards of {near} would divide, data.num_streams = {fast} would be fast"
+            log.warning("data: %s, so each is read %d times; %s", what, times, cure)
         if state is not None:
             dataset.first, dataset.states = state["rows"], state["streams"]
         self.prepared = self.consumed = dataset.first  # rows, over all ranks
@@ -301,9 +293,5 @@ def keep(row: Row) -> Row:
 
 def merge_states(states: list[dict]) -> dict:
     """One state from those of all ranks: of each stream the latest window, since a reader skips ahead inside it."""
-    streams = {}
-    for state in states:
-        for number, stream in state["streams"].items():
-            if number not in streams or stream["row"] > streams[number]["row"]:
-                streams[number] = stream
-    return {"rows": states[0]["rows"], "streams": streams}
+    streams = [item for state in states for item in state["streams"].items()]
+    return {"rows": states[0]["rows"], "streams": dict(sorted(streams, key=lambda item: item[1]["row"]))}

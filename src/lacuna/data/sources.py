@@ -38,13 +38,12 @@ def open_dataset(source: Source) -> datasets.Dataset | datasets.IterableDataset:
             dataset = datasets.load_dataset(builder, data_files=source.path, **options)
         else:
             dataset = datasets.load_dataset(source.path, source.name, data_files=source.data_files, **options)
+        columns = dataset.column_names or list(next(iter(dataset), {}))
     except Exception as error:
         cause = str(error.__cause__ or error)
-        if cause.startswith("No match for FieldRef"):  # pyarrow's words for a column that is not there
-            fields = cause.partition(" in ")[2].partition("\n")[0]
-            raise ConfigError(f"data.sources {source.path} has no column {source.column!r}; it has {fields}") from None
-        raise ConfigError(f"data.sources path {source.path}, split {source.split}: {cause}") from None
-    columns = dataset.column_names or list(next(iter(dataset)))
+        if not cause.startswith("No match for FieldRef"):
+            raise ConfigError(f"data.sources path {source.path}, split {source.split}: {cause}") from None
+        columns = [cause.partition(" in ")[2].partition("\n")[0]]  # pyarrow's words where a column is not there
     if source.column not in columns:
         raise ConfigError(f"data.sources {source.path} has no column {source.column!r}; it has {', '.join(columns)}")
     return dataset.select_columns([source.column])
@@ -121,8 +120,7 @@ def texts(values: list, source: Source) -> list[str]:
     """The values of a text column, null as empty; ConfigError where they are not text."""
     for value in values:
         if value is not None and not isinstance(value, str):
-            kind = type(value).__name__
-            raise ConfigError(f"data.sources {source.path}: column {source.column!r} holds {kind}, not text")
+            raise ConfigError(f"data.sources {source.path}: {source.column!r} holds {type(value).__name__}, not text")
     return [value or "" for value in values]
 
 
