@@ -42,7 +42,7 @@ ARCHITECTURES = {
     "smollm2": {"model_type": "llama", "tie_word_embeddings": True},
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {"tie_word_embeddings": True, "head_dim": 32},
-    "mistral": {"sliding_window": 24, "tie_word_embeddings": False, "head_dim": 16},
+    "mistral": {"sliding_window": 24, "tie_word_embeddings": False, "head_dim": 32},
 }
 
 

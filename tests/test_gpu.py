@@ -16,7 +16,11 @@ def lacuna(*argv: str, **environ: str) -> str:
     command = [sys.executable, "-m", "lacuna", "pt", *argv]
     path = os.pathsep.join([str(REPO / "src"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": path} | environ
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "0"} | environ,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stderr

@@ -197,7 +197,7 @@ UNFIT = {
     "lfm2": ({"layer_types": ["conv", "full_attention"] * 2}, "Lfm2ForCausalLM cannot keep packed documents apart"),
     "gemma2": ({"head_dim": 16}, "Gemma2ForCausalLM has final_logit_softcapping"),
     "cohere": ({}, "CohereForCausalLM has logit_scale"),
-    "gpt_oss": ({"head_dim": 16}, "GptOssForCausalLM has attention sinks"),
+    "gpt_oss": ({"head_dim": 16}, "GptOssForCausalLM is a mixture of experts"),
     "mixtral": ({}, "MixtralForCausalLM is a mixture of experts"),
     "qwen3_moe": ({}, "Qwen3MoeForCausalLM is a mixture of experts"),
     "phi": ({}, "PhiForCausalLM has a bias in its head"),

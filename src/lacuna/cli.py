@@ -25,6 +25,7 @@ def main():
         path = argv.pop(0) if argv and not argv[0].startswith("-") else None
         if path is None and not {"-h", "--help"} & set(argv):
             path = "configs/pt.toml"
+            os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one GPU is more than enough for this one
             if not Path(path).exists():
                 raise ConfigError("no config given, and no configs/pt.toml here: give one, or run in a clone of lacuna")
         config = load_config(path, argv)

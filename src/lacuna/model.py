@@ -119,8 +119,6 @@ def refuse_unfit(model: PreTrainedModel):
         raise ConfigError(f"{name} is a mixture of experts, whose balancing loss lacuna does not compute")
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         raise ConfigError(f"{name} has a bias in its head, which lacuna does not compute")
-    if any(key.endswith("sinks") for key, _ in model.named_parameters()):
-        raise ConfigError(f"{name} has attention sinks, which lacuna's attention does not compute")
     if getattr(config, "attention_dropout", 0.0):
         raise ConfigError("model.overrides.attention_dropout must be 0: packed attention has no dropout")
 
