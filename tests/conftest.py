@@ -1,13 +1,15 @@
 """Shared by all tests: small models made on the spot, and the data that ships with the repository."""
 
 import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a hub; read when transformers is imported
+
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a hub
 REPO = Path(__file__).parents[1]
 EXAMPLES = REPO / "examples"
 ASSETS = Path(os.environ["LACUNA_ASSETS"]) if "LACUNA_ASSETS" in os.environ else None

@@ -219,6 +219,19 @@ def test_evaluation_is_weighted_by_tokens_and_equals_plain_transformers(model_fo
     assert first["eval_bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
 
 
+def test_evaluation_reads_every_stream_to_its_end(model_folder, texts, tmp_path):
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    documents = [json.loads(line)["text"][:150] for line in texts.read_text().splitlines()]
+    for name, part in (("a", documents[:2]), ("b", documents[2:])):
+        (shards / f"{name}.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in part))
+    sources = json.dumps([{"path": str(shards / "*.jsonl"), "streaming": True}])
+    more = ["--train.steps", "1", "--train.micro_batch_size", "1", "--eval.sources", sources]
+    first = lines(run(load_config(None, options(model_folder("llama"), texts, tmp_path, *more))))[0]
+    tokenizer = AutoTokenizer.from_pretrained(EXAMPLES / "tiny")
+    assert first["eval_tokens"] == sum(len(tokenizer(d)["input_ids"]) for d in documents)
+
+
 # ---- numbers
 
 

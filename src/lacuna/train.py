@@ -118,17 +118,17 @@ def accumulate_gradients(trainee: Trainee, batches: list[PackedBatch], trained_t
 def evaluate(trainee: Trainee, config: Config, dataset: RowDataset, ranks: Ranks, sizes: torch.Tensor) -> dict:
     """Mean loss a token (nats) and bits a byte over held-out data; sizes [V] are the bytes of each token.
 
-    Every rank goes on until none has data left: one that has none feeds rows that train nothing, so nobody hangs.
+    Every rank takes as many rows, and one that has no data left feeds rows that train nothing: so nobody hangs.
     """
     data = config.data.model_copy(update={"context_len": None, "context_warmup_steps": 0, "workers": 0})
     loader = Loader(config.model_copy(update={"data": data}), dataset, ranks.device)
     sums = torch.zeros(3, device=ranks.device, dtype=torch.float64)  # nats, tokens, bytes
     trainee.eval()
-    while True:
+    for _ in range(math.ceil(config.eval.rows / (config.train.micro_batch_size * ranks.world))):
         batch = loader.next()
         trained = batch.labels >= 0
         if not sum_over_ranks(trained.sum()).item():
-            break
+            continue  # and not the end: of several streams, one may end before the others
         size = (sizes[batch.labels.clamp(min=0)] * trained).sum()
         sums += torch.stack([trainee(batch).double(), trained.sum().double(), size.double()])
     nats, tokens, size = sum_over_ranks(sums).tolist()
