@@ -2,7 +2,7 @@
 
 import os
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a hub; read when transformers is imported
+os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")  # read at import: no request to the Hub for local files
 
 from pathlib import Path
 
