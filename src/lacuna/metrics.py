@@ -161,12 +161,14 @@ class Report:
         """One line of metrics.jsonl, and the same to the trackers."""
         if self.file:
             self.file.write(json.dumps(metrics) + "\n")
-        for track in self.trackers:
+        for track, _ in self.trackers:
             track({k: v for k, v in metrics.items() if isinstance(v, int | float)})
 
     def close(self):
         if self.progress:
             self.progress.stop()
+        for _, finish in self.trackers:
+            finish()
 
 
 def start_logging(folder: Path, rank: int):
@@ -194,12 +196,12 @@ def peak_memory(device: torch.device) -> float:
 
 
 def open_tracker(name: str, config: Config, folder: Path):
-    """A function that takes one step's metrics. The packages are extras: wandb, tensorboard, trackio."""
+    """What takes a step's metrics, and what ends it. The packages are extras: wandb, tensorboard, trackio."""
     if name == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(str(folder / "tensorboard"))
-        return lambda metrics: [writer.add_scalar(k, v, metrics["step"]) for k, v in metrics.items()]
+        return lambda metrics: [writer.add_scalar(k, v, metrics["step"]) for k, v in metrics.items()], writer.close
     module = __import__(name)  # wandb and trackio share one interface
     module.init(project="lacuna", name=config.name, config=config.model_dump())
-    return lambda metrics: module.log(metrics)
+    return module.log, module.finish
