@@ -37,15 +37,14 @@ def choose_backend(asked: str, device: torch.device, dtype: torch.dtype) -> str:
 
 def boundaries(batch: PackedBatch, backend: str) -> dict:
     """Keyword arguments that carry the document boundaries of a batch through a transformers model."""
-    document_mask = None
+    mask = None
     if backend == "sdpa":
         rows = batch.input_ids.view(-1, batch.max_seqlen)  # [B, S]
         slots = torch.arange(rows.numel(), device=rows.device)
         document = torch.searchsorted(batch.cu_seqlens[1:], slots, right=True).view(rows.shape)
         causal = torch.ones(rows.shape[1], rows.shape[1], dtype=torch.bool, device=rows.device).tril()
-        document_mask = ((document[:, :, None] == document[:, None, :]) & causal)[:, None]  # [B, 1, S, S]
-    limits = {"cu_seqlens": batch.cu_seqlens, "max_seqlen": batch.max_seqlen, "document_mask": document_mask}
-    return {"backend": backend, **limits}
+        mask = ((document[:, :, None] == document[:, None, :]) & causal)[:, None]  # [B, 1, S, S]
+    return {"backend": backend, "cu_seqlens": batch.cu_seqlens, "max_seqlen": batch.max_seqlen, "document_mask": mask}
 
 
 def packed_attention(
@@ -65,9 +64,7 @@ def packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention of every document to itself alone; returns [1, T, heads, D] and no weights."""
     if others.get("softcap") is not None or others.get("s_aux") is not None or others.get("dropout"):
-        raise ConfigError(
-            f"{type(module).__name__} wants soft-capped scores, sinks or dropout: lacuna has none of these"
-        )
+        raise ConfigError(f"{type(module).__name__} wants soft-capped scores, sinks or dropout: lacuna has none")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = -1 if sliding_window is None or sliding_window >= max_seqlen else sliding_window - 1
     if backend == "sdpa":

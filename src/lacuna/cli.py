@@ -7,10 +7,13 @@ from pathlib import Path
 
 from lacuna.config import ConfigError, NonFinite, load_config
 
-USAGE = """usage: lacuna pt [CONFIG.toml] [--section.key VALUE ...]
+USAGE = """usage: lacuna pt [CONFIG.toml] [--section.key VALUE ...]             train on text: every token
+       lacuna sft [CONFIG.toml] [--section.key VALUE ...]            train on conversations: what the assistant says
+       lacuna explain pt|sft [CONFIG.toml] [--section.key VALUE ...] show the first rows that this would train on
+       lacuna chat FOLDER                                            talk to the model of a run
 
-Pretrain, or go on pretraining, a causal language model. `lacuna pt --help` shows every key with meaning and default.
-Without a config, configs/pt.toml is used: a small model on text that ships with the repository."""
+`lacuna pt --help` shows every key with its meaning, unit and default. Without a config, configs/pt.toml or
+configs/sft.toml is used: a small model and data that ship with the repository."""
 
 
 def main():
@@ -20,18 +23,25 @@ def main():
         print(USAGE)
         return
     try:
-        if command != "pt":
-            raise ConfigError(f"unknown command {command}\n{USAGE}")
+        if command == "chat" and len(argv) == 1:
+            from lacuna.chat import chat
+
+            return chat(argv[0])
+        task = argv.pop(0) if command == "explain" and argv else command
+        if task not in ("pt", "sft"):
+            raise ConfigError(f"unknown command {' '.join(sys.argv[1:])}\n{USAGE}")
         path = argv.pop(0) if argv and not argv[0].startswith("-") else None
         if path is None and not {"-h", "--help"} & set(argv):
-            path = "configs/pt.toml"
+            path = f"configs/{task}.toml"
             os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one GPU is more than enough for this one
             if not Path(path).exists():
-                raise ConfigError("no config given, and no configs/pt.toml here: give one, or run in a clone of lacuna")
-        config = load_config(path, argv)
-        launch(["pt", path, *argv])
-        from lacuna.train import run
-
+                raise ConfigError(f"no config given, and no {path} here: give one, or run in a clone of lacuna")
+        config = load_config(path, argv, task)
+        if command == "explain":
+            from lacuna.explain import explain as run
+        else:
+            launch([task, path, *argv])
+            from lacuna.train import run
         run(config)
         leave(0)
     except (ConfigError, NonFinite) as error:

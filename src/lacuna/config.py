@@ -5,12 +5,12 @@ line. Unknown keys are errors that name the nearest key; contradictions name the
 """
 
 import difflib
-import json
 import tomllib
 from argparse import ArgumentParser
 from pathlib import Path
 from typing import Annotated, Literal
 
+import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, CliSettingsSource
 
@@ -38,14 +38,10 @@ class ModelConfig(Section):
     overrides: dict[str, int | float | str | bool] = key({}, "fields of the model's config to replace")
     tokenizer: str | None = key(None, "Hub id or folder of the tokenizer, if not the model's own")
     dtype: Literal["auto", "bfloat16", "float32"] = key(
-        "auto", "dtype of the computation, parameters stay float32; auto: bfloat16 on a GPU, float32 on a CPU"
+        "auto", "of computation, not parameters; auto: bfloat16 on GPUs"
     )
-    attention: Literal["auto", "varlen", "fa4", "sdpa"] = key(
-        "auto", "varlen: torch's FlashAttention; fa4: FlashAttention-4 (extra fa4); sdpa: on any device, slower"
-    )
-    kernels: Literal["auto", "none", "liger", "hub"] = key(
-        "auto", "fused layers: Liger's or the Hub's; auto: liger on a GPU where train.compile is off, else none"
-    )
+    attention: Literal["auto", "varlen", "fa4", "sdpa"] = key("auto", "fa4: extra fa4, fastest; sdpa: on any device")
+    kernels: Literal["auto", "none", "liger", "hub"] = key("auto", "auto: liger on a GPU without compile, else none")
     kernel_mapping: dict[str, str] = key({}, "for hub: layer -> owner/repo:Layer@version or folder:Layer")
     head: Literal["chunked", "liger"] = key("chunked", "LM head and loss without full logits: lacuna's, or Liger's")
     accum_dtype: Literal["float32", "model"] = key("float32", "of the sum of the head's gradient over chunks")
@@ -59,7 +55,7 @@ class Source(Section):
     data_files: str | list[str] | None = key(None, "files inside `path`, globs allowed")
     streaming: bool = key(False, "read while training instead of tokenising everything first")
     weight: float | None = key(None, "share of the mixture's tokens; none: all data once an epoch", gt=0)
-    column: str = key("text", "column that holds the text")
+    column: str = key("text", "pt: column that holds the text")
 
 
 SOURCE = "; ".join(f"{name} ({field.description})" for name, field in Source.model_fields.items())
@@ -67,6 +63,8 @@ SOURCE = "; ".join(f"{name} ({field.description})" for name, field in Source.mod
 
 class DataConfig(Section):
     sources: list[Source] = key([], "where documents come from: [[data.sources]] in TOML, JSON here; keys: " + SOURCE)
+    chat_template: str | None = key(None, "sft: file, text or name of a Jinja template; default: the tokenizer's own")
+    overlong: Literal["drop", "truncate", "error"] = key("drop", "sft: what becomes of conversations over seq_len")
     mask_boundary: bool = key(True, "a document's last token does not predict the next document's first")
     num_streams: int | None = key(None, "virtual streams; default: the number of shards, at most 64", ge=1)
     context_len: int | None = key(None, "longest piece of a document, tokens; default: seq_len", ge=1)
@@ -89,16 +87,15 @@ class TrainConfig(Section):
     deterministic: bool = key(False, "deterministic GPU kernels, where they exist (slower)")
 
 
+Rate = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimConfig(Section):
-    lr: float = key(3e-4, "peak learning rate", gt=0)
+    lr: float | None = key(None, "peak learning rate; default: 3e-4 for pt, 2e-5 for sft", gt=0)
     weight_decay: float = key(0.1, "decay of matrices; embeddings, norms and biases have none", ge=0)
-    betas: list[Annotated[float, Field(ge=0, lt=1)]] = key(
-        [0.9, 0.95], "AdamW's two decay rates", min_length=2, max_length=2
-    )
+    betas: list[Rate] = key([0.9, 0.95], "AdamW's two decay rates", min_length=2, max_length=2)
     eps: float = key(1e-8, "AdamW's epsilon", gt=0)
-    schedule: Literal["constant", "linear", "cosine", "wsd"] = key(
-        "cosine", "after warmup; wsd: constant, then linear decay"
-    )
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = key("cosine", "wsd: constant, then linear decay")
     warmup_steps: int = key(0, "steps of linear warmup from 0", ge=0)
     decay_steps: int | None = key(None, "wsd: steps of decay at the end; default: a tenth", ge=1)
     min_lr_ratio: float = key(0.1, "last learning rate over the peak (linear, cosine, wsd)", ge=0, le=1)
@@ -112,16 +109,20 @@ class DistConfig(Section):
 
 class LogConfig(Section):
     every: int = key(10, "steps between two lines of metrics", ge=1)
+    show: int = key(2, "rows that lacuna explain prints", ge=1)
+    show_ids: bool = key(False, "lacuna explain: token ids too")
     trackers: list[Literal["wandb", "tensorboard", "trackio"]] = key([], "where else metrics go")
 
 
 class EvalConfig(Section):
     sources: list[Source] = key([], "held-out data, same keys as data.sources")
+    fraction: float | None = key(None, "or this share of the documents of data.sources, held out", gt=0, lt=1)
     every: int | None = key(None, "steps between evaluations; none: only at start and end", ge=1)
     rows: int = key(512, "rows evaluated at most", ge=1)
 
 
 class Config(Section):
+    task: Literal["pt", "sft"] = key("pt", "pt: text, every token; sft: conversations, what the assistant says")
     name: str = key("run", "the run's name: everything lands in out/name", pattern=r"^[\w.-]+$")
     seed: int = key(0, "of the order of data and of initial weights", ge=0, lt=2**32)
     out: str = key("runs", "folder of runs")
@@ -135,41 +136,43 @@ class Config(Section):
 
     @model_validator(mode="after")
     def check(self):
-        train, data, weights = self.train, self.data, [source.weight for source in self.data.sources]
-        if not data.sources:
-            raise ValueError("data.sources is empty: add a [[data.sources]] table with a path")
-        if (train.steps is None) == (train.epochs is None):
-            raise ValueError("give exactly one of train.steps and train.epochs")
-        if train.epochs and any(source.streaming for source in data.sources):
-            raise ValueError(
-                "train.epochs needs data of known size: set train.steps, or data.sources streaming = false"
-            )
-        if train.epochs and any(weights):
-            raise ValueError("train.epochs has no meaning for a weighted mixture: set train.steps, or drop the weights")
-        if any(weights) and not all(weights):
-            raise ValueError("data.sources: give every source a weight, or none")
-        if train.global_batch_size % train.micro_batch_size:
-            near = nearest_multiple(train.global_batch_size, train.micro_batch_size)
-            sizes = (
-                f"train.global_batch_size {train.global_batch_size}, train.micro_batch_size {train.micro_batch_size}"
-            )
-            raise ValueError(f"{sizes}: the first must be a multiple of the second; the nearest is {near}")
-        if data.context_len and data.context_len > train.seq_len:
-            raise ValueError(f"data.context_len {data.context_len} is over train.seq_len {train.seq_len}: lower it")
-        if data.context_warmup_steps and not data.context_len:
-            raise ValueError("data.context_warmup_steps needs data.context_len, the length that it starts from")
-        if self.optim.decay_steps and self.optim.schedule != "wsd":
-            raise ValueError('optim.decay_steps belongs to optim.schedule = "wsd"')
-        if self.model.kernel_mapping and self.model.kernels != "hub":
-            raise ValueError('model.kernel_mapping belongs to model.kernels = "hub"')
-        if self.model.dtype == "float32" and self.model.attention in ("varlen", "fa4"):
-            raise ValueError(
-                f'model.attention = "{self.model.attention}" needs model.dtype = "bfloat16"; or use "sdpa"'
-            )
-        if any(source.weight for source in self.eval.sources):
-            raise ValueError("eval.sources have no weight: all of their data counts, at most eval.rows")
-        if self.eval.every and not self.eval.sources:
-            raise ValueError("eval.every without eval.sources: there is nothing to evaluate on")
+        """Refuse what contradicts itself: the first rule that is broken."""
+        train, data, model, held_out = self.train, self.data, self.model, self.eval.sources
+        rows, micro, context = train.global_batch_size, train.micro_batch_size, data.context_len or 0
+        weights, streams = [source.weight for source in data.sources], any(s.streaming for s in data.sources)
+        sft, sizes = self.task == "sft", f"train.global_batch_size {rows}, train.micro_batch_size {micro}"
+        near = nearest_multiple(rows, micro)
+        flash = model.attention in ("varlen", "fa4") and model.dtype == "float32"
+        for broken, message in [
+            (not data.sources, "data.sources is empty: add a [[data.sources]] table with a path"),
+            ((train.steps is None) == (train.epochs is None), "give exactly one of train.steps and train.epochs"),
+            (train.epochs and streams, "train.epochs needs data of known size: set train.steps, or streaming = false"),
+            (train.epochs and any(weights), "train.epochs of a weighted mixture: set train.steps, or drop the weights"),
+            (any(weights) and not all(weights), "data.sources: give every source a weight, or none"),
+            (streams and len(weights) > 1 and not all(weights), "data.sources: a mixture that streams needs weights"),
+            (rows % micro, f"{sizes}: the first must be a multiple of the second; the nearest is {near}"),
+            (context > train.seq_len, f"data.context_len {context} is over train.seq_len {train.seq_len}: lower it"),
+            (data.context_warmup_steps and not context, "data.context_warmup_steps needs data.context_len"),
+            (sft and context, "data.context_len would cut conversations apart: it belongs to lacuna pt"),
+            (not sft and data.chat_template, "data.chat_template belongs to lacuna sft: text has no template"),
+            (self.optim.decay_steps and self.optim.schedule != "wsd", 'optim.decay_steps needs optim.schedule = "wsd"'),
+            (model.kernel_mapping and model.kernels != "hub", 'model.kernel_mapping needs model.kernels = "hub"'),
+            (flash, f'model.attention = "{model.attention}" needs model.dtype = "bfloat16"; or use "sdpa"'),
+            (any(s.weight for s in held_out), "eval.sources have no weight: all of their data counts"),
+            (self.eval.fraction and held_out, "give eval.sources or eval.fraction, not both"),
+            (
+                self.eval.fraction and (streams or any(weights)),
+                "eval.fraction needs data that does not stream and has no weights: name eval.sources",
+            ),
+            (
+                self.eval.every and not (held_out or self.eval.fraction),
+                "eval.every needs eval.sources or eval.fraction, to evaluate on",
+            ),
+            (len(held_out) > 1 and any(s.streaming for s in held_out), "eval.sources: what streams must stand alone"),
+        ]:
+            if broken:
+                raise ValueError(message)
+        self.optim.lr = self.optim.lr or (2e-5 if sft else 3e-4)
         return self
 
 
@@ -203,12 +206,12 @@ def nearest_multiple(n: int, of: int) -> str:
     return f"{below} or {above}" if 0 < below < above else str(above)
 
 
-def load_config(path: str | None, argv: list[str], prog: str = "lacuna pt") -> Config:
-    """The config from a TOML file (or none) and command-line words.
+def load_config(path: str | None, argv: list[str], task: str = "pt") -> Config:
+    """The config of a task (pt, sft) from a TOML file (or none) and command-line words.
 
     Raises ConfigError with one sentence a problem; exits 0 after printing help where argv asks for it.
     """
-    parser = Parser(usage=f"{prog} [CONFIG.toml] [--section.key VALUE ...]", allow_abbrev=False)
+    parser = Parser(usage=f"lacuna {task} [CONFIG.toml] [--section.key VALUE ...]", allow_abbrev=False)
     given = CliSettingsSource(CommandLine, None, argv, root_parser=parser, parse_args_method=Parser.parse_args)()
     merged = {}
     if path is not None:
@@ -222,6 +225,8 @@ def load_config(path: str | None, argv: list[str], prog: str = "lacuna pt") -> C
     for key, value in given.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = merged[key] | value if both else value
+    if merged.setdefault("task", task) != task:
+        raise ConfigError(f"{path or 'the command line'} has task = {merged['task']!r}: run lacuna {merged['task']}")
     try:
         return Config.model_validate(merged)
     except ValidationError as error:
@@ -239,18 +244,4 @@ def problem(error: dict) -> str:
 
 def to_toml(config: Config) -> str:
     """The whole config as TOML text: enough to repeat the run. None is left out: it is every such key's default."""
-    dump = config.model_dump(exclude_none=True)
-    sections = {key: value for key, value in dump.items() if isinstance(value, dict)}
-    lines = [f"{key} = {toml_value(value)}" for key, value in dump.items() if key not in sections]
-    for name, section in sections.items():
-        lines += ["", f"[{name}]"] + [f"{key} = {toml_value(value)}" for key, value in section.items()]
-    return "\n".join(lines) + "\n"
-
-
-def toml_value(value) -> str:
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{toml_value(k)} = {toml_value(v)}" for k, v in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(toml_value(v) for v in value) + "]"
-    # of JSON's way to write, TOML forbids escaped surrogates, a bare DEL, and Infinity
-    return repr(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return tomli_w.dumps(config.model_dump(exclude_none=True))

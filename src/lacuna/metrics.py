@@ -6,13 +6,14 @@ import math
 import resource
 import time
 from collections import Counter
+from datetime import timedelta
 from pathlib import Path
 
 import datasets
 import torch
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, Progress
 from transformers import PreTrainedModel
 
 from lacuna.config import Config, NonFinite
@@ -27,32 +28,6 @@ MFU_CONVENTION = (
     "mfu: 6 FLOP a weight (without input embeddings) and token + 6 x heads x head_dim a layer x the sum of squared "
     "document lengths, over the dense bf16 peak; what is recomputed, or masked as not causal, does not count"
 )
-
-
-class Outcome:
-    """A step's figures on their way to the host, which does not wait for them until it reads."""
-
-    def __init__(self, facts: dict, values: torch.Tensor, counts: torch.Tensor):
-        self.facts = facts
-        self.values, self.counts = values.to("cpu", non_blocking=True), counts.to("cpu", non_blocking=True)
-        self.moment = Moment(values.device)
-
-
-class Moment:
-    """A point in the device's time: of everything queued so far."""
-
-    def __init__(self, device: torch.device):
-        self.event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
-        self.time = time.perf_counter()
-        if self.event:
-            self.event.record()
-
-    def seconds_since(self, earlier: "Moment") -> float:
-        """Waits until both have come."""
-        if not self.event:
-            return self.time - earlier.time
-        self.event.synchronize()
-        return earlier.event.elapsed_time(self.event) / 1e3
 
 
 class Work:
@@ -86,36 +61,41 @@ class Report:
         self.names = [name.removeprefix("model.") for name, _ in trainee.named_parameters()]
         self.work = Work(trainee.model, ranks.device)
         self.tokens = self.trained_tokens = 0  # since the run began
-        self.progress, self.trackers, self.file = None, [], None
+        self.trackers, self.file, self.waiting = [], None, []
+        quiet = ranks.rank != 0 or not console.is_terminal
+        self.progress = Progress(MofNCompleteColumn(), *Progress.get_default_columns(), console=console, disable=quiet)
+        self.task = self.progress.add_task("", total=steps)
         if ranks.rank != 0:
             return
-        log.info(
-            "%s: %s parameters, %s attention, %s, %d rank(s), %d steps of %d rows x %d tokens",
-            *(config.model.name, f"{trainee.model.num_parameters():,}", trainee.backend, trainee.model.config.dtype),
-            *(ranks.world, steps, config.train.global_batch_size, config.train.seq_len),
-        )
+        model, batch = trainee.model, f"{config.train.global_batch_size} rows x {config.train.seq_len} tokens"
+        what = f"{model.num_parameters():,} parameters, {trainee.backend} attention, {model.config.dtype}"
+        log.info("%s: %s, %d rank(s), %d steps of %s", config.model.name, what, ranks.world, steps, batch)
         if self.work.peak:
             log.info(MFU_CONVENTION)
         self.file = open(folder / "metrics.jsonl", "w", buffering=1)  # noqa: SIM115  a killed run keeps its lines
         self.trackers = [open_tracker(name, config, folder) for name in config.log.trackers]
-        if console.is_terminal:
-            columns = (MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-            self.progress = Progress(*columns, console=console)
-            self.task = self.progress.add_task("", total=steps)
-            self.progress.start()
+        self.progress.start()
 
     def start_clock(self):
         """Begin a new interval between two lines: what follows is measured, what was before (an evaluation) is not."""
-        self.since = Moment(self.ranks.device)
-        self.interval = Counter()
+        self.since, self.interval = time.perf_counter(), Counter()
 
-    def step(self, outcome: Outcome):
-        """Take in a step, in order; raises NonFinite."""
-        seconds = outcome.moment.seconds_since(self.since)
-        facts, train, world = outcome.facts, self.config.train, self.ranks.world
-        loss, *bad_ranks = outcome.values[: 1 + world].tolist()
-        norm, *squares = outcome.values[1 + world :].tolist()
-        trained, tokens, pairs, checksum, dropped = outcome.counts.tolist()
+    def step(self, facts: dict, values: torch.Tensor, counts: torch.Tensor, wait: bool):
+        """Take in a step's figures, on their way to the host, and report it; on a GPU, where nobody need wait for this
+        step, the one before instead, so that the GPU never waits for the host. Raises NonFinite."""
+        arrived = torch.cuda.current_stream().record_event() if values.is_cuda else None
+        figures = (values.to("cpu", non_blocking=True), counts.to("cpu", non_blocking=True))
+        self.waiting.append((facts, *figures, arrived))
+        while len(self.waiting) > (0 if wait or arrived is None else 1):
+            self.report(*self.waiting.pop(0))
+
+    def report(self, facts: dict, values: torch.Tensor, counts: torch.Tensor, arrived):
+        if arrived:
+            arrived.synchronize()
+        train, world = self.config.train, self.ranks.world
+        loss, *bad_ranks = values[: 1 + world].tolist()
+        norm, *squares = values[1 + world :].tolist()
+        trained, tokens, pairs, checksum, dropped = counts.tolist()
         if not math.isfinite(loss) or not math.isfinite(norm):
             ranks = ", ".join(str(rank) for rank, bad in enumerate(bad_ranks) if bad)
             where = f"the loss on rank {ranks}" if ranks else "a gradient"
@@ -125,14 +105,14 @@ class Report:
                 f"{(bad or ['none'])[0]}); nothing was updated from here on. Lower optim.lr, or look at the data"
             )
         if dropped:
-            log.warning("step %d: %d documents without text were dropped", facts["step"], dropped)
+            log.warning("step %d: %d documents dropped: no text, too long, or nothing to train", facts["step"], dropped)
         self.tokens += tokens
         self.trained_tokens += trained
         slots = train.global_batch_size * train.seq_len
         self.interval.update(steps=1, tokens=tokens, slots=slots, pairs=pairs, data_seconds=facts["data_seconds"])
         if facts["step"] % self.config.log.every and facts["step"] not in (1, self.steps):
             return
-        total = self.interval
+        total, seconds = self.interval, time.perf_counter() - self.since
         speed = total["tokens"] / seconds
         metrics = {"step": facts["step"], "loss": loss, "grad_norm": norm, "lr": facts["lr"], "tokens": self.tokens}
         metrics |= {"trained_tokens": self.trained_tokens, "epoch": round(facts["epoch"], 4)}
@@ -142,15 +122,13 @@ class Report:
         metrics |= {"step_seconds": seconds / total["steps"], "data_seconds": total["data_seconds"] / total["steps"]}
         metrics |= {"peak_memory_gib": peak_memory(self.ranks.device), "batch_checksum": f"{checksum % 2**64:016x}"}
         self.start_clock()
-        self.since = outcome.moment
         self.write(metrics)
         share = "" if mfu is None else f" | mfu {mfu:.1%}"
         rates = f"{speed:,.0f} tokens/s{share} | {metrics['peak_memory_gib']:.1f} GiB"
         text = f"loss {loss:.4f} | grad norm {norm:.2f} | {rates}"
-        left = time.strftime("%H:%M:%S", time.gmtime((self.steps - facts["step"]) * metrics["step_seconds"]))
+        left = timedelta(seconds=round((self.steps - facts["step"]) * metrics["step_seconds"]))
         log.info("step %d/%d | %s | %s left", facts["step"], self.steps, text, left)
-        if self.progress:
-            self.progress.update(self.task, completed=facts["step"], description=text)
+        self.progress.update(self.task, completed=facts["step"], description=text)
 
     def evaluation(self, step: int, result: dict):
         self.write({"step": step, **result})
@@ -165,8 +143,7 @@ class Report:
             track({k: v for k, v in metrics.items() if isinstance(v, int | float)})
 
     def close(self):
-        if self.progress:
-            self.progress.stop()
+        self.progress.stop()
         for _, finish in self.trackers:
             finish()
 
@@ -176,14 +153,12 @@ def start_logging(folder: Path, rank: int):
     if not console.is_terminal:
         datasets.disable_progress_bars()
     log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    log.propagate = False
     rich = RichHandler(console=console, show_path=False, show_time=False, show_level=False)
-    log.handlers = [rich if console.is_terminal else logging.StreamHandler()]
+    handlers = [rich if console.is_terminal else logging.StreamHandler()]
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        log.addHandler(logging.FileHandler(folder / "log.txt", mode="w"))
-    for handler in log.handlers:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        handlers.append(logging.FileHandler(folder / "log.txt", mode="w"))
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers, force=True)
 
 
 def peak_memory(device: torch.device) -> float:

@@ -18,7 +18,7 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import nn
 from torch.func import functional_call
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lacuna.attention import boundaries, choose_backend
@@ -51,9 +51,8 @@ class Trainee(nn.Module):
 def build_model(config: Config, ranks: Ranks, vocabulary: int) -> Trainee:
     """The model of `config.model`, sharded over ranks.mesh, with weights, ready to train."""
     on_gpu = ranks.device.type == "cuda"
-    dtype = torch.bfloat16 if on_gpu else torch.float32
-    if config.model.dtype != "auto":
-        dtype = getattr(torch, config.model.dtype)
+    auto = "bfloat16" if on_gpu else "float32"
+    dtype = getattr(torch, auto if config.model.dtype == "auto" else config.model.dtype)
     compiled = on_gpu if config.train.compile == "auto" else config.train.compile
     model, folder = empty_model(config.model, vocabulary)
     layers = list(model.get_decoder().layers)
@@ -175,26 +174,22 @@ def run_in(template: nn.Module, module: nn.Module, dtype: torch.dtype, *args, **
 
 
 # Dear to recompute: matrix products and attention. Everything else is cheap and recomputed.
-SAVED_OPS = {
+SAVED_OPS = [
     torch.ops.aten.mm.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.lacuna.fa4.default,
     torch.ops.torch_attn._varlen_attn.default,
-}
+]
 
 
 def checkpoint_activations(layers: list[nn.Module], how: str | int):
     """Recompute in the backward pass: every layer (full), every n-th (n), or all but the dear operators (selective)."""
     every = 1 if isinstance(how, str) else how
+    options = {"use_reentrant": False}
+    if how == "selective":
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, SAVED_OPS)
     for layer in layers[::every] if how != "none" else []:
-        options = {"use_reentrant": False}
-        if how == "selective":
-            options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, keep_dear)
         layer.forward = functools.partial(checkpoint, layer.forward, **options)
-
-
-def keep_dear(context, operator, *args, **kwargs) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operator in SAVED_OPS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def compile_layers(layers: list[nn.Module]):
@@ -213,43 +208,38 @@ def initialise(model: PreTrainedModel, seed: int, buffers_only: bool):
     for name, module in model.named_modules():
         mine = {k: p for k, p in module._parameters.items() if p is not None and p not in done and not buffers_only}
         done |= set(mine.values())
-        floats = [b for b in module._buffers.values() if b is not None and b.is_floating_point()]
-        if not mine and not floats:
-            continue
-        kept = dict(module._parameters)
-        for key, parameter in mine.items():
-            module._parameters[key] = nn.Parameter(torch.full(parameter.shape, float("nan"), device=device))
-        for buffer in floats:
-            buffer.fill_(float("nan"))
-        torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7]))
-        model._init_weights(module)
-        for key, parameter in mine.items():
-            local(parameter).copy_(module._parameters[key][local_slices(parameter)])
-        filled = [module._parameters[key] for key in mine] + floats
-        module._parameters.update(kept)
-        if any(tensor.isnan().any() for tensor in filled):
+        whole = {k: nn.Parameter(torch.empty(p.shape, device=device)) for k, p in mine.items()}
+        buffers = [b for b in module._buffers.values() if b is not None and b.is_floating_point()]
+        tensors = [*whole.values(), *buffers]
+        for tensor in tensors:
+            tensor.fill_(float("nan"))
+        if tensors:
+            module._parameters.update(whole)
+            torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7]))
+            model._init_weights(module)
+            module._parameters.update(mine)
+        if any(tensor.isnan().any() for tensor in tensors):
             raise ConfigError(f"{type(model).__name__} does not say how to initialise {name}")
+        for key, parameter in mine.items():
+            local(parameter).copy_(whole[key][local_slices(parameter)])
 
 
 @torch.no_grad()
 def load_weights(model: PreTrainedModel, folder: Path):
     """Read this rank's part of every parameter from safetensors files, one at a time."""
-    names = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            names |= dict.fromkeys(tensors.keys(), file)
-    if not names:
+    files = [safe_open(file, framework="pt") for file in sorted(folder.glob("*.safetensors"))]
+    stored = {name: file.get_slice(name) for file in files for name in file.keys()}  # noqa: SIM118  it is no dict
+    if not stored:
         raise ConfigError(f"model.name {folder} has no *.safetensors; to begin without, set model.from_scratch = true")
     tied = set(model.all_tied_weights_keys)
     parameters = {k: p for k, p in model.named_parameters(remove_duplicate=False) if k not in tied}
-    missing = sorted(set(parameters) - set(names))
-    unknown = sorted(k for k in set(names) - set(parameters) - tied if not k.endswith("inv_freq"))
+    missing = sorted(set(parameters) - set(stored))
+    unknown = sorted(k for k in set(stored) - set(parameters) - tied if not k.endswith("inv_freq"))
     if missing or unknown:
         keys = f"missing {missing[:3]}, unknown {unknown[:3]}"
         raise ConfigError(f"model.name {folder} does not fit {type(model).__name__}: {keys}")
     for name, parameter in parameters.items():
-        with safe_open(names[name], framework="pt") as tensors:
-            stored = tensors.get_slice(name)
-            if tuple(stored.get_shape()) != tuple(parameter.shape):
-                raise ConfigError(f"{folder}: {name} is {stored.get_shape()}, the model wants {list(parameter.shape)}")
-            local(parameter).copy_(stored[local_slices(parameter)])
+        shape, wanted = stored[name].get_shape(), list(parameter.shape)
+        if shape != wanted:
+            raise ConfigError(f"{folder}: {name} is {shape}, the model wants {wanted}")
+        local(parameter).copy_(stored[name][local_slices(parameter)])

@@ -24,7 +24,6 @@ from lacuna.config import ConfigError, DistConfig, TrainConfig, nearest_multiple
 class Ranks(NamedTuple):
     rank: int
     world: int
-    local_rank: int
     device: torch.device
     mesh: DeviceMesh | None  # (dp_replicate, dp_shard); None where one rank is alone
 
@@ -50,7 +49,6 @@ def start(config: DistConfig, train: TrainConfig) -> Ranks:
     """
     join_slurm(os.environ)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     shard = config.dp_shard or max(1, world // config.dp_replicate)
     if config.dp_replicate * shard != world:
         raise ConfigError(f"dist.dp_replicate {config.dp_replicate} x dist.dp_shard {shard} is not the {world} ranks")
@@ -61,17 +59,17 @@ def start(config: DistConfig, train: TrainConfig) -> Ranks:
         raise ConfigError(f"{sizes}, {world} ranks: the first must be a multiple of the others' product; use {near}")
     device = torch.device("cpu")
     if torch.cuda.is_available():  # with srun --gpus-per-task, a task sees one device only
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         torch.cuda.set_device(device)
     if train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     if world == 1:
-        return Ranks(rank, world, local_rank, device, None)
+        return Ranks(rank, world, device, None)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout))
     mesh = init_device_mesh(device.type, (config.dp_replicate, shard), mesh_dim_names=("dp_replicate", "dp_shard"))
-    return Ranks(rank, world, local_rank, device, mesh)
+    return Ranks(rank, world, device, mesh)
 
 
 def shard_model(model: nn.Module, layers: list[nn.Module], mesh: DeviceMesh, dtype: torch.dtype):
@@ -81,10 +79,8 @@ def shard_model(model: nn.Module, layers: list[nn.Module], mesh: DeviceMesh, dty
     """
     mesh = mesh if mesh["dp_replicate"].size() > 1 else mesh["dp_shard"]
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    for layer in layers:
-        fully_shard(layer, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
-    fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
     for module in (*layers, model):
+        fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=module is not model)
         # the loss is divided by the tokens of all ranks, so gradients only add up
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -9,9 +10,10 @@ import torch.distributed as dist
 
 from lacuna.checkpoint import export
 from lacuna.config import Config, ConfigError, to_toml
+from lacuna.data.conversations import ChatEncoder
 from lacuna.data.loader import Loader, PackedBatch, RowDataset
 from lacuna.data.tokenize import Encoder, load_tokenizer, token_bytes
-from lacuna.metrics import Outcome, Report, log, start_logging
+from lacuna.metrics import Report, log, start_logging
 from lacuna.model import Trainee, build_model
 from lacuna.optim import build_optimizer, learning_rate
 from lacuna.parallel import Ranks, clip_gradients, start, sum_over_ranks
@@ -26,17 +28,19 @@ def run(config: Config) -> Path:
     if ranks.rank == 0:
         (folder / "config.toml").write_text(to_toml(config))
     tokenizer = load_tokenizer(config.model)
-    encoder = Encoder(tokenizer)
+    encoder = ChatEncoder(tokenizer, config) if config.task == "sft" else Encoder(tokenizer)
 
     # Data comes before the model, so that it is read ahead while the model is built.
-    dataset = RowDataset(config, config.data.sources, encoder, ranks.rank, ranks.world, config.train.epochs)
+    fraction = config.eval.fraction or 0.0
+    where = (encoder, ranks.rank, ranks.world)
+    dataset = RowDataset(config, config.data.sources, *where, config.train.epochs, share=(fraction, 1))
     steps = config.train.steps or math.ceil(dataset.count_rows() / config.train.global_batch_size)
     if config.optim.warmup_steps >= steps:
         raise ConfigError(f"optim.warmup_steps {config.optim.warmup_steps} must be below the run's {steps} steps")
     loader = Loader(config, dataset, ranks.device)
-    held_out = None
-    if config.eval.sources:
-        held_out = RowDataset(config, config.eval.sources, encoder, ranks.rank, ranks.world, 1, config.eval.rows)
+    held_out, sources = None, config.eval.sources or (config.data.sources if fraction else [])
+    if sources:
+        held_out = RowDataset(config, sources, *where, 1, config.eval.rows, share=(0, fraction or 1))
 
     # Model, optimizer, and where the run reports to.
     trainee = build_model(config, ranks, len(tokenizer))
@@ -46,7 +50,7 @@ def run(config: Config) -> Path:
     sizes = torch.from_numpy(token_bytes(tokenizer)).to(ranks.device)
     accumulation = config.train.global_batch_size // (config.train.micro_batch_size * ranks.world)
     failed = torch.zeros((), device=ranks.device)  # becomes 1 at the first loss or gradient that is not finite
-    pending = None
+    report.write({"step": 0, "documents": sum((source.notes for source in dataset.sources), Counter())})
     if held_out:
         report.evaluation(0, evaluate(trainee, config, held_out, ranks, sizes))
 
@@ -75,25 +79,23 @@ def run(config: Config) -> Path:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        # 4. Report the step before, while this one runs: a GPU never waits for the host.
+        # 4. Report the step, or on a GPU the one before, while this one runs.
         facts = {"step": step, "lr": lr, "epoch": max(b.epoch for b in batches), "data_seconds": data_seconds}
-        outcome = Outcome(facts, torch.cat([losses, norm[None], squares]), counts)
-        if pending:
-            report.step(pending)
-        pending = outcome
         evaluating = bool(held_out) and (step == steps or (config.eval.every and step % config.eval.every == 0))
-        if evaluating or step == steps or ranks.device.type == "cpu":
-            report.step(pending)
-            pending = None
+        report.step(facts, torch.cat([losses, norm[None], squares]), counts, wait=evaluating or step == steps)
         if evaluating:
             report.evaluation(step, evaluate(trainee, config, held_out, ranks, sizes))
 
     # The end: a plain Hugging Face folder.
     loader.close()
-    export(trainee, tokenizer, folder / "hf", ranks.rank)
+    if config.task == "sft":
+        encoder.adapt(tokenizer)
+    export(config, trainee, tokenizer, folder / "hf", ranks.rank)
     report.close()
-    log.info("The model is in %s, a folder for transformers' from_pretrained. To train it further:", folder / "hf")
-    log.info("lacuna pt CONFIG.toml --name NEW --model.name %s --model.from_scratch false", folder / "hf")
+    log.info("The model is in %s, a folder for transformers' from_pretrained. Next:", folder / "hf")
+    if config.task == "sft":
+        log.info("lacuna chat %s", folder)
+    log.info("lacuna %s CONFIG.toml --name NEW --model.name %s --model.from_scratch false", config.task, folder / "hf")
     if dist.is_initialized():
         dist.destroy_process_group()
     return folder

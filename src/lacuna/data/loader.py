@@ -11,6 +11,7 @@ import itertools
 import math
 import zlib
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from lacuna.data.sources import MapSource, StreamSource, log
 
 MAP_WINDOW = 131_072  # documents packed together where they are indices only: fill .9999 in 0.1 to 0.3 s
 PREFETCH = 3  # micro-batches made ahead
+NOTHING = ([], {})  # pieces and facts of a row past the end of the data: it trains nothing
 STREAM_WINDOW = (8, 512)  # rows in a stream's first and largest windows: starts at once, then fill .998
 
 
@@ -35,10 +37,10 @@ class Row(NamedTuple):
     starts: np.ndarray  # int64 [documents]: where each document (or what is left over) begins
     tokens: int  # slots that hold a document's token
     checksum: int
-    epoch: float
-    dropped: int  # documents without text met since the stream's last row
-    stream: int
-    state: dict
+    epoch: float = 0.0
+    dropped: int = 0  # documents without text met since the stream's last row
+    stream: int = 0
+    state: dict | None = None  # None past the end of the data
 
 
 class PackedBatch(NamedTuple):
@@ -64,50 +66,35 @@ class PackedBatch(NamedTuple):
 
 
 class Stream:
-    """One virtual stream: rows as lists of (document, start, end), and the state to begin again at any of them."""
+    """One virtual stream: the plans of its rows, and the state to begin again at any of them."""
 
     def __init__(self, data: "RowDataset", stream: int, state: dict | None):
         self.data, self.stream = data, stream
         sources = len(data.sources)
-        state = state or {"cursors": [None] * sources, "drawn": [0] * sources, "window": 0, "row": 0, "dropped": 0}
-        self.drawn, self.window, self.first_row = list(state["drawn"]), state["window"], state["row"]
+        state = state or {"cursors": [{}] * sources, "drawn": [0] * sources, "window": 0, "row": 0, "dropped": 0}
+        self.drawn, self.window = list(state["drawn"]), state["window"]
+        self.row, self.dropped = state["row"], state["dropped"]
         pairs = zip(data.sources, state["cursors"], strict=True)
-        self.cursors = [source.cursor(source, stream, data.num_streams, **(cursor or {})) for source, cursor in pairs]
-        self.rows, self.emitted, self.dropped = [], 0, state["dropped"]
+        self.cursors = [source.cursor(source, stream, data.num_streams, **cursor) for source, cursor in pairs]
 
-    @property
-    def ended(self) -> bool:
-        last = self.data.epochs
-        return self.emitted == len(self.rows) and last is not None and all(c.epoch >= last for c in self.cursors)
-
-    def skip(self, rows: int):
-        """Go on until `rows` rows of this stream are behind, planning windows but loading nothing."""
-        while not self.ended and self.first_row + self.emitted < rows:
-            if self.emitted == len(self.rows):
-                self.draw_window()
-            self.emitted = min(rows - self.first_row, len(self.rows))
-            self.dropped = sum(c.dropped for c in self.cursors)
-
-    def next(self) -> Row | None:
-        if self.emitted == len(self.rows):
-            if self.ended:
-                return None
+    def __iter__(self) -> Iterator[tuple[int, list, dict]]:
+        """Number, document pieces and other facts of each row, up to the last epoch's end; no token is loaded."""
+        while self.data.epochs is None or any(c.epoch < self.data.epochs for c in self.cursors):
+            state = {"cursors": [c.state() for c in self.cursors], "drawn": list(self.drawn), "window": self.window}
+            state |= {"row": self.row, "dropped": self.dropped}
+            begin = max(c.progress for c in self.cursors)
             self.draw_window()
-        row = self.data.assemble(self.rows[self.emitted])
-        self.emitted += 1
-        epoch = self.begin + (self.end - self.begin) * self.emitted / len(self.rows)
-        before, self.dropped = self.dropped, sum(c.dropped for c in self.cursors)
-        return row._replace(epoch=epoch, dropped=self.dropped - before, stream=self.stream, state=self.start)
+            end = max(c.progress for c in self.cursors)
+            for i, pieces in enumerate(self.rows, 1):
+                before, self.dropped = self.dropped, sum(c.dropped for c in self.cursors)
+                facts = {"epoch": begin + (end - begin) * i / len(self.rows), "dropped": self.dropped - before}
+                yield self.row, pieces, facts | {"stream": self.stream, "state": state}
+                self.row += 1
 
     def draw_window(self):
         """Draw documents until the window is full, always from the source that is furthest behind its weight."""
         data = self.data
-        self.first_row += len(self.rows)
-        cursors = [c.state() for c in self.cursors]
-        self.start = {"cursors": cursors, "drawn": list(self.drawn), "window": self.window}
-        self.start |= {"row": self.first_row, "dropped": self.dropped}
         budget = data.seq_len * min(STREAM_WINDOW[0] << self.window, STREAM_WINDOW[1])
-        self.begin = max(c.progress for c in self.cursors)
         epoch, documents, lengths, total = self.cursors[0].epoch, [], [], 0
         while len(documents) < data.map_window if data.map_style else total < budget:
             behind = min(range(len(self.cursors)), key=lambda i: self.drawn[i] / data.weights[i])
@@ -118,18 +105,19 @@ class Stream:
             lengths.append(length)
             if len(self.cursors) == 1 and self.cursors[0].epoch != epoch:
                 break  # a window ends with the epoch: no row mixes two
-        self.end = max(c.progress for c in self.cursors)
         which, start, length = split_documents(np.asarray(lengths), data.seq_len)
         rows = best_fit(length, data.seq_len, data.max_pieces)
         order = np.random.default_rng([data.seed, self.stream, self.window]).permutation(len(rows))
         self.rows = [[(documents[which[p]], start[p], start[p] + length[p]) for p in rows[r]] for r in order]
-        self.window, self.emitted = self.window + 1, 0
+        self.window += 1
 
 
 class RowDataset(IterableDataset):
     """The rows of one rank, split over its loader workers: row p for p = first + rank, first + rank + ranks, …"""
 
-    def __init__(self, config: Config, sources: list, encoder, rank: int, ranks: int, epochs=None, limit=math.inf):
+    def __init__(
+        self, config: Config, sources: list, encoder, rank: int, ranks: int, epochs=None, limit=math.inf, share=(0, 1)
+    ):
         self.seq_len, self.seed = config.train.seq_len, config.seed
         self.mask_boundary, self.filler = config.data.mask_boundary, encoder.eos
         # A fixed bound, so that cu_seqlens never changes its shape; rows of tinier documents are filled up instead.
@@ -137,49 +125,37 @@ class RowDataset(IterableDataset):
         self.batch_rows = config.train.global_batch_size
         self.rank, self.ranks, self.epochs, self.limit = rank, ranks, epochs, limit
         self.map_style = not any(source.streaming for source in sources)
-        weights = [source.weight for source in sources]
-        if len(sources) > 1 and not self.map_style and not all(weights):
-            raise ConfigError("data.sources: a mixture with a streaming source needs a weight for every source")
-        whole = self.map_style and not any(weights)
-        groups = [sources] if whole else [[source] for source in sources]
-        self.weights = [1.0] if whole else [weight or 1.0 for weight in weights]
+        groups = [[source] for source in sources] if sources[0].weight else [sources]
+        self.weights = [group[0].weight or 1.0 for group in groups]
         self.sources = [
             StreamSource(group[0], encoder, [self.seed, i])
             if group[0].streaming
-            else MapSource(group, encoder, [self.seed, i], config.data.cache)
+            else MapSource(group, encoder, [self.seed, i], config.data.cache, share)
             for i, group in enumerate(groups)
         ]
         if self.map_style:  # at most about an epoch: rows are shuffled inside a window, documents must not wait long
-            self.map_window = min(MAP_WINDOW, sum(len(source.lengths) for source in self.sources))
+            self.map_window = min(MAP_WINDOW, sum(len(source.documents) for source in self.sources))
         shards = [source.num_shards for source in self.sources if isinstance(source, StreamSource)]
         self.num_streams = 1 if self.map_style else config.data.num_streams or min(64, *shards)
-        self.first, self.states = 0, {}
+        self.first, self.states = 0, {}  # set by Loader, to resume
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Row]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         streams = {}
-        position = self.first + self.rank + self.ranks * worker
-        while True:
-            number = position % self.num_streams
-            if number not in streams:
-                streams[number] = Stream(self, number, self.states.get(number))
-            streams[number].skip(position // self.num_streams)
-            row = streams[number].next() if position < self.limit else None
-            row = row or self.assemble([])  # past the end of the data: a row that trains nothing
-            crc = zlib.crc32(row.labels.tobytes(), zlib.crc32(row.ids.tobytes()))
-            yield row._replace(checksum=crc * (position % self.batch_rows + 1))
-            position += self.ranks * workers
+        for position in itertools.count(self.first + self.rank + self.ranks * worker, self.ranks * workers):
+            row, stream = divmod(position, self.num_streams)
+            if stream not in streams:
+                streams[stream] = iter(Stream(self, stream, self.states.get(stream)))
+            mine = ((pieces, facts) for number, pieces, facts in streams[stream] if number == row)
+            pieces, facts = next(mine, NOTHING) if position < self.limit else NOTHING
+            yield self.assemble(pieces, position, **facts)
 
     def count_rows(self) -> int:
         """Rows of all epochs of map-style data, from the lengths alone."""
-        stream = Stream(self, 0, None)
-        while not stream.ended:
-            stream.draw_window()
-            stream.emitted = len(stream.rows)
-        return stream.first_row + stream.emitted
+        return sum(1 for _ in Stream(self, 0, None))
 
-    def assemble(self, pieces: list) -> Row:
+    def assemble(self, pieces: list, position: int, **facts) -> Row:
         """Copy document pieces into one row. What is left over is a document of its own that trains nothing."""
         ids = np.full(self.seq_len, self.filler, dtype=np.int32)
         labels = np.full(self.seq_len, -100, dtype=np.int32)
@@ -187,37 +163,34 @@ class RowDataset(IterableDataset):
         for (which, document), start, end in pieces:
             tokens = self.sources[which].load(document) if isinstance(document, int) else document
             # a cut document goes on in its next piece: its first token there is still the target of the last one here
-            targets = tokens[start + 1 : end + 1]
-            ids[at : at + end - start] = tokens[start:end]
-            labels[at : at + len(targets)] = targets
+            piece, targets = tokens[start:end], tokens[start + 1 : end + 1]
+            ids[at : at + end - start] = np.where(piece < 0, ~piece, piece)  # ~id is a token that is not trained
+            labels[at : at + len(targets)] = np.where(targets < 0, -100, targets)
             starts.append(at)
-            if at and not self.mask_boundary:
+            if at and not self.mask_boundary and piece[0] >= 0:
                 labels[at - 1] = ids[at]
             at += end - start
         if at < self.seq_len:
             starts.append(at)
-        return Row(ids, labels, np.asarray(starts), at, 0, 0.0, 0, -1, {})
+        checksum = zlib.crc32(labels.tobytes(), zlib.crc32(ids.tobytes())) * (position % self.batch_rows + 1)
+        return Row(ids, labels, np.asarray(starts), at, checksum, **facts)
 
 
 def collate(rows: list[Row], context_len: int, num_documents: int) -> PackedBatch:
     """Lay rows end to end as one long sample, cutting documents to context_len; N = num_documents at most."""
     seq_len = len(rows[0].ids)
     total = len(rows) * seq_len
-    ids = np.concatenate([row.ids for row in rows]).astype(np.int64)
     labels = np.concatenate([row.labels for row in rows]).astype(np.int64)
-    starts = np.concatenate([row.starts + i * seq_len for i, row in enumerate(rows)])
-    if context_len < seq_len:
-        document, start, _ = split_documents(np.diff(np.append(starts, total)), context_len)
-        starts = starts[document] + start
-    lengths = np.diff(np.append(starts, total))
+    begins = np.concatenate([row.starts + i * seq_len for i, row in enumerate(rows)])
+    document, start, lengths = split_documents(np.diff(begins, append=total), context_len)
+    starts = begins[document] + start
     assert len(starts) <= num_documents, "cu_seqlens is too short for these documents"
-    boundaries = np.full(num_documents + 1, total, dtype=np.int32)
-    boundaries[: len(starts)] = starts
+    boundaries = np.pad(starts, (0, num_documents + 1 - len(starts)), constant_values=total)
     return PackedBatch(
-        input_ids=torch.from_numpy(ids),
+        input_ids=torch.from_numpy(np.concatenate([row.ids for row in rows]).astype(np.int64)),
         labels=torch.from_numpy(labels),
         position_ids=torch.from_numpy(np.arange(total) - np.repeat(starts, lengths)),
-        cu_seqlens=torch.from_numpy(boundaries),
+        cu_seqlens=torch.from_numpy(boundaries.astype(np.int32)),
         max_seqlen=seq_len,
         trained_tokens=int((labels != -100).sum()),
         tokens=sum(row.tokens for row in rows),
@@ -242,12 +215,11 @@ class Loader:
             what = f"{streams} virtual streams do not divide over {readers} readers (ranks x workers)"
             cure = f"num_shards of {near} would divide, data.num_streams = {fast} would be fast"
             log.warning("data: %s, so each is read %d times; %s", what, times, cure)
-        if state is not None:
-            dataset.first, dataset.states = state["rows"], state["streams"]
-        self.prepared = self.consumed = dataset.first  # rows, over all ranks
-        self.streams = dict(dataset.states)
+        # What this rank has consumed, and what the thread has made. `merge_states` of all ranks' is the run's state.
+        self.state = self.prepared = state or {"rows": 0, "streams": {}}
+        dataset.first, dataset.states = self.state["rows"], self.state["streams"]
         spawn = {"multiprocessing_context": "spawn", "prefetch_factor": 2 * self.micro_batch_size} if workers else {}
-        self.rows = iter(DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=keep, **spawn))
+        self.rows = iter(DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=Row._make, **spawn))
         shortest = config.data.context_len or config.train.seq_len
         self.num_documents = self.micro_batch_size * (dataset.max_pieces + 1 + config.train.seq_len // shortest)
         self.thread = ThreadPoolExecutor(max_workers=1)
@@ -261,34 +233,24 @@ class Loader:
         grown = min(1, step / data.context_warmup_steps) if data.context_warmup_steps else 0
         return start + int((seq_len - start) * grown)
 
-    def prepare(self) -> tuple[PackedBatch, list]:
+    def prepare(self) -> tuple[PackedBatch, dict]:
         try:
             rows = list(itertools.islice(self.rows, self.micro_batch_size))
         except ConfigError as error:  # a worker's comes with its traceback
             raise ConfigError(str(error).strip().rpartition("ConfigError: ")[2]) from None
-        batch = collate(rows, self.context_len(self.prepared), self.num_documents)
-        self.prepared += len(rows) * self.dataset.ranks
-        return batch, [(row.stream, row.state) for row in rows if row.stream >= 0]
+        batch = collate(rows, self.context_len(self.prepared["rows"]), self.num_documents)
+        streams = self.prepared["streams"] | {row.stream: row.state for row in rows if row.state}
+        self.prepared = {"rows": self.prepared["rows"] + len(rows) * self.dataset.ranks, "streams": streams}
+        return batch, self.prepared
 
     def next(self) -> PackedBatch:
         """The next micro-batch on the device. Raises what went wrong in the thread or a worker."""
-        batch, states = self.ready.popleft().result()
+        batch, self.state = self.ready.popleft().result()
         self.ready.append(self.thread.submit(self.prepare))
-        self.consumed += self.micro_batch_size * self.dataset.ranks
-        self.streams.update(states)
         return batch.to(self.device)
-
-    def state_dict(self) -> dict:
-        """What this rank has consumed. Merged over ranks (`merge_states`), it resumes on any number of them."""
-        return {"rows": self.consumed, "streams": dict(self.streams)}
 
     def close(self):
         self.thread.shutdown(cancel_futures=True)
-
-
-def keep(row: Row) -> Row:
-    """Instead of DataLoader's conversion to tensors: NumPy travels between processes at less cost."""
-    return row
 
 
 def merge_states(states: list[dict]) -> dict:

@@ -9,13 +9,16 @@ ends only.
 
 import copy
 import hashlib
+import logging
 import re
 from pathlib import Path
 
 import numpy as np
 from transformers import AutoTokenizer
 
-from lacuna.config import ConfigError, ModelConfig
+from lacuna.config import ConfigError, ModelConfig, Source
+
+log = logging.getLogger("lacuna")
 
 
 def load_tokenizer(model: ModelConfig):
@@ -35,8 +38,7 @@ class Encoder:
             raise ConfigError(f"model.tokenizer {tokenizer.name_or_path} has no EOS token: set one in its folder")
         self.tokenizer = copy.deepcopy(tokenizer)
         self.eos = tokenizer.eos_token_id
-        probe = tokenizer("a")["input_ids"]
-        self.bos = tokenizer.bos_token_id if probe[:1] == [tokenizer.bos_token_id] else None
+        self.bos = tokenizer.bos_token_id if adds_bos(tokenizer) else None
         self.backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if self.backend is not None:
             self.backend.no_truncation()
@@ -52,10 +54,32 @@ class Encoder:
         head = [] if self.bos is None else [self.bos]
         return [np.asarray([*head, *ids, self.eos] if ids else [], dtype=np.int32) for ids in encoded]
 
+    def columns(self, columns: list[str], source: Source) -> list[str]:
+        """Those columns that are read."""
+        if source.column not in columns:
+            raise ConfigError(
+                f"data.sources {source.path} has no column {source.column!r}; it has {', '.join(columns)}"
+            )
+        return [source.column]
+
+    def documents(self, batch: dict[str, list], source: Source, numbers) -> list[tuple[np.ndarray, str]]:
+        """Of each row of a dataset: its tokens, and a note where it has none."""
+        values = batch[source.column]
+        for number, value in zip(numbers, values, strict=True):
+            if value is not None and not isinstance(value, str):
+                what = f"row {number} of {source.column!r} holds {type(value).__name__}, not text"
+                raise ConfigError(f"data.sources {source.path}: {what}")
+        return [(ids, "" if len(ids) else "dropped: no text") for ids in self([value or "" for value in values])]
+
     def fingerprint(self) -> str:
         """Changes with anything that could change a token: the tokenizer's content, its settings, this code."""
         content = self.backend.to_str() if self.backend else repr(sorted(self.tokenizer.get_vocab().items()))
         return hashlib.sha256(f"{content}{self.bos} {self.eos}{Path(__file__).read_text()}".encode()).hexdigest()
+
+
+def adds_bos(tokenizer) -> bool:
+    """Whether the tokenizer begins a text with BOS: some have one and do not use it."""
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
 def token_bytes(tokenizer) -> np.ndarray:
@@ -65,14 +89,12 @@ def token_bytes(tokenizer) -> np.ndarray:
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     byte_level = backend is not None and "ByteLevel" in f"{backend.pre_tokenizer} {backend.decoder}"
-    special = set(tokenizer.all_special_ids)
     vocabulary = tokenizer.get_vocab()
     sizes = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)
     for token, index in vocabulary.items():
-        if index in special:
-            continue
         if byte_level and index not in tokenizer.added_tokens_decoder:
             sizes[index] = len(token)  # byte-level BPE writes each byte as one character
         else:  # SentencePiece: ▁ is a space, <0x0A> is one byte
             sizes[index] = 1 if re.fullmatch(r"<0x[0-9A-F]{2}>", token) else len(token.replace("▁", " ").encode())
+    sizes[tokenizer.all_special_ids] = 0
     return sizes

@@ -1,0 +1,44 @@
+"""`lacuna explain`: what would be trained, as rows of coloured text, from the labels that the model would get."""
+
+import logging
+from itertools import groupby, islice
+
+from rich.console import Console
+from rich.text import Text
+
+from lacuna.config import Config
+from lacuna.data.conversations import ChatEncoder
+from lacuna.data.loader import RowDataset
+from lacuna.data.tokenize import Encoder, load_tokenizer
+
+
+def explain(config: Config):
+    """Print the first rows of a run: green is trained, or in \u27e6brackets\u27e7 where there is no colour."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    console = Console(highlight=False)
+    tokenizer = load_tokenizer(config.model)
+    encoder = ChatEncoder(tokenizer, config) if config.task == "sft" else Encoder(tokenizer)
+    rows = RowDataset(config, config.data.sources, encoder, 0, 1, share=(config.eval.fraction or 0, 1))
+    for number, row in enumerate(islice(rows, config.log.show)):
+        text = Text()
+        for start, end in zip(row.starts, [*row.starts[1:], len(row.ids)], strict=True):
+            if start:
+                text.append(" \u2502 ", "magenta")  # a boundary that attention does not cross
+            if start == row.tokens:
+                text.append(f"{end - start} slot(s) left over", "magenta")
+                continue
+            # a token is trained where the position before it, in the same document, has a label
+            trained = [False, *(row.labels[start : end - 1] >= 0)]
+            for is_trained, run in groupby(range(start, end), key=lambda t: trained[t - start]):
+                ids = row.ids[list(run)].tolist()
+                words = (
+                    [f"{i}:{tokenizer.decode([i])!r}" for i in ids] if config.log.show_ids else [tokenizer.decode(ids)]
+                )
+                words = " ".join(words)
+                bare = is_trained and (console.color_system is None or console.no_color)
+                text.append(f"\u27e6{words}\u27e7" if bare else words, "green" if is_trained else "dim")
+        trained = (row.labels >= 0).sum()
+        console.rule(
+            f"row {number}: {len(row.starts)} documents, {row.tokens} of {len(row.ids)} slots, {trained} trained"
+        )
+        console.print(text, soft_wrap=True)
