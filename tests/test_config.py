@@ -237,6 +237,36 @@ CONTRADICTIONS = {  # name: (what is wrong, words of the sentence, what the sent
         ['model.attention = "fa4"', 'model.dtype = "bfloat16"', '"sdpa"'],
         ["--model.dtype", "float32", "--model.attention", "sdpa"],
     ),
+    "a streaming mixture without weights": (
+        ["--data.sources", '[{"path": "a", "streaming": true}, {"path": "b"}]'],
+        ["data.sources", "streams", "weights"],
+        ["--data.sources", '[{"path": "a", "streaming": true, "weight": 1}, {"path": "b", "weight": 1}]'],
+    ),
+    "two held-out sources of which one streams": (
+        ["--eval.sources", '[{"path": "a", "streaming": true}, {"path": "b"}]'],
+        ["eval.sources", "streams", "alone"],
+        ["--eval.sources", '[{"path": "a", "streaming": true}]'],
+    ),
+    "held out twice": (
+        ["--eval.fraction", "0.1", "--eval.sources", '[{"path": "a"}]'],
+        ["eval.sources", "eval.fraction", "both"],
+        ["--eval.fraction", "0.1"],
+    ),
+    "a share of a stream": (
+        ["--eval.fraction", "0.1", "--data.sources", '[{"path": "a", "streaming": true}]'],
+        ["eval.fraction", "stream", "eval.sources"],
+        ["--eval.fraction", "0.1", "--data.sources", '[{"path": "a"}]'],
+    ),
+    "a share of a weighted mixture": (
+        ["--eval.fraction", "0.1", "--data.sources", '[{"path": "a", "weight": 1}, {"path": "b", "weight": 1}]'],
+        ["eval.fraction", "weights", "eval.sources"],
+        ["--eval.fraction", "0.1", "--data.sources", '[{"path": "a"}, {"path": "b"}]'],
+    ),
+    "a template for text": (
+        ["--data.chat_template", "chatml"],
+        ["data.chat_template", "lacuna sft"],
+        [],
+    ),
     "evaluation of nothing": (
         ["--eval.every", "5"],
         ["eval.every", "eval.sources"],
@@ -462,3 +492,18 @@ def test_an_unknown_command_is_named_and_shows_the_usage(tmp_path):
     assert result.stderr.startswith("lacuna: unknown command train\n")
     assert "Traceback" not in result.stderr
     assert "usage: lacuna" in result.stderr
+
+
+def test_the_task_decides_the_learning_rate_and_must_be_the_files(tmp_path):
+    file = tmp_path / "sft.toml"
+    file.write_text('task = "sft"\n' + BASE)
+    assert load_config(str(file), [], "sft").optim.lr == 2e-5
+    assert load_config(None, [*ONE_STEP, "--optim.lr", "1e-3"], "sft").optim.lr == 1e-3
+    assert load_config(None, ONE_STEP).optim.lr == 3e-4
+    with pytest.raises(ConfigError, match=r"task = 'sft': run lacuna sft"):
+        load_config(str(file), [])
+    with pytest.raises(ConfigError, match=r"data\.context_len .* lacuna pt"):
+        load_config(None, [*ONE_STEP, "--data.context_len", "8"], "sft")
+
+
+ONE_STEP = ["--train.steps", "1", "--data.sources", '[{"path": "x"}]']

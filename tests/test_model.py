@@ -23,7 +23,7 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="Inducto
 
 def build(folder, *options: str, device="cpu", vocabulary=4096):
     argv = ["--data.sources", '[{"path": "x"}]', "--train.steps", "1", "--model.name", str(folder), *options]
-    return build_model(load_config(None, argv), Ranks(0, 1, 0, torch.device(device), None), vocabulary)
+    return build_model(load_config(None, argv), Ranks(0, 1, torch.device(device), None), vocabulary)
 
 
 def batch_and_documents() -> tuple[PackedBatch, list[list[int]]]:

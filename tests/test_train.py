@@ -19,7 +19,7 @@ from lacuna.model import build_model
 from lacuna.parallel import Ranks, clip_gradients
 from lacuna.train import accumulate_gradients, run
 
-ONE = Ranks(0, 1, 0, torch.device("cpu"), None)
+ONE = Ranks(0, 1, torch.device("cpu"), None)
 
 
 @pytest.fixture
@@ -203,7 +203,7 @@ def test_evaluation_is_weighted_by_tokens_and_equals_plain_transformers(model_fo
     documents = [json.loads(line)["text"][:150] for line in texts.read_text().splitlines()]
     short.write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
     more = ["--train.steps", "1", "--eval.sources", json.dumps([{"path": str(short)}])]
-    first = lines(run(load_config(None, options(folder, texts, tmp_path, *more))))[0]
+    first = lines(run(load_config(None, options(folder, texts, tmp_path, *more))))[1]
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     nats, tokens, size = 0.0, 0, 0
@@ -227,7 +227,7 @@ def test_evaluation_reads_every_stream_to_its_end(model_folder, texts, tmp_path)
         (shards / f"{name}.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in part))
     sources = json.dumps([{"path": str(shards / "*.jsonl"), "streaming": True}])
     more = ["--train.steps", "1", "--train.micro_batch_size", "1", "--eval.sources", sources]
-    first = lines(run(load_config(None, options(model_folder("llama"), texts, tmp_path, *more))))[0]
+    first = lines(run(load_config(None, options(model_folder("llama"), texts, tmp_path, *more))))[1]
     tokenizer = AutoTokenizer.from_pretrained(EXAMPLES / "tiny")
     assert first["eval_tokens"] == sum(len(tokenizer(d)["input_ids"]) for d in documents)
 

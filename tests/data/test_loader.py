@@ -52,7 +52,7 @@ def read(config, encoder, steps: int, ranks: int = 1, state=None, workers: int =
     accumulation = config.train.global_batch_size // (config.train.micro_batch_size * ranks)
     loaders = [open_loader(config, encoder, rank, ranks, state, **limits) for rank in range(ranks)]
     batches = [[loader.next() for _ in range(steps * accumulation)] for loader in loaders]
-    after = merge_states([json_round_trip(loader.state_dict()) for loader in loaders])
+    after = merge_states([json_round_trip(loader.state) for loader in loaders])
     for loader in loaders:
         loader.close()
     return batches, json_round_trip(after)
@@ -484,7 +484,7 @@ def test_what_is_prefetched_does_not_count_as_consumed(tmp_path, encoder):
     loader = open_loader(config, encoder)
     first = loader.next()
     loader.thread.submit(lambda: None).result(timeout=30)  # all that was to be prefetched now is
-    state = json_round_trip(loader.state_dict())
+    state = json_round_trip(loader.state)
     second = loader.next()
     loader.close()
     assert state["rows"] == config.train.micro_batch_size
@@ -529,13 +529,6 @@ def test_shares_of_a_mixture_approach_the_weights_by_tokens(tmp_path, encoder, s
                 tokens[source] += 1
     shares = np.asarray(tokens) / sum(tokens)
     assert np.abs(shares - np.asarray(weights) / sum(weights)).max() < 0.03, shares
-
-
-def test_a_mixture_with_a_stream_and_a_source_without_weight_is_refused(tmp_path, encoder):
-    sources = [source | {"weight": None} for source in LONG.sources(tmp_path, "mixture")]
-    config = make_config(tmp_path, *sources)
-    with pytest.raises(ConfigError, match=r"data\.sources.*weight"):
-        RowDataset(config, config.data.sources, encoder, 0, 1)
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])

@@ -206,7 +206,7 @@ def test_a_run_over_http_resumes_exactly(tmp_path, encoder, server):
     loader = Loader(config, RowDataset(config, config.data.sources, encoder, 0, 1), torch.device("cpu"))
     for _ in range(3 * ROWS // config.train.micro_batch_size):
         loader.next()
-    state = loader.state_dict()
+    state = loader.state
     loader.close()
     assert read(config, encoder, 2, 3, state=state) == whole[3 * ROWS :]
 
