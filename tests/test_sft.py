@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import EXAMPLES, REPO, model_config
+from test_train import options as train_options
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lacuna.config import load_config
@@ -33,18 +34,8 @@ def chats(tmp_path):
 
 
 def options(folder, chats, tmp_path, *more: str) -> list[str]:
-    fixed = {
-        "--model.name": str(folder),
-        "--data.sources": json.dumps([{"path": str(chats)}]),
-        "--data.cache": str(tmp_path / "cache"),
-        "--out": str(tmp_path / "runs"),
-        "--train.seq_len": "512",
-        "--train.micro_batch_size": "2",
-        "--train.global_batch_size": "2",
-        "--optim.lr": "1e-3",
-        "--log.every": "1",
-    }
-    return [word for pair in fixed.items() for word in pair] + list(more)
+    sizes = ("--train.seq_len", "512", "--train.global_batch_size", "2")
+    return train_options(folder, chats, tmp_path, *sizes, *more)
 
 
 def labelled(file, tokenizer):

@@ -9,12 +9,13 @@ from rich.text import Text
 from lacuna.config import Config
 from lacuna.data.conversations import ChatEncoder
 from lacuna.data.loader import RowDataset
-from lacuna.data.tokenize import Encoder, load_tokenizer
+from lacuna.data.tokenize import Encoder, load_tokenizer, log
 
 
 def explain(config: Config):
     """Print the first rows of a run: green is trained, or in \u27e6brackets\u27e7 where there is no colour."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    log.setLevel(logging.INFO)
+    log.addHandler(logging.StreamHandler())
     console = Console(highlight=False)
     tokenizer = load_tokenizer(config.model)
     encoder = ChatEncoder(tokenizer, config) if config.task == "sft" else Encoder(tokenizer)

@@ -153,12 +153,14 @@ def start_logging(folder: Path, rank: int):
     if not console.is_terminal:
         datasets.disable_progress_bars()
     log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    log.propagate = False  # other libraries print their own: on the root logger their lines would stand twice
     rich = RichHandler(console=console, show_path=False, show_time=False, show_level=False)
-    handlers = [rich if console.is_terminal else logging.StreamHandler()]
+    log.handlers = [rich if console.is_terminal else logging.StreamHandler()]
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(folder / "log.txt", mode="w"))
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers, force=True)
+        log.addHandler(logging.FileHandler(folder / "log.txt", mode="w"))
+    for handler in log.handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
 
 
 def peak_memory(device: torch.device) -> float:

@@ -93,7 +93,10 @@ class ChatEncoder:
                 raise
             except Exception as error:  # whatever the shape of a row, or a template, brings about
                 what = f"{source.path}, row {number} with {', '.join(batch)}, does not fit {form}"
-                raise ConfigError(f"{what}: {type(error).__name__}: {error}. Formats: {', '.join(FORMATS)}") from None
+                why = (
+                    f"{error} is missing or null" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
+                )
+                raise ConfigError(f"{what}: {why}. Formats: {', '.join(FORMATS)}") from None
         return documents
 
     def conversation(self, row: dict, form: str) -> tuple[np.ndarray, np.ndarray, str]:
