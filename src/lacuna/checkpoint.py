@@ -1,35 +1,243 @@
-"""Models out to disk. (Checkpoints to resume from are not here yet: a run that is cut off begins again.)"""
+"""Checkpoints to go on from, and models out to disk.
 
-from contextlib import suppress
+runs/NAME/checkpoints/step_N/ holds the model under its Hugging Face names and AdamW's state as `optimizer.*`, float32,
+in one safetensors file a rank: the sharded format of torch's distributed checkpoint, whose reader puts them together on
+any other number of ranks. No pickle. Beside them state.json (step, counters, place in the data, config), the model's
+config and the tokenizer, so `model.name = …/step_N` begins a new run from it. It is written as .step_N while training
+goes on, and renamed once every rank's file is on disk: what is named step_N is whole.
+"""
+
+import itertools
+import json
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from huggingface_hub import save_torch_state_dict
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 from transformers import GenerationConfig
 
-from lacuna.config import Config
+from lacuna.config import Config, ConfigError
+from lacuna.data.loader import merge_states
+from lacuna.metrics import log
 from lacuna.model import Trainee
-from lacuna.parallel import whole
+from lacuna.parallel import Ranks, local, local_slices
+
+# What may change when a run goes on: where things are, how they are reported, on what hardware. All else changes rows
+# or losses.
+FREE = ("name", "out", "slurm.", "log.", "checkpoint.", "dist.", "eval.every", "eval.rows", "eval.sources")
+FREE += ("data.workers", "data.cache", "train.micro_batch_size", "train.activation_checkpointing")
+FREE += ("train.deterministic", "train.on_nonfinite", "train.max_skipped")
 
 
-@torch.no_grad()
-def export(config: Config, trainee: Trainee, tokenizer, folder: Path, rank: int):
-    """Write a Hugging Face folder in the computation's dtype; all ranks call it, rank 0 holds one copy on the host.
-
-    Model, generation and tokenizer agree on EOS: what documents or turns ended with in training.
-    """
-    model, state = trainee.model, {}
-    for name, parameter in model.named_parameters():
-        tensor = whole(parameter).to(model.config.dtype)
-        if rank == 0:
-            state[name] = tensor.to("cpu")
+def find_checkpoint(config: Config, folder: Path, rank: int) -> Path | None:
+    """Where this run goes on from, the same on all ranks. What a killed save left is removed."""
+    found, checkpoints, resume = [None], folder / "checkpoints", config.checkpoint.resume
     if rank == 0:
-        model.config.architectures = [type(model).__name__]
-        model.config.eos_token_id = eos = tokenizer.eos_token_id
+        if resume == "none":
+            shutil.rmtree(checkpoints, ignore_errors=True)
+        for leftover in checkpoints.glob(".*"):
+            shutil.rmtree(leftover)
+        found = in_order(checkpoints)[-1:] or [None]
+        if resume not in ("auto", "none"):
+            found = [Path(resume)]
+            if not (found[0] / "state.json").exists():
+                raise ConfigError(f"checkpoint.resume {resume} is no checkpoint; here are {in_order(checkpoints)}")
+            for later in in_order(checkpoints):  # of what is rewound, or the next auto would take them up
+                if step_of(later) > step_of(found[0]):
+                    log.warning("%s is removed: the run goes back to %s", later, resume)
+                    shutil.rmtree(later)
+    if dist.is_initialized():
+        dist.broadcast_object_list(found, device=torch.device("cpu"))
+    return found[0]
+
+
+def step_of(checkpoint: Path) -> int:
+    return json.loads((checkpoint / "state.json").read_text())["step"]
+
+
+def in_order(checkpoints: Path) -> list[Path]:
+    return sorted(checkpoints.glob("step_*"), key=step_of)
+
+
+def read_state(checkpoint: Path | None, config: Config) -> dict:
+    """Step, counters and place in the data. ConfigError where the run that goes on would be another one."""
+    if checkpoint is None:
+        return {"step": 0, "tokens": 0, "trained_tokens": 0, "skipped": 0, "data": None}
+    state = json.loads((checkpoint / "state.json").read_text())
+    state["data"]["streams"] = {int(stream): place for stream, place in state["data"]["streams"].items()}
+    old, new = flat(state["config"]), flat(config.model_dump(mode="json"))
+    changed = [f"{key} (was {old[key]!r})" for key in old.keys() & new.keys() if old[key] != new[key]]
+    changed = sorted(key for key in changed if not key.startswith(FREE))
+    if changed and not config.checkpoint.resume_changed:
+        cure = "change it back, give the run another name, or set checkpoint.resume_changed = true"
+        raise ConfigError(f"{checkpoint} cannot go on exactly with another {', '.join(changed)}: {cure}")
+    return state
+
+
+def flat(config: dict) -> dict:
+    sections = {key: value for key, value in config.items() if isinstance(value, dict)}
+    inner = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
+    return inner | {key: value for key, value in config.items() if key not in sections}
+
+
+def optimizer_tensors(trainee: Trainee, optimizer) -> dict[str, torch.Tensor]:
+    """AdamW's state by name, float32, sharded like the parameters; zeros where there was no step yet."""
+    tensors = {}
+    for name, parameter in trainee.model.named_parameters():
+        state = optimizer.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), device=parameter.device)
+            state |= {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+        tensors |= {f"optimizer.{key}.{name}": value for key, value in state.items()}
+    return tensors
+
+
+def load_optimizer(trainee: Trainee, optimizer, checkpoint: Path):
+    """Continue with the optimizer of a checkpoint, saved on any number of ranks."""
+    reader = HuggingFaceStorageReader(str(checkpoint))
+    dcp.load(optimizer_tensors(trainee, optimizer), storage_reader=reader, no_dist=not dist.is_initialized())
+
+
+class Checkpoints:
+    """Saves in a thread: training waits only where it would change what is not copied to the host yet."""
+
+    def __init__(self, config: Config, ranks: Ranks, folder: Path, trainee: Trainee, optimizer, tokenizer):
+        self.config, self.ranks, self.folder = config, ranks, folder / "checkpoints"
+        self.model, self.tokenizer = trainee.model, tokenizer
+        self.trainee, self.optimizer = trainee, optimizer
+        self.host = None  # buffers, pinned beside a GPU, for the life of the run
+        self.stream = torch.cuda.Stream() if ranks.device.type == "cuda" else None
+        # the thread's own group: two threads that use one could meet in different orders on different ranks
+        self.group = dist.new_group(backend="gloo") if ranks.mesh is not None else None
+        self.thread = ThreadPoolExecutor(max_workers=1)
+        self.copying = self.writing = None
+        self.model.config.architectures = [type(self.model).__name__]
+        self.model.config.eos_token_id = eos = tokenizer.eos_token_id
         with suppress(OSError):  # where the model has none, it stays as made from its config
-            model.generation_config = GenerationConfig.from_pretrained(config.model.name)
-        ends = model.generation_config.eos_token_id
-        ends = ends if isinstance(ends, list) else [ends]
-        others = [end for end in ends if end not in (eos, None)]
-        model.generation_config.eos_token_id = [eos, *others] if others else eos
-        model.save_pretrained(folder, state_dict=state)
-        tokenizer.save_pretrained(folder)
+            self.model.generation_config = GenerationConfig.from_pretrained(config.model.name)
+        ends = self.model.generation_config.eos_token_id
+        others = [end for end in (ends if isinstance(ends, list) else [ends]) if end not in (eos, None)]
+        self.model.generation_config.eos_token_id = [eos, *others] if others else eos
+
+    def save(self, step: int, facts: dict, data: dict):
+        """Begin to save the run as it stands after `step`; facts: counters, data: this rank's Loader.state."""
+        self.finish()
+        states = [data] * self.ranks.world
+        if self.group:
+            dist.all_gather_object(states, data, group=self.group)
+        state = {"step": step, **facts, "data": merge_states(states), "config": self.config.model_dump(mode="json")}
+        self.copying = self.thread.submit(self.copy)
+        self.writing = self.thread.submit(self.write, step, state)
+
+    def wait_for_copy(self):
+        """Before parameters change: whatever is being saved must be on the host."""
+        if self.copying:
+            self.copying.result()
+
+    def finish(self):
+        """Wait until what is being saved is whole. ConfigError where it cannot be."""
+        if self.writing:
+            self.writing.result()
+
+    def check(self):
+        """As soon as a save has failed, say so."""
+        if self.writing and self.writing.done():
+            self.writing.result()
+
+    @torch.no_grad()
+    def copy(self):
+        """Copy this rank's share to the host, beside the computation of the next step."""
+        tensors = dict(self.model.named_parameters()) | optimizer_tensors(self.trainee, self.optimizer)
+        shares = {}
+        for name, tensor in tensors.items():
+            # a sharded tensor is written by the first replica, any other by rank 0
+            first = self.ranks.rank if tensor.ndim == 0 or self.group is None else self.ranks.mesh.get_coordinate()[0]
+            if first == 0 and local(tensor).numel():
+                shares[name] = local(tensor)
+        if self.host is None:
+            pin = self.stream is not None
+            self.host = {k: torch.empty(t.shape, dtype=t.dtype, pin_memory=pin) for k, t in shares.items()}
+            self.offsets = {k: [s.start for s in local_slices(tensors[k])] for k in shares}
+        with torch.cuda.stream(self.stream) if self.stream else nullcontext():
+            for name, tensor in shares.items():
+                self.host[name].copy_(tensor, non_blocking=True)
+        if self.stream:
+            self.stream.synchronize()
+
+    def write(self, step: int, state: dict):
+        path, error = self.folder / f".step_{step}", ""
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            write_safetensors(path / f"rank_{self.ranks.rank:05}.safetensors", self.host, self.offsets)
+        except OSError as problem:
+            error = f"{path}: {problem}"
+        errors = [error] * self.ranks.world
+        if self.group:
+            dist.all_gather_object(errors, error, group=self.group)
+        if self.ranks.rank == 0 and not any(errors):
+            try:
+                self.publish(path, state)
+            except OSError as problem:
+                errors = [f"{path}: {problem}"]
+        if any(errors):
+            last = in_order(self.folder)[-1:]
+            what = f"{last[0]} is whole, and the run goes on from it" if last else "there is none before it"
+            raise ConfigError(f"no checkpoint of step {step}: {next(filter(None, errors))}. Make room there; {what}")
+
+    def publish(self, path: Path, state: dict):
+        (path / "state.json").write_text(json.dumps(state))
+        self.model.config.save_pretrained(path)
+        self.model.generation_config.save_pretrained(path)
+        self.tokenizer.save_pretrained(path)
+        done = path.with_name(path.name[1:])
+        if done.exists():  # the same step again, after resume_changed
+            os.rename(done, done.with_name(f".old_{done.name}"))
+        os.rename(path, done)
+        for old in in_order(self.folder)[: -self.config.checkpoint.keep]:
+            os.rename(old, old.with_name(f".old_{old.name}"))  # gone at once, whatever happens while it is deleted
+        for old in self.folder.glob(".old_*"):
+            shutil.rmtree(old)
+        log.info("step %d: checkpoint in %s", state["step"], done)
+
+
+def write_safetensors(file: Path, tensors: dict[str, torch.Tensor], offsets: dict[str, list[int]]):
+    """Float32 tensors, each with its offset in the whole one, as torch's HuggingFaceStorageReader wants them.
+
+    torch's own writer joins all bytes in memory first and holds the interpreter's lock meanwhile, up to 3 s a GB
+    (measured on a CPU): training would stand still. This one writes them from where they are.
+    """
+    ends = list(itertools.accumulate(tensor.nbytes for tensor in tensors.values()))
+    places = json.dumps({name: {"saved_offsets": offset} for name, offset in offsets.items()})
+    header = {"__metadata__": {"format": "pt", "DCP_SHARDING_INFO": places}}
+    for (name, tensor), end in zip(tensors.items(), ends, strict=True):
+        assert tensor.dtype == torch.float32
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [end - tensor.nbytes, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(file, "wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            out.write(tensor.numpy().data)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def export(checkpoint: Path, out: Path):
+    """Make a plain Hugging Face folder of a checkpoint, in the dtype of its config; holds one such copy in memory."""
+    reader = HuggingFaceStorageReader(str(checkpoint))
+    stored = reader.read_metadata().state_dict_metadata
+    dtype = getattr(torch, json.loads((checkpoint / "config.json").read_text())["dtype"])
+    names = [name for name in stored if not name.startswith("optimizer.")]
+    weights = {name: torch.empty(stored[name].size, dtype=dtype) for name in names}
+    dcp.load(weights, storage_reader=reader, no_dist=True)
+    out.mkdir(parents=True, exist_ok=True)
+    save_torch_state_dict(weights, out)
+    for file in checkpoint.iterdir():
+        if file.suffix != ".safetensors" and file.name != "state.json":
+            shutil.copy(file, out)

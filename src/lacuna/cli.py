@@ -2,15 +2,19 @@
 
 import os
 import sys
+import traceback
 from glob import glob
 from pathlib import Path
 
-from lacuna.config import ConfigError, NonFinite, load_config
+from lacuna.config import Config, ConfigError, NonFinite, Preempted, load_config
+from lacuna.preemption import REQUEUE
 
 USAGE = """usage: lacuna pt [CONFIG.toml] [--section.key VALUE ...]             train on text: every token
        lacuna sft [CONFIG.toml] [--section.key VALUE ...]            train on conversations: what the assistant says
        lacuna explain pt|sft [CONFIG.toml] [--section.key VALUE ...] show the first rows that this would train on
        lacuna chat FOLDER                                            talk to the model of a run
+       lacuna export CHECKPOINT FOLDER                               make a Hugging Face folder of a checkpoint
+       lacuna slurm pt|sft CONFIG.toml [--submit] [--section.key ..] write, and submit, a job for Slurm
 
 `lacuna pt --help` shows every key with its meaning, unit and default. Without a config, configs/pt.toml or
 configs/sft.toml is used: a small model and data that ship with the repository."""
@@ -27,7 +31,14 @@ def main():
             from lacuna.chat import chat
 
             return chat(argv[0])
-        task = argv.pop(0) if command == "explain" and argv else command
+        if command == "export" and len(argv) == 2:
+            from lacuna.checkpoint import export
+
+            return export(Path(argv[0]), Path(argv[1]))
+        submit = command == "slurm" and "--submit" in argv
+        if submit:
+            argv.remove("--submit")
+        task = argv.pop(0) if command in ("explain", "slurm") and argv else command
         if task not in ("pt", "sft"):
             raise ConfigError(f"unknown command {' '.join(sys.argv[1:])}\n{USAGE}")
         path = argv.pop(0) if argv and not argv[0].startswith("-") else None
@@ -37,16 +48,23 @@ def main():
             if not Path(path).exists():
                 raise ConfigError(f"no config given, and no {path} here: give one, or run in a clone of lacuna")
         config = load_config(path, argv, task)
+        if command == "slurm":
+            from lacuna.slurm import slurm
+
+            return slurm(config, [task, path, *argv], submit)
         if command == "explain":
             from lacuna.explain import explain as run
         else:
-            launch([task, path, *argv])
+            launch(config, [task, path, *argv])
             from lacuna.train import run
         run(config)
         leave(0)
-    except (ConfigError, NonFinite) as error:
+    except (ConfigError, NonFinite, Preempted) as error:
         rank = os.environ.get("RANK")
         print(f"lacuna{f' (rank {rank})' if rank else ''}: {error}", file=sys.stderr)
+        leave(REQUEUE if isinstance(error, Preempted) else 1)
+    except Exception:
+        traceback.print_exc()
         leave(1)
 
 
@@ -57,7 +75,7 @@ def leave(status: int):
     (os._exit if "RANK" in os.environ else sys.exit)(status)
 
 
-def launch(argv: list[str]):
+def launch(config: Config, argv: list[str]):
     """Become torchrun over all local GPUs, unless there is one at most, or torchrun or Slurm started this process."""
     in_slurm = "SLURM_STEP_ID" in os.environ and os.environ["SLURM_NTASKS"] != "1"
     started = "RANK" in os.environ or in_slurm
@@ -65,9 +83,19 @@ def launch(argv: list[str]):
     gpus = len(glob("/dev/nvidia[0-9]*")) if visible is None else len([d for d in visible.split(",") if d])
     tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1").partition("(")[0]  # such as 4(x2)
     set_threads(int(os.environ.get("LOCAL_WORLD_SIZE", tasks)) if started else max(1, gpus))
-    if not started and gpus > 1:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)]
-        os.execv(sys.executable, [*torchrun, "-m", "lacuna", *argv])
+    restarts = config.dist.max_restarts
+    if not started and (gpus > 1 or restarts):
+        from torch.distributed.elastic.multiprocessing import SignalException
+        from torch.distributed.run import main as torchrun
+
+        options = ["--standalone", "--nproc-per-node", str(max(1, gpus)), "--max-restarts", str(restarts)]
+        options += ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
+        try:
+            torchrun([*options, "-m", "lacuna", *argv])
+        except SignalException as signal:
+            print(f"lacuna: {signal}", file=sys.stderr)
+            sys.exit(REQUEUE)
+        sys.exit(0)
 
 
 def set_threads(processes: int):

@@ -23,6 +23,10 @@ class NonFinite(Exception):
     """A loss or gradient is not a number; the parameters are those of the step before."""
 
 
+class Preempted(Exception):
+    """A signal ended the run, after a checkpoint: started again, it goes on from there."""
+
+
 def key(default, meaning: str, **limits):
     """One key of the config, with its meaning and unit for --help."""
     return Field(default, description=meaning, **limits)
@@ -84,6 +88,8 @@ class TrainConfig(Section):
         "none", "recompute in the backward: all layers, cheap operators only (selective), or every n-th layer (n)"
     )
     max_grad_norm: float = key(1.0, "gradients are scaled down to this global L2 norm", gt=0)
+    on_nonfinite: Literal["stop", "skip"] = key("stop", "what a loss or gradient that is not finite does to a step")
+    max_skipped: int = key(10, "steps that may be skipped in a run before it stops after all", ge=0)
     deterministic: bool = key(False, "deterministic GPU kernels, where they exist (slower)")
 
 
@@ -105,6 +111,21 @@ class DistConfig(Section):
     dp_replicate: int = key(1, "copies of the sharded model (HSDP)", ge=1)
     dp_shard: int | None = key(None, "ranks that share one copy (FSDP2); default: all that are left", ge=1)
     timeout: int = key(600, "seconds after which a collective that hangs ends the run", ge=10)
+    max_restarts: int = key(0, "times that torchrun starts all ranks again after one has died", ge=0)
+
+
+class CheckpointConfig(Section):
+    every: int = key(500, "steps between checkpoints; there is one at the end in any case", ge=1)
+    keep: int = key(2, "newest checkpoints that are kept", ge=1)
+    resume: str = key("auto", "auto: go on from the run folder's newest; none: begin again; or a checkpoint's folder")
+    resume_changed: bool = key(False, "go on even if the config has changed in a way that changes the run")
+
+
+class SlurmConfig(Section):
+    nodes: int = key(1, "nodes of the job", ge=1)
+    gpus: int = key(8, "GPUs a node, one rank each; 0: one rank a node, on its CPUs", ge=0)
+    options: dict[str, str] = key({}, "more options of sbatch, such as partition, account, time, cpus-per-task")
+    grace: int = key(120, "seconds before the time limit at which the run saves and is queued again", ge=1)
 
 
 class LogConfig(Section):
@@ -131,6 +152,8 @@ class Config(Section):
     train: TrainConfig = key(TrainConfig(), "how much at a time, how long")
     optim: OptimConfig = key(OptimConfig(), "AdamW and its learning rate")
     dist: DistConfig = key(DistConfig(), "over which devices")
+    checkpoint: CheckpointConfig = key(CheckpointConfig(), "what survives")
+    slurm: SlurmConfig = key(SlurmConfig(), "what lacuna slurm asks for")
     log: LogConfig = key(LogConfig(), "what is reported")
     eval: EvalConfig = key(EvalConfig(), "on what it is measured")
 

@@ -56,12 +56,12 @@ class Work:
 class Report:
     """Every rank takes in the outcome of every step; rank 0 reports it."""
 
-    def __init__(self, config: Config, ranks: Ranks, folder: Path, steps: int, trainee: Trainee):
+    def __init__(self, config: Config, ranks: Ranks, folder: Path, steps: int, trainee: Trainee, state: dict):
         self.config, self.ranks, self.steps = config, ranks, steps
         self.names = [name.removeprefix("model.") for name, _ in trainee.named_parameters()]
         self.work = Work(trainee.model, ranks.device)
-        self.tokens = self.trained_tokens = 0  # since the run began
-        self.trackers, self.file, self.waiting = [], None, []
+        self.totals = {key: state[key] for key in ("tokens", "trained_tokens", "skipped")}  # since the run began
+        self.trackers, self.file, self.waiting, self.stop_asked = [], None, [], False
         quiet = ranks.rank != 0 or not console.is_terminal
         self.progress = Progress(MofNCompleteColumn(), *Progress.get_default_columns(), console=console, disable=quiet)
         self.task = self.progress.add_task("", total=steps)
@@ -72,65 +72,86 @@ class Report:
         log.info("%s: %s, %d rank(s), %d steps of %s", config.model.name, what, ranks.world, steps, batch)
         if self.work.peak:
             log.info(MFU_CONVENTION)
-        self.file = open(folder / "metrics.jsonl", "w", buffering=1)  # noqa: SIM115  a killed run keeps its lines
+        file = folder / "metrics.jsonl"
+        kept = lines_until(file, state["step"]) if state["step"] and file.exists() else []
+        self.file = open(file, "w", buffering=1)  # noqa: SIM115  a killed run keeps its lines
+        self.file.writelines(kept)
         self.trackers = [open_tracker(name, config, folder) for name in config.log.trackers]
         self.progress.start()
 
     def start_clock(self):
         """Begin a new interval between two lines: what follows is measured, what was before (an evaluation) is not."""
-        self.since, self.interval = time.perf_counter(), Counter()
+        self.since, self.interval = self.now(), Counter()
 
-    def step(self, facts: dict, values: torch.Tensor, counts: torch.Tensor, wait: bool):
-        """Take in a step's figures, on their way to the host, and report it; on a GPU, where nobody need wait for this
-        step, the one before instead, so that the GPU never waits for the host. Raises NonFinite."""
-        arrived = torch.cuda.current_stream().record_event() if values.is_cuda else None
+    def now(self):
+        """The time: on a GPU that of its queue, since the host is ahead of it by most of a step."""
+        if self.ranks.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def step(self, facts: dict, values: torch.Tensor, counts: torch.Tensor):
+        """Take in a step's figures, on their way to the host, and report it, or on a GPU the step before, so that the
+        GPU never waits for the host. Raises NonFinite."""
         figures = (values.to("cpu", non_blocking=True), counts.to("cpu", non_blocking=True))
-        self.waiting.append((facts, *figures, arrived))
-        while len(self.waiting) > (0 if wait or arrived is None else 1):
+        self.waiting.append((facts, *figures, self.now()))
+        self.flush(values.is_cuda)
+
+    def flush(self, but: int = 0):
+        """Report all steps taken in, but so many."""
+        while len(self.waiting) > but:
             self.report(*self.waiting.pop(0))
 
-    def report(self, facts: dict, values: torch.Tensor, counts: torch.Tensor, arrived):
-        if arrived:
-            arrived.synchronize()
+    def report(self, facts: dict, values: torch.Tensor, counts: torch.Tensor, done):
+        if not isinstance(done, float):
+            done.synchronize()
         train, world = self.config.train, self.ranks.world
-        loss, *bad_ranks = values[: 1 + world].tolist()
-        norm, *squares = values[1 + world :].tolist()
+        loss, stop, *bad_ranks = values[: 2 + world].tolist()
+        self.stop_asked |= stop > 0
+        norm, *squares = values[2 + world :].tolist()
         trained, tokens, pairs, checksum, dropped = counts.tolist()
         if not math.isfinite(loss) or not math.isfinite(norm):
             ranks = ", ".join(str(rank) for rank, bad in enumerate(bad_ranks) if bad)
             where = f"the loss on rank {ranks}" if ranks else "a gradient"
             bad = [name for name, square in zip(self.names, squares, strict=True) if not math.isfinite(square)]
-            raise NonFinite(
-                f"step {facts['step']}: {where} is not finite (loss {loss}, grad norm {norm}, first bad gradient: "
-                f"{(bad or ['none'])[0]}); nothing was updated from here on. Lower optim.lr, or look at the data"
-            )
+            what = f"step {facts['step']}: {where} is not finite (loss {loss}, grad norm {norm}, first bad gradient: "
+            what += f"{(bad or ['none'])[0]})"
+            self.totals["skipped"] += 1
+            if train.on_nonfinite == "stop" or self.totals["skipped"] > train.max_skipped:
+                raise NonFinite(f"{what}; it updated nothing. Lower optim.lr, or look at the data")
+            log.warning("%s; skipped, the %d. of at most %d", what, self.totals["skipped"], train.max_skipped)
+            loss = norm = None
         if dropped:
             log.warning("step %d: %d documents dropped: no text, too long, or nothing to train", facts["step"], dropped)
-        self.tokens += tokens
-        self.trained_tokens += trained
+        self.totals["tokens"] += tokens
+        self.totals["trained_tokens"] += trained
         slots = train.global_batch_size * train.seq_len
         self.interval.update(steps=1, tokens=tokens, slots=slots, pairs=pairs, data_seconds=facts["data_seconds"])
         if facts["step"] % self.config.log.every and facts["step"] not in (1, self.steps):
             return
-        total, seconds = self.interval, time.perf_counter() - self.since
+        total, seconds = self.interval, seconds_between(self.since, done)
         speed = total["tokens"] / seconds
-        metrics = {"step": facts["step"], "loss": loss, "grad_norm": norm, "lr": facts["lr"], "tokens": self.tokens}
-        metrics |= {"trained_tokens": self.trained_tokens, "epoch": round(facts["epoch"], 4)}
+        metrics = {"step": facts["step"], "loss": loss, "grad_norm": norm, "lr": facts["lr"], **self.totals}
+        metrics |= {"epoch": round(facts["epoch"], 4)}
         metrics |= {"packing_efficiency": total["tokens"] / total["slots"], "tokens_per_second": speed}
         mfu = self.work.mfu(total["slots"], total["pairs"], seconds, world)
         metrics |= {"tokens_per_second_per_device": speed / world, "mfu": mfu}
         metrics |= {"step_seconds": seconds / total["steps"], "data_seconds": total["data_seconds"] / total["steps"]}
         metrics |= {"peak_memory_gib": peak_memory(self.ranks.device), "batch_checksum": f"{checksum % 2**64:016x}"}
-        self.start_clock()
+        self.since, self.interval = done, Counter()
         self.write(metrics)
         share = "" if mfu is None else f" | mfu {mfu:.1%}"
         rates = f"{speed:,.0f} tokens/s{share} | {metrics['peak_memory_gib']:.1f} GiB"
-        text = f"loss {loss:.4f} | grad norm {norm:.2f} | {rates}"
+        text = rates if loss is None else f"loss {loss:.4f} | grad norm {norm:.2f} | {rates}"
         left = timedelta(seconds=round((self.steps - facts["step"]) * metrics["step_seconds"]))
         log.info("step %d/%d | %s | %s left", facts["step"], self.steps, text, left)
         self.progress.update(self.task, completed=facts["step"], description=text)
 
-    def evaluation(self, step: int, result: dict):
+    def evaluation(self, step: int, result: dict | None):
+        if result is None:
+            self.stop_asked = True
+            return
         self.write({"step": step, **result})
         log.info("step %d: eval loss %.4f, %.4f bits a byte", step, result["eval_loss"], result["eval_bits_per_byte"])
         self.start_clock()
@@ -148,6 +169,20 @@ class Report:
             finish()
 
 
+def lines_until(file: Path, step: int) -> list[str]:
+    """The lines of metrics.jsonl up to a step that a run goes on from; it evaluates again there if it is due."""
+    kept = []
+    for line in file.read_text().splitlines(keepends=True):
+        metrics = json.loads(line) if line.endswith("\n") else {"step": math.inf}  # the last one may be cut off
+        if metrics["step"] < step or (metrics["step"] == step and "eval_loss" not in metrics):
+            kept.append(line)
+    return kept
+
+
+def seconds_between(begin, end) -> float:
+    return end - begin if isinstance(end, float) else begin.elapsed_time(end) / 1000
+
+
 def start_logging(folder: Path, rank: int):
     """Rank 0 logs to stderr and log.txt, other ranks only warnings to stderr."""
     if not console.is_terminal:
@@ -158,7 +193,7 @@ def start_logging(folder: Path, rank: int):
     log.handlers = [rich if console.is_terminal else logging.StreamHandler()]
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        log.addHandler(logging.FileHandler(folder / "log.txt", mode="w"))
+        log.addHandler(logging.FileHandler(folder / "log.txt", mode="a"))
     for handler in log.handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
 

@@ -48,13 +48,13 @@ class Trainee(nn.Module):
         return self.model.get_decoder()(**inputs, **boundaries(batch, self.backend)).last_hidden_state[0]
 
 
-def build_model(config: Config, ranks: Ranks, vocabulary: int) -> Trainee:
-    """The model of `config.model`, sharded over ranks.mesh, with weights, ready to train."""
+def build_model(config: Config, ranks: Ranks, vocabulary: int, checkpoint: Path | None = None) -> Trainee:
+    """The model of `config.model`, sharded over ranks.mesh, ready to train, with its own weights or a checkpoint's."""
     on_gpu = ranks.device.type == "cuda"
     auto = "bfloat16" if on_gpu else "float32"
     dtype = getattr(torch, auto if config.model.dtype == "auto" else config.model.dtype)
     compiled = on_gpu if config.train.compile == "auto" else config.train.compile
-    model, folder = empty_model(config.model, vocabulary)
+    model, folder = empty_model(config.model, vocabulary, checkpoint)
     layers = list(model.get_decoder().layers)
     apply_kernels(model, config.model, on_gpu, compiled)
     if ranks.mesh is None and dtype != torch.float32:
@@ -76,7 +76,7 @@ def build_model(config: Config, ranks: Ranks, vocabulary: int) -> Trainee:
     return trainee
 
 
-def empty_model(config: ModelConfig, vocabulary: int) -> tuple[PreTrainedModel, Path | None]:
+def empty_model(config: ModelConfig, vocabulary: int, checkpoint: Path | None) -> tuple[PreTrainedModel, Path | None]:
     """The model on the meta device, and the folder of its weights (None: from scratch)."""
     try:
         hf_config = AutoConfig.from_pretrained(config.name, trust_remote_code=config.trust_remote_code)
@@ -96,8 +96,8 @@ def empty_model(config: ModelConfig, vocabulary: int) -> tuple[PreTrainedModel, 
         sizes = f"the tokenizer has {vocabulary} tokens, the model {hf_config.vocab_size}"
         raise ConfigError(f"{sizes}: set model.tokenizer, or train from_scratch with model.overrides.vocab_size")
     model.train()
-    if config.from_scratch:
-        return model, None
+    if config.from_scratch or checkpoint:
+        return model, checkpoint
     if Path(config.name).is_dir():
         return model, Path(config.name)
     return model, Path(snapshot_download(config.name, allow_patterns=["*.safetensors", "*.json"]))

@@ -1,4 +1,4 @@
-"""The run, top to bottom: set up, build, evaluate, loop, export."""
+"""The run, top to bottom: set up, find a checkpoint, build, evaluate, loop, save, export."""
 
 import math
 import time
@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from lacuna.checkpoint import export
-from lacuna.config import Config, ConfigError, to_toml
+from lacuna.checkpoint import Checkpoints, export, find_checkpoint, in_order, load_optimizer, read_state
+from lacuna.config import Config, ConfigError, Preempted, to_toml
 from lacuna.data.conversations import ChatEncoder
 from lacuna.data.loader import Loader, PackedBatch, RowDataset
 from lacuna.data.tokenize import Encoder, load_tokenizer, token_bytes
@@ -17,14 +17,18 @@ from lacuna.metrics import Report, log, start_logging
 from lacuna.model import Trainee, build_model
 from lacuna.optim import build_optimizer, learning_rate
 from lacuna.parallel import Ranks, clip_gradients, start, sum_over_ranks
+from lacuna.preemption import Preemption
 
 
 def run(config: Config) -> Path:
-    """Train as `config` says; returns the run folder, with the model in its `hf`."""
-    # Set up: ranks, run folder, tokenizer.
+    """Train as `config` says; returns the run folder, with the model in its `hf`. Raises Preempted after a signal."""
+    # Set up: ranks, run folder, what to go on from, tokenizer.
+    preemption = Preemption()
     ranks = start(config.dist, config.train)
     folder = Path(config.out) / config.name
     start_logging(folder, ranks.rank)
+    checkpoint = find_checkpoint(config, folder, ranks.rank)
+    state = read_state(checkpoint, config)
     if ranks.rank == 0:
         (folder / "config.toml").write_text(to_toml(config))
     tokenizer = load_tokenizer(config.model)
@@ -37,25 +41,35 @@ def run(config: Config) -> Path:
     steps = config.train.steps or math.ceil(dataset.count_rows() / config.train.global_batch_size)
     if config.optim.warmup_steps >= steps:
         raise ConfigError(f"optim.warmup_steps {config.optim.warmup_steps} must be below the run's {steps} steps")
-    loader = Loader(config, dataset, ranks.device)
+    loader = Loader(config, dataset, ranks.device, state["data"])
     held_out, sources = None, config.eval.sources or (config.data.sources if fraction else [])
     if sources:
         held_out = RowDataset(config, sources, *where, 1, config.eval.rows, share=(0, fraction or 1))
 
     # Model, optimizer, and where the run reports to.
-    trainee = build_model(config, ranks, len(tokenizer))
+    trainee = build_model(config, ranks, len(tokenizer), checkpoint)
     optimizer = build_optimizer(trainee, config.optim)
+    if checkpoint:
+        load_optimizer(trainee, optimizer, checkpoint)
+        log.info("Going on after step %d, from %s", state["step"], checkpoint)
+    if config.task == "sft":
+        encoder.adapt(tokenizer)
+    checkpoints = Checkpoints(config, ranks, folder, trainee, optimizer, tokenizer)
     parameters = list(trainee.parameters())
-    report = Report(config, ranks, folder, steps, trainee)
+    report = Report(config, ranks, folder, steps, trainee, state)
     sizes = torch.from_numpy(token_bytes(tokenizer)).to(ranks.device)
     accumulation = config.train.global_batch_size // (config.train.micro_batch_size * ranks.world)
-    failed = torch.zeros((), device=ranks.device)  # becomes 1 at the first loss or gradient that is not finite
-    report.write({"step": 0, "documents": sum((source.notes for source in dataset.sources), Counter())})
-    if held_out:
-        report.evaluation(0, evaluate(trainee, config, held_out, ranks, sizes))
+    failed = torch.zeros((), device=ranks.device)  # 1 where a loss or gradient is not finite
+    if checkpoint is None:
+        report.write({"step": 0, "documents": sum((source.notes for source in dataset.sources), Counter())})
+    if held_out and is_due(state["step"], config.eval.every, steps):
+        report.evaluation(state["step"], evaluate(trainee, config, held_out, ranks, sizes, preemption))
 
     report.start_clock()
-    for step in range(1, steps + 1):
+    for step in range(state["step"] + 1, steps + 1):
+        torch.manual_seed(
+            config.seed + step * ranks.world + ranks.rank
+        )  # dropout after a resume is as it would have been
         # 1. All micro-batches of the step, and what they hold together over all ranks.
         begin = time.perf_counter()
         batches = [loader.next() for _ in range(accumulation)]
@@ -68,29 +82,46 @@ def run(config: Config) -> Path:
 
         # 3. Clip and step, unless something is not finite: then the device updates nothing, now or later.
         norm, squares = clip_gradients(parameters, config.train.max_grad_norm, ranks.mesh)
-        losses = torch.zeros(1 + ranks.world, device=ranks.device, dtype=torch.float64)
-        losses[0], losses[1 + ranks.rank] = loss, ~loss.isfinite()  # the mean, and a mark for each bad rank
+        losses = torch.zeros(2 + ranks.world, device=ranks.device, dtype=torch.float64)
+        losses[0], losses[2 + ranks.rank] = loss, ~loss.isfinite()  # the mean, and a mark for each bad rank
+        losses[1] = preemption.asked
         sum_over_ranks(losses)
-        failed = torch.maximum(failed, (~(norm + losses[0]).isfinite()).float())
+        bad = (~(norm + losses[0]).isfinite()).float()
+        failed = bad if config.train.on_nonfinite == "skip" else torch.maximum(failed, bad)
         lr = learning_rate(config.optim, step - 1, steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.found_inf = failed
+        checkpoints.wait_for_copy()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        # 4. Report the step, or on a GPU the one before, while this one runs.
+        # 4. Report the step, or on a GPU the one before, while this one runs. All ranks see the same.
         facts = {"step": step, "lr": lr, "epoch": max(b.epoch for b in batches), "data_seconds": data_seconds}
-        evaluating = bool(held_out) and (step == steps or (config.eval.every and step % config.eval.every == 0))
-        report.step(facts, torch.cat([losses, norm[None], squares]), counts, wait=evaluating or step == steps)
-        if evaluating:
-            report.evaluation(step, evaluate(trainee, config, held_out, ranks, sizes))
+        evaluating = held_out and is_due(step, config.eval.every, steps)
+        saving = is_due(step, config.checkpoint.every, steps)
+        report.step(facts, torch.cat([losses, norm[None], squares]), counts)
+        if evaluating or saving or report.stop_asked:
+            report.flush()
+        if evaluating and not report.stop_asked:
+            report.evaluation(step, evaluate(trainee, config, held_out, ranks, sizes, preemption))
 
-    # The end: a plain Hugging Face folder.
+        # 5. Save.
+        checkpoints.check()
+        if saving or report.stop_asked:
+            checkpoints.save(step, report.totals, loader.state)
+        preemption.can_save = True
+        if report.stop_asked:
+            checkpoints.finish()
+            report.close()
+            raise Preempted(f"stopped by a signal after step {step} of {steps}; the same command goes on from there")
+
+    # The end: a plain Hugging Face folder. A signal ends it at once, since the checkpoint is whole.
     loader.close()
-    if config.task == "sft":
-        encoder.adapt(tokenizer)
-    export(config, trainee, tokenizer, folder / "hf", ranks.rank)
+    checkpoints.finish()
+    preemption.can_save = False
+    if ranks.rank == 0:
+        export([checkpoint, *in_order(folder / "checkpoints")][-1], folder / "hf")
     report.close()
     log.info("The model is in %s, a folder for transformers' from_pretrained. Next:", folder / "hf")
     if config.task == "sft":
@@ -99,6 +130,11 @@ def run(config: Config) -> Path:
     if dist.is_initialized():
         dist.destroy_process_group()
     return folder
+
+
+def is_due(step: int, every: int | None, steps: int) -> bool:
+    """At the start, at the end, and every so many steps between."""
+    return step in (0, steps) or bool(every and step % every == 0)
 
 
 def accumulate_gradients(trainee: Trainee, batches: list[PackedBatch], trained_tokens, ranks: Ranks) -> torch.Tensor:
@@ -117,8 +153,10 @@ def accumulate_gradients(trainee: Trainee, batches: list[PackedBatch], trained_t
 
 
 @torch.no_grad()
-def evaluate(trainee: Trainee, config: Config, dataset: RowDataset, ranks: Ranks, sizes: torch.Tensor) -> dict:
+def evaluate(trainee: Trainee, config: Config, dataset: RowDataset, ranks: Ranks, sizes, preemption) -> dict | None:
     """Mean loss a token (nats) and bits a byte over held-out data; sizes [V] are the bytes of each token.
+
+    None where a signal came: then there is no time to finish.
 
     Every rank takes as many rows, and one that has no data left feeds rows that train nothing: so nobody hangs.
     """
@@ -129,7 +167,11 @@ def evaluate(trainee: Trainee, config: Config, dataset: RowDataset, ranks: Ranks
     for _ in range(math.ceil(config.eval.rows / (config.train.micro_batch_size * ranks.world))):
         batch = loader.next()
         trained = batch.labels >= 0
-        if not sum_over_ranks(trained.sum()).item():
+        marks = torch.stack([trained.sum(), torch.full_like(trained.sum(), preemption.asked)])
+        count, stop = sum_over_ranks(marks).tolist()
+        if stop:
+            break
+        if not count:
             continue  # and not the end: of several streams, one may end before the others
         size = (sizes[batch.labels.clamp(min=0)] * trained).sum()
         sums += torch.stack([trainee(batch).double(), trained.sum().double(), size.double()])
@@ -139,4 +181,6 @@ def evaluate(trainee: Trainee, config: Config, dataset: RowDataset, ranks: Ranks
     if ranks.mesh is not None:
         trainee.reshard()  # the root stays gathered after a forward without a backward
     bits = nats / math.log(2) / max(size, 1)
-    return {"eval_loss": nats / max(tokens, 1), "eval_bits_per_byte": bits, "eval_tokens": int(tokens)}
+    return (
+        None if stop else {"eval_loss": nats / max(tokens, 1), "eval_bits_per_byte": bits, "eval_tokens": int(tokens)}
+    )

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from lacuna.config import Config, ConfigError, nearest_multiple
 from lacuna.data.pack import best_fit, split_documents
 from lacuna.data.sources import MapSource, StreamSource, log
+from lacuna.preemption import ignore_signals
 
 MAP_WINDOW = 131_072  # documents packed together where they are indices only: fill .9999 in 0.1 to 0.3 s
 PREFETCH = 3  # micro-batches made ahead
@@ -219,6 +220,7 @@ class Loader:
         self.state = self.prepared = state or {"rows": 0, "streams": {}}
         dataset.first, dataset.states = self.state["rows"], self.state["streams"]
         spawn = {"multiprocessing_context": "spawn", "prefetch_factor": 2 * self.micro_batch_size} if workers else {}
+        spawn |= {"worker_init_fn": ignore_signals}
         self.rows = iter(DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=Row._make, **spawn))
         shortest = config.data.context_len or config.train.seq_len
         self.num_documents = self.micro_batch_size * (dataset.max_pieces + 1 + config.train.seq_len // shortest)
