@@ -20,13 +20,15 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from huggingface_hub import save_torch_state_dict
 from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import GenerationConfig
 
 from lacuna.config import Config, ConfigError
 from lacuna.data.loader import merge_states
 from lacuna.metrics import log
 from lacuna.model import Trainee
-from lacuna.parallel import Ranks, local, local_slices
+from lacuna.parallel import Ranks, local
 
 # What may change when a run goes on: where things are, how they are reported, on what hardware. All else changes rows
 # or losses.
@@ -163,7 +165,7 @@ class Checkpoints:
         if self.host is None:
             pin = self.stream is not None
             self.host = {k: torch.empty(t.shape, dtype=t.dtype, pin_memory=pin) for k, t in shares.items()}
-            self.offsets = {k: [s.start for s in local_slices(tensors[k])] for k in shares}
+            self.offsets = {k: offsets_of(tensors[k]) for k in shares}
         with torch.cuda.stream(self.stream) if self.stream else nullcontext():
             for name, tensor in shares.items():
                 self.host[name].copy_(tensor, non_blocking=True)
@@ -204,6 +206,13 @@ class Checkpoints:
         for old in self.folder.glob(".old_*"):
             shutil.rmtree(old)
         log.info("step %d: checkpoint in %s", state["step"], done)
+
+
+def offsets_of(tensor: torch.Tensor) -> list[int]:
+    """Where this rank's part lies in the whole tensor."""
+    if not isinstance(tensor, DTensor):
+        return [0] * tensor.ndim
+    return list(compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)[1])
 
 
 def write_safetensors(file: Path, tensors: dict[str, torch.Tensor], offsets: dict[str, list[int]]):
