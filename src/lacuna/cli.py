@@ -86,6 +86,7 @@ def launch(config: Config, argv: list[str]):
     restarts = config.dist.max_restarts
     if not started and (gpus > 1 or restarts):
         from torch.distributed.elastic.multiprocessing import SignalException
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
         from torch.distributed.run import main as torchrun
 
         options = ["--standalone", "--nproc-per-node", str(max(1, gpus)), "--max-restarts", str(restarts)]
@@ -95,6 +96,8 @@ def launch(config: Config, argv: list[str]):
         except SignalException as signal:
             print(f"lacuna: {signal}", file=sys.stderr)
             sys.exit(REQUEUE)
+        except ChildFailedError as error:  # torchrun and the rank itself have said what it was
+            sys.exit(max(1, error.get_first_failure()[1].exitcode))
         sys.exit(0)
 
 
