@@ -11,12 +11,14 @@ import copy
 import difflib
 import functools
 import hashlib
+import warnings
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as dcp
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -25,7 +27,7 @@ from lacuna.attention import boundaries, choose_backend
 from lacuna.config import Config, ConfigError, ModelConfig
 from lacuna.data.loader import PackedBatch
 from lacuna.loss import head_loss
-from lacuna.parallel import Ranks, local, local_slices, shard_model
+from lacuna.parallel import Ranks, shard_model
 
 
 class Trainee(nn.Module):
@@ -95,7 +97,6 @@ def empty_model(config: ModelConfig, vocabulary: int) -> tuple[PreTrainedModel, 
     if vocabulary > hf_config.vocab_size:
         sizes = f"the tokenizer has {vocabulary} tokens, the model {hf_config.vocab_size}"
         raise ConfigError(f"{sizes}: set model.tokenizer, or train from_scratch with model.overrides.vocab_size")
-    model.train()
     if config.from_scratch:
         return model, None
     if Path(config.name).is_dir():
@@ -206,10 +207,10 @@ def initialise(model: PreTrainedModel, seed: int, buffers_only: bool):
     """
     device, done = next(model.buffers()).device, set()
     for name, module in model.named_modules():
-        mine = {k: p for k, p in module._parameters.items() if p is not None and p not in done and not buffers_only}
+        mine = {} if buffers_only else {k: p for k, p in module.named_parameters(recurse=False) if p not in done}
         done |= set(mine.values())
         whole = {k: nn.Parameter(torch.empty(p.shape, device=device)) for k, p in mine.items()}
-        buffers = [b for b in module._buffers.values() if b is not None and b.is_floating_point()]
+        buffers = [b for b in module.buffers(recurse=False) if b.is_floating_point()]
         tensors = [*whole.values(), *buffers]
         for tensor in tensors:
             tensor.fill_(float("nan"))
@@ -220,26 +221,27 @@ def initialise(model: PreTrainedModel, seed: int, buffers_only: bool):
             module._parameters.update(mine)
         if any(tensor.isnan().any() for tensor in tensors):
             raise ConfigError(f"{type(model).__name__} does not say how to initialise {name}")
-        for key, parameter in mine.items():
-            local(parameter).copy_(whole[key][local_slices(parameter)])
+        for key, p in mine.items():
+            if isinstance(p, DTensor):  # this rank's part; nothing is sent, as every rank made the same whole
+                whole[key] = distribute_tensor(whole[key], p.device_mesh, p.placements, src_data_rank=None)
+            p.copy_(whole[key])
 
 
-@torch.no_grad()
 def load_weights(model: PreTrainedModel, folder: Path):
-    """Read this rank's part of every parameter from safetensors files, one at a time."""
-    files = [safe_open(file, framework="pt") for file in sorted(folder.glob("*.safetensors"))]
-    stored = {name: file.get_slice(name) for file in files for name in file.keys()}  # noqa: SIM118  it is no dict
+    """Read this rank's part of every parameter from safetensors files."""
+    reader = dcp.HuggingFaceStorageReader(str(folder))
+    stored = {name: tensor.size for name, tensor in reader.read_metadata().state_dict_metadata.items()}
     if not stored:
         raise ConfigError(f"model.name {folder} has no *.safetensors; to begin without, set model.from_scratch = true")
     tied = set(model.all_tied_weights_keys)
     parameters = {k: p for k, p in model.named_parameters(remove_duplicate=False) if k not in tied}
-    missing = sorted(set(parameters) - set(stored))
-    unknown = sorted(k for k in set(stored) - set(parameters) - tied if not k.endswith("inv_freq"))
+    missing = sorted(parameters.keys() - stored)
+    unknown = sorted(k for k in stored.keys() - parameters - tied if not k.endswith("inv_freq"))
+    misfit = f"model.name {folder} does not fit {type(model).__name__}"
     if missing or unknown:
-        keys = f"missing {missing[:3]}, unknown {unknown[:3]}"
-        raise ConfigError(f"model.name {folder} does not fit {type(model).__name__}: {keys}")
+        raise ConfigError(f"{misfit}: missing {missing[:3]}, unknown {unknown[:3]}")
     for name, parameter in parameters.items():
-        shape, wanted = stored[name].get_shape(), list(parameter.shape)
-        if shape != wanted:
-            raise ConfigError(f"{folder}: {name} is {shape}, the model wants {wanted}")
-        local(parameter).copy_(stored[name][local_slices(parameter)])
+        if stored[name] != parameter.shape:
+            raise ConfigError(f"{misfit}: {name} is {list(stored[name])}, the model wants {list(parameter.shape)}")
+    with warnings.catch_warnings(action="ignore"):  # it warns where one rank is alone
+        dcp.load(parameters, storage_reader=reader)

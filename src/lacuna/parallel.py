@@ -16,7 +16,6 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from lacuna.config import ConfigError, DistConfig, TrainConfig, nearest_multiple
 
@@ -94,14 +93,6 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A sharded tensor gathered, on every rank; or the tensor itself."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def local_slices(tensor: torch.Tensor) -> tuple[slice, ...]:
-    """Where `local(tensor)` lies in the whole tensor."""
-    if not isinstance(tensor, DTensor):
-        return tuple(slice(0, size) for size in tensor.shape)
-    sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return tuple(slice(offset, offset + size) for offset, size in zip(offsets, sizes, strict=True))
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
