@@ -9,18 +9,10 @@ import torch
 LOGITS = 2**29  # elements of one chunk's logits: 1 GiB in bf16; larger chunks gain nothing on an H200
 
 
-def head_loss(
-    hidden: torch.Tensor,  # [T, H]
-    weight: torch.Tensor,  # [V, H]
-    labels: torch.Tensor,  # [T], -100 trains nothing
-    trained_tokens: int,
-    *,
-    head: str,
-    accum_dtype: torch.dtype,
-    compiled: bool,
-) -> torch.Tensor:
+def head_loss(hidden, weight, labels, trained_tokens: int, *, head: str, accum_dtype: torch.dtype, compiled: bool):
     """Sum of the cross-entropy of the trained positions, nats, float32 scalar.
 
+    hidden is [T, H], weight [V, H], labels [T]: trained_tokens of them are targets, the others -100.
     Only the ceil(trained_tokens / chunk) chunks that hold trained positions are computed: in chat data most do not.
     """
     if head == "liger":
@@ -28,9 +20,7 @@ def head_loss(
 
         liger = LigerFusedLinearCrossEntropyLoss(reduction="sum", accum_dtype=accum_dtype)
         return liger(weight.to(hidden.dtype), hidden, labels)
-    trained_first = torch.argsort(labels == -100, stable=True)
-    how = (accum_dtype, compiled, torch.is_grad_enabled())
-    return ChunkedLoss.apply(hidden, weight, labels, trained_first, trained_tokens, *how)
+    return ChunkedLoss.apply(hidden, weight, labels, trained_tokens, accum_dtype, compiled, torch.is_grad_enabled())
 
 
 class ChunkedLoss(torch.autograd.Function):
@@ -40,7 +30,7 @@ class ChunkedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, trained_first, trained_tokens, accum_dtype, compiled, with_grads):
+    def forward(ctx, hidden, weight, labels, trained_tokens, accum_dtype, compiled, with_grads):
         size = 1 << (LOGITS // weight.shape[0]).bit_length() - 1
         head = weight.to(hidden.dtype)
         total = torch.zeros((), device=hidden.device, dtype=torch.float32)
@@ -48,14 +38,19 @@ class ChunkedLoss(torch.autograd.Function):
             grad_hidden = torch.zeros_like(hidden)
             grad_weight = torch.zeros_like(weight, dtype=accum_dtype)
         step = compiled_chunk if compiled else chunk_loss
+        trained_first = torch.argsort(labels == -100, stable=True)
         for start in range(0, trained_tokens, size):
             index = trained_first[start : start + size]
             chunk = hidden[index]  # [C, H]
             loss, grad_logits = step(chunk @ head.T, labels[index])
             total += loss
-            if with_grads:
-                grad_hidden[index] = grad_logits @ head
-                add_product(grad_weight, grad_logits.T, chunk)
+            if not with_grads:
+                continue
+            grad_hidden[index] = grad_logits @ head
+            if chunk.is_cuda and accum_dtype != chunk.dtype:
+                torch.addmm(grad_weight, grad_logits.T, chunk, out_dtype=accum_dtype, out=grad_weight)
+            else:
+                grad_weight.addmm_(grad_logits.T.to(accum_dtype), chunk.to(accum_dtype))
         if with_grads:
             ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
@@ -65,7 +60,7 @@ class ChunkedLoss(torch.autograd.Function):
     def backward(ctx, grad):
         grad_hidden, grad_weight = ctx.saved_tensors
         # in place: both belong to this one backward, and the weight's is 1.2 GB for Qwen3-1.7B
-        return grad_hidden.mul_(grad), grad_weight.mul_(grad).to(ctx.weight_dtype), None, None, None, None, None, None
+        return grad_hidden.mul_(grad), grad_weight.mul_(grad).to(ctx.weight_dtype), None, None, None, None, None
 
 
 def chunk_loss(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,11 +76,3 @@ def chunk_loss(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor
 
 
 compiled_chunk = torch.compile(chunk_loss, dynamic=False)
-
-
-def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor):
-    """total += left @ right, the sum kept in total's dtype."""
-    if left.is_cuda and total.dtype != left.dtype:
-        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
-    else:
-        total.addmm_(left.to(total.dtype), right.to(total.dtype))
