@@ -47,28 +47,18 @@ def boundaries(batch: PackedBatch, backend: str) -> dict:
     return {"backend": backend, "cu_seqlens": batch.cu_seqlens, "max_seqlen": batch.max_seqlen, "document_mask": mask}
 
 
-def packed_attention(
-    module,
-    query: torch.Tensor,  # [1, heads, T, D]
-    key: torch.Tensor,  # [1, kv_heads, T, D]
-    value: torch.Tensor,
-    attention_mask: None,
-    *,
-    backend: str,
-    cu_seqlens: torch.Tensor,
-    max_seqlen: int,
-    document_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    **others,
-) -> tuple[torch.Tensor, None]:
-    """Attention of every document to itself alone; returns [1, T, heads, D] and no weights."""
+def packed_attention(module, query, key, value, attention_mask, *, scaling=None, sliding_window=None, **others):
+    """Attention of every document to itself alone; returns [1, T, heads, D] and no weights.
+
+    query is [1, heads, T, D], key and value are [1, kv_heads, T, D]; others holds what `boundaries` made.
+    """
+    backend, cu_seqlens, max_seqlen = others["backend"], others["cu_seqlens"], others["max_seqlen"]
     if others.get("softcap") is not None or others.get("s_aux") is not None or others.get("dropout"):
         raise ConfigError(f"{type(module).__name__} wants soft-capped scores, sinks or dropout: lacuna has none")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = -1 if sliding_window is None or sliding_window >= max_seqlen else sliding_window - 1
     if backend == "sdpa":
-        return sdpa(query, key, value, document_mask, scaling, window), None
+        return sdpa(query, key, value, others["document_mask"], scaling, window), None
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
     if backend == "fa4":
         out, _ = fa4(q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens, max_seqlen, scaling, window)
@@ -113,20 +103,9 @@ def fa4_backward(grad, q, k, v, out, lse, *limits):
 
 
 def fa4_options(cu_seqlens: torch.Tensor, max_seqlen: int, scale: float, window: int) -> dict:
-    left, right = (window, 0) if window >= 0 else (None, None)
     options = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens, "softmax_scale": scale, "causal": window < 0}
     options |= {"max_seqlen_q": max_seqlen, "max_seqlen_k": max_seqlen}
-    return options | {"window_size_left": left, "window_size_right": right}
-
-
-@fa4.register_fake
-def _(q, k, v, *limits):
-    return torch.empty_like(q), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
-
-
-@fa4_backward.register_fake
-def _(grad, q, k, v, *rest):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    return options if window < 0 else options | {"window_size_left": window, "window_size_right": 0}
 
 
 def fa4_save(ctx, inputs, output):
@@ -138,4 +117,6 @@ def fa4_grads(ctx, grad, _):
     return *fa4_backward(grad, *ctx.saved_tensors, *ctx.limits), None, None, None, None
 
 
+fa4.register_fake(lambda q, k, v, *_: (torch.empty_like(q), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)))
+fa4_backward.register_fake(lambda grad, q, k, v, *_: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)))
 fa4.register_autograd(fa4_grads, setup_context=fa4_save)
