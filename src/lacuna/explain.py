@@ -32,14 +32,11 @@ def explain(config: Config):
             trained = [False, *(row.labels[start : end - 1] >= 0)]
             for is_trained, run in groupby(range(start, end), key=lambda t: trained[t - start]):
                 ids = row.ids[list(run)].tolist()
-                words = (
-                    [f"{i}:{tokenizer.decode([i])!r}" for i in ids] if config.log.show_ids else [tokenizer.decode(ids)]
-                )
-                words = " ".join(words)
+                words = tokenizer.decode(ids)
+                if config.log.show_ids:
+                    words = " ".join(f"{i}:{tokenizer.decode([i])!r}" for i in ids)
                 bare = is_trained and (console.color_system is None or console.no_color)
                 text.append(f"\u27e6{words}\u27e7" if bare else words, "green" if is_trained else "dim")
-        trained = (row.labels >= 0).sum()
-        console.rule(
-            f"row {number}: {len(row.starts)} documents, {row.tokens} of {len(row.ids)} slots, {trained} trained"
-        )
+        slots = f"{row.tokens} of {len(row.ids)} slots, {(row.labels >= 0).sum()} trained"
+        console.rule(f"row {number}: {len(row.starts)} documents, {slots}")
         console.print(text, soft_wrap=True)
