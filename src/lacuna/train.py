@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from lacuna.checkpoint import Checkpoints, export, find_checkpoint, in_order, load_optimizer, read_state
+from lacuna.checkpoint import Checkpoints, export, find_checkpoint, in_order, optimizer_tensors, read_state
 from lacuna.config import Config, ConfigError, Preempted, to_toml
 from lacuna.data.conversations import ChatEncoder
 from lacuna.data.loader import Loader, PackedBatch, RowDataset
 from lacuna.data.tokenize import Encoder, load_tokenizer, token_bytes
 from lacuna.metrics import Report, log, start_logging
-from lacuna.model import Trainee, build_model
+from lacuna.model import Trainee, build_model, read_tensors
 from lacuna.optim import build_optimizer, learning_rate
 from lacuna.parallel import Ranks, clip_gradients, start, sum_over_ranks
 from lacuna.preemption import Preemption
@@ -50,7 +50,7 @@ def run(config: Config) -> Path:
     trainee = build_model(config, ranks, len(tokenizer), checkpoint)
     optimizer = build_optimizer(trainee, config.optim)
     if checkpoint:
-        load_optimizer(trainee, optimizer, checkpoint)
+        read_tensors(optimizer_tensors(trainee, optimizer), checkpoint)
         log.info("Going on after step %d, from %s", state["step"], checkpoint)
     if config.task == "sft":
         encoder.adapt(tokenizer)
