@@ -1,10 +1,10 @@
 """Checkpoints to go on from, and models out to disk.
 
-runs/NAME/checkpoints/step_N/ holds the model under its Hugging Face names and AdamW's state as `optimizer.*`, float32,
-in one safetensors file a rank: the sharded format of torch's distributed checkpoint, whose reader puts them together on
-any other number of ranks. No pickle. Beside them state.json (step, counters, place in the data, config), the model's
-config and the tokenizer, so `model.name = …/step_N` begins a new run from it. It is written as .step_N while training
-goes on, and renamed once every rank's file is on disk: what is named step_N is whole.
+runs/NAME/checkpoints/step_N/ holds the model under its Hugging Face names and the optimizer's state as `optimizer.*`,
+float32, in one safetensors file a rank: the sharded format of torch's distributed checkpoint, whose reader puts them
+together on any other number of ranks. No pickle. Beside them state.json (step, counters, place in the data, config),
+the model's config and the tokenizer, so `model.name = …/step_N` begins a new run from it. It is written as .step_N
+while training goes on, and renamed once every rank's file is on disk: what is named step_N is whole.
 """
 
 import json
@@ -88,14 +88,10 @@ def flat(config: dict) -> dict:
 
 
 def optimizer_tensors(trainee: Trainee, optimizer) -> dict[str, torch.Tensor]:
-    """AdamW's state by name, float32, sharded like the parameters; zeros where there was no step yet."""
+    """The optimizer's state by name, float32, sharded like the parameters."""
     tensors = {}
     for name, parameter in trainee.model.named_parameters():
-        state = optimizer.state[parameter]
-        if not state:
-            state["step"] = torch.zeros((), device=parameter.device)
-            state |= {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
-        tensors |= {f"optimizer.{key}.{name}": value for key, value in state.items()}
+        tensors |= {f"optimizer.{key}.{name}": value for key, value in optimizer.state[parameter].items()}
     return tensors
 
 
