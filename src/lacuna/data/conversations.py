@@ -99,7 +99,8 @@ class ChatEncoder:
     def conversation(self, row: dict, form: str) -> tuple[np.ndarray, str]:
         """The document of a row, and a note."""
         messages, tools, template = to_messages(row, form), row.get("tools"), self.template
-        if form == "prompt and completion" and isinstance(row["prompt"], str) and isinstance(row["completion"], str):
+        plain = isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str)
+        if plain and not row.get("system"):
             messages[0]["content"], template = self.bos + row["prompt"].removeprefix(self.bos), PLAIN
         flags = [m.pop("train", True) and m.pop("weight", 1) for m in messages if m["role"] == "assistant"]
         tools = json.loads(tools or "null") if isinstance(tools, str) else tools
