@@ -19,6 +19,9 @@ from transformers import AttentionInterface
 from lacuna.config import ConfigError
 from lacuna.data.loader import PackedBatch
 
+# From torch 2.15 on, fewer key than query heads must be asked for; before, they were simply allowed.
+GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
 
 def choose_backend(asked: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend for `model.attention`; ConfigError where this machine cannot run the one asked for."""
@@ -39,10 +42,9 @@ def boundaries(batch: PackedBatch, backend: str) -> dict:
     """Keyword arguments that carry the document boundaries of a batch through a transformers model."""
     mask = None
     if backend == "sdpa":
-        rows = batch.input_ids.view(-1, batch.max_seqlen)  # [B, S]
-        slots = torch.arange(rows.numel(), device=rows.device)
-        document = torch.searchsorted(batch.cu_seqlens[1:], slots, right=True).view(rows.shape)
-        causal = torch.ones(rows.shape[1], rows.shape[1], dtype=torch.bool, device=rows.device).tril()
+        slots = torch.arange(len(batch.input_ids), device=batch.input_ids.device).view(-1, batch.max_seqlen)  # [B, S]
+        document = torch.searchsorted(batch.cu_seqlens[1:], slots, right=True)
+        causal = slots[0, :, None] >= slots[0]
         mask = ((document[:, :, None] == document[:, None, :]) & causal)[:, None]  # [B, 1, S, S]
     return {"backend": backend, "cu_seqlens": batch.cu_seqlens, "max_seqlen": batch.max_seqlen, "document_mask": mask}
 
@@ -65,11 +67,6 @@ def packed_attention(module, query, key, value, attention_mask, *, scaling=None,
         return out[None], None
     limits = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
     return varlen_attn(q, k, v, *limits, scale=scaling, window_size=(window, 0), **GROUPED)[None], None
-
-
-# From torch 2.15 on, fewer key than query heads must be asked for; before, they were simply allowed.
-GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-AttentionInterface.register("lacuna", packed_attention)
 
 
 def sdpa(query, key, value, mask, scaling: float, window: int) -> torch.Tensor:
@@ -117,6 +114,7 @@ def fa4_grads(ctx, grad, _):
     return *fa4_backward(grad, *ctx.saved_tensors, *ctx.limits), None, None, None, None
 
 
+AttentionInterface.register("lacuna", packed_attention)
 fa4.register_fake(lambda q, k, v, *_: (torch.empty_like(q), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)))
 fa4_backward.register_fake(lambda grad, q, k, v, *_: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)))
 fa4.register_autograd(fa4_grads, setup_context=fa4_save)

@@ -1,10 +1,10 @@
 """Checkpoints to go on from, and models out to disk.
 
-runs/NAME/checkpoints/step_N/ holds the model under its Hugging Face names and AdamW's state as `optimizer.*`, float32,
-in one safetensors file a rank: the sharded format of torch's distributed checkpoint, whose reader puts them together on
-any other number of ranks. No pickle. Beside them state.json (step, counters, place in the data, config), the model's
-config and the tokenizer, so `model.name = …/step_N` begins a new run from it. It is written as .step_N while training
-goes on, and renamed once every rank's file is on disk: what is named step_N is whole.
+runs/NAME/checkpoints/step_N/ holds the model under its Hugging Face names and the optimizer's state as `optimizer.*`,
+float32, in one safetensors file a rank: the sharded format of torch's distributed checkpoint, whose reader puts them
+together on any other number of ranks. No pickle. Beside them state.json (step, counters, place in the data, config),
+the model's config and the tokenizer, so `model.name = …/step_N` begins a new run from it. It is written as .step_N
+while training goes on, and renamed once every rank's file is on disk: what is named step_N is whole.
 """
 
 import json
@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from huggingface_hub import save_torch_state_dict
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.tensor import DTensor
@@ -27,7 +26,7 @@ from transformers import GenerationConfig
 from lacuna.config import Config, ConfigError
 from lacuna.data.loader import merge_states
 from lacuna.metrics import log
-from lacuna.model import Trainee
+from lacuna.model import Trainee, read_tensors
 from lacuna.parallel import Ranks, local
 
 # What may change when a run goes on: where things are, how they are reported, on what hardware. All else changes rows
@@ -92,21 +91,11 @@ def flat(config: dict) -> dict:
 
 
 def optimizer_tensors(trainee: Trainee, optimizer) -> dict[str, torch.Tensor]:
-    """AdamW's state by name, float32, sharded like the parameters; zeros where there was no step yet."""
+    """The optimizer's state by name, float32, sharded like the parameters."""
     tensors = {}
     for name, parameter in trainee.model.named_parameters():
-        state = optimizer.state[parameter]
-        if not state:
-            state["step"] = torch.zeros((), device=parameter.device)
-            state |= {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
-        tensors |= {f"optimizer.{key}.{name}": value for key, value in state.items()}
+        tensors |= {f"optimizer.{key}.{name}": value for key, value in optimizer.state[parameter].items()}
     return tensors
-
-
-def load_optimizer(trainee: Trainee, optimizer, checkpoint: Path):
-    """Continue with the optimizer of a checkpoint, saved on any number of ranks."""
-    reader = HuggingFaceStorageReader(str(checkpoint))
-    dcp.load(optimizer_tensors(trainee, optimizer), storage_reader=reader, no_dist=not dist.is_initialized())
 
 
 class Checkpoints:
@@ -248,12 +237,11 @@ def match_eos(config: Config, model, tokenizer):
 
 def export(checkpoint: Path, out: Path):
     """Make a plain Hugging Face folder of a checkpoint, in the dtype of its config; holds one such copy in memory."""
-    reader = HuggingFaceStorageReader(str(checkpoint))
-    stored = reader.read_metadata().state_dict_metadata
+    stored = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
     dtype = getattr(torch, json.loads((checkpoint / "config.json").read_text())["dtype"])
     names = [name for name in stored if not name.startswith("optimizer.")]
     weights = {name: torch.empty(stored[name].size, dtype=dtype) for name in names}
-    dcp.load(weights, storage_reader=reader, no_dist=True)
+    read_tensors(weights, checkpoint, no_dist=True)
     out.mkdir(parents=True, exist_ok=True)
     save_torch_state_dict(weights, out)
     for file in checkpoint.iterdir():

@@ -1,6 +1,4 @@
-"""The builder: from a Hugging Face name to a model that trains, in the one order that works.
-
-    kernels -> activation checkpointing -> torch.compile -> FSDP2, then weights into the shards
+"""The builder: kernels -> activation checkpointing -> torch.compile -> FSDP2, then weights into the shards.
 
 Kernels patch modules, so they come first. Compile wraps the checkpointed layer, because the partitioner recomputes
 inside it; the other way round would recompute twice. FSDP2 comes last, because its hooks would break the graphs.
@@ -11,10 +9,10 @@ import copy
 import difflib
 import functools
 import hashlib
+import warnings
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from huggingface_hub import snapshot_download
 from torch import nn
@@ -33,11 +31,9 @@ from lacuna.parallel import Ranks, shard_model
 class Trainee(nn.Module):
     """A transformers model with its loss: what is sharded, called and trained."""
 
-    def __init__(self, model: PreTrainedModel, backend: str, head: str, accum_dtype: torch.dtype, compiled: bool):
+    def __init__(self, model: PreTrainedModel, backend: str, head_options: dict):
         super().__init__()
-        self.model = model
-        self.backend = backend
-        self.head_options = {"head": head, "accum_dtype": accum_dtype, "compiled": compiled}
+        self.model, self.backend, self.head_options = model, backend, head_options
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         """The sum of the batch's losses, nats."""
@@ -62,11 +58,12 @@ def build_model(config: Config, ranks: Ranks, vocabulary: int, checkpoint: Path 
     if ranks.mesh is None and dtype != torch.float32:
         compute_in(model, layers, dtype)
     checkpoint_activations(layers, config.train.activation_checkpointing)
-    if compiled:
-        compile_layers(layers)
+    if compiled:  # regionally: all layers share one graph, which takes seconds; the whole model would take minutes
+        for layer in layers:
+            layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)
     accum_dtype = torch.float32 if config.model.accum_dtype == "float32" else dtype
     backend = choose_backend(config.model.attention, ranks.device, dtype)
-    trainee = Trainee(model, backend, config.model.head, accum_dtype, compiled)
+    trainee = Trainee(model, backend, {"head": config.model.head, "accum_dtype": accum_dtype, "compiled": compiled})
     if ranks.mesh is not None:
         shard_model(trainee, layers, ranks.mesh, dtype)
     trainee.to_empty(device=ranks.device)
@@ -125,9 +122,8 @@ def refuse_unfit(model: PreTrainedModel):
 
 def apply_kernels(model: PreTrainedModel, config: ModelConfig, on_gpu: bool, compiled: bool):
     """Fused layers. Under compile Inductor fuses better: Liger's norms and SwiGLU cost 3,500 of 40,000 tokens/s."""
-    kernels = config.kernels
-    if kernels == "auto":
-        kernels = "liger" if on_gpu and not compiled else "none"
+    auto = "liger" if on_gpu and not compiled else "none"
+    kernels = auto if config.kernels == "auto" else config.kernels
     if kernels == "liger":
         from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
 
@@ -186,25 +182,15 @@ SAVED_OPS = [
 def checkpoint_activations(layers: list[nn.Module], how: str | int):
     """Recompute in the backward pass: every layer (full), every n-th (n), or all but the dear operators (selective)."""
     every = 1 if isinstance(how, str) else how
-    options = {"use_reentrant": False}
-    if how == "selective":
-        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, SAVED_OPS)
+    contexts = functools.partial(create_selective_checkpoint_contexts, SAVED_OPS)
+    options = {"context_fn": contexts} if how == "selective" else {}
     for layer in layers[::every] if how != "none" else []:
-        layer.forward = functools.partial(checkpoint, layer.forward, **options)
-
-
-def compile_layers(layers: list[nn.Module]):
-    """Regional compilation: all layers share one graph, which takes seconds instead of minutes for the whole model."""
-    for layer in layers:
-        layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, **options)
 
 
 @torch.no_grad()
 def initialise(model: PreTrainedModel, seed: int, buffers_only: bool):
-    """Initialise as transformers does, module by module, the same on any number of ranks.
-
-    Buffers (rotary inv_freq) are computed again in any case: `to_empty` left garbage in them.
-    """
+    """Initialise as transformers does, the same on any number of ranks; buffers always: `to_empty` leaves garbage."""
     device, done = next(model.buffers()).device, set()
     for name, module in model.named_modules():
         mine = {} if buffers_only else {k: p for k, p in module.named_parameters(recurse=False) if p not in done}
@@ -229,8 +215,8 @@ def initialise(model: PreTrainedModel, seed: int, buffers_only: bool):
 
 def load_weights(model: PreTrainedModel, folder: Path):
     """Read this rank's part of every parameter from safetensors files."""
-    reader = dcp.HuggingFaceStorageReader(str(folder))
-    stored = {name: tensor.size for name, tensor in reader.read_metadata().state_dict_metadata.items()}
+    metadata = dcp.HuggingFaceStorageReader(str(folder)).read_metadata()
+    stored = {name: tensor.size for name, tensor in metadata.state_dict_metadata.items()}
     if not stored:
         raise ConfigError(f"model.name {folder} has no *.safetensors; to begin without, set model.from_scratch = true")
     tied = set(model.all_tied_weights_keys)
@@ -244,4 +230,10 @@ def load_weights(model: PreTrainedModel, folder: Path):
     for name, parameter in parameters.items():
         if stored[name] != parameter.shape:
             raise ConfigError(f"{misfit}: {name} is {list(stored[name])}, the model wants {list(parameter.shape)}")
-    dcp.load(parameters, storage_reader=reader, no_dist=not dist.is_initialized())
+    read_tensors(parameters, folder)
+
+
+def read_tensors(tensors: dict[str, torch.Tensor], folder: Path, **options):
+    """Fill tensors, sharded or not, from the safetensors files of a folder, whatever number of ranks wrote them."""
+    with warnings.catch_warnings(action="ignore"):  # torch warns where one rank is alone
+        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), **options)

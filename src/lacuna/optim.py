@@ -16,8 +16,11 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         assert parameter.dtype == torch.float32, "AdamW must own float32 parameters: bf16 ones lose small updates"
         (no_decay if parameter.ndim < 2 or id(parameter) in embeddings else decay).append(parameter)
     groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
-    options = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps, "fused": True}
-    return torch.optim.AdamW([group for group in groups if group["params"]], **options)
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.betas), eps=config.eps, fused=True)
+    for parameter in model.parameters():  # as AdamW would in its first step: a checkpoint is read into them
+        optimizer.state[parameter] = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter]["step"] = torch.zeros((), device=parameter.device)
+    return optimizer
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:

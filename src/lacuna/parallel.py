@@ -35,10 +35,8 @@ def join_slurm(environ: dict):
     environ["LOCAL_RANK"] = environ["SLURM_LOCALID"]
     if "MASTER_ADDR" not in environ:
         command = ["scontrol", "show", "hostnames", environ["SLURM_JOB_NODELIST"]]
-        hosts = subprocess.run(command, capture_output=True, text=True, check=True)
-        environ["MASTER_ADDR"] = hosts.stdout.split()[0]
-    # one port a job, the same on every node
-    environ.setdefault("MASTER_PORT", str(20000 + int(environ["SLURM_JOB_ID"]) % 20000))
+        environ["MASTER_ADDR"] = subprocess.check_output(command, text=True).split()[0]
+    environ.setdefault("MASTER_PORT", str(20000 + int(environ["SLURM_JOB_ID"]) % 20000))  # the same on every node
 
 
 def start(config: DistConfig, train: TrainConfig) -> Ranks:
@@ -80,8 +78,7 @@ def shard_model(model: nn.Module, layers: list[nn.Module], mesh: DeviceMesh, dty
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for module in (*layers, model):
         fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=module is not model)
-        # the loss is divided by the tokens of all ranks, so gradients only add up
-        module.set_gradient_divide_factor(1.0)
+        module.set_gradient_divide_factor(1.0)  # the loss is divided by the tokens of all ranks: gradients add up
         module.set_force_sum_reduction_for_comms(True)
 
 

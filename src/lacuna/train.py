@@ -7,14 +7,15 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 
-from lacuna.checkpoint import Checkpoints, export, find_checkpoint, in_order, load_optimizer, read_state
+from lacuna.checkpoint import Checkpoints, export, find_checkpoint, in_order, optimizer_tensors, read_state
 from lacuna.config import Config, ConfigError, NonFinite, Preempted, to_toml
 from lacuna.data.conversations import ChatEncoder
 from lacuna.data.loader import Loader, PackedBatch, RowDataset
 from lacuna.data.tokenize import Encoder, load_tokenizer, token_bytes
 from lacuna.metrics import Report, log, start_logging
-from lacuna.model import Trainee, build_model
+from lacuna.model import Trainee, build_model, read_tensors
 from lacuna.optim import build_optimizer, learning_rate
 from lacuna.parallel import Ranks, clip_gradients, start, sum_over_ranks
 from lacuna.preemption import Preemption
@@ -27,6 +28,12 @@ def run(config: Config) -> Path:
     ranks = start(config.dist, config.train)
     folder = Path(config.out) / config.name
     start_logging(folder, ranks.rank)
+    lock = FileLock(folder / ".lock")  # released when this process ends, however it ends
+    if ranks.rank == 0:
+        try:
+            lock.acquire(timeout=60)  # the ranks of a run that is just being ended may still be there
+        except Timeout:
+            raise ConfigError(f"{folder} is in use by another run: wait for it, or set another name") from None
     checkpoint = find_checkpoint(config, folder, ranks.rank)
     state = read_state(checkpoint, config)
     if ranks.rank == 0:
@@ -50,7 +57,7 @@ def run(config: Config) -> Path:
     trainee = build_model(config, ranks, len(tokenizer), checkpoint)
     optimizer = build_optimizer(trainee, config.optim)
     if checkpoint:
-        load_optimizer(trainee, optimizer, checkpoint)
+        read_tensors(optimizer_tensors(trainee, optimizer), checkpoint)
         log.info("Going on after step %d, from %s", state["step"], checkpoint)
     if config.task == "sft":
         encoder.adapt(tokenizer)
@@ -67,9 +74,9 @@ def run(config: Config) -> Path:
 
     report.start_clock()
     for step in range(state["step"] + 1, steps + 1):
-        torch.manual_seed(
-            config.seed + step * ranks.world + ranks.rank
-        )  # dropout after a resume is as it would have been
+        # of nothing but dropout, in models that have it: so it is the same after a resume
+        torch.manual_seed(config.seed + step * ranks.world + ranks.rank)
+
         # 1. All micro-batches of the step, and what they hold together over all ranks.
         begin = time.perf_counter()
         batches = [loader.next() for _ in range(accumulation)]

@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from itertools import islice, pairwise
+from itertools import islice, pairwise, takewhile
 from pathlib import Path
 
 import jinja2
@@ -199,9 +199,8 @@ def test_a_stream_gives_the_same_documents(corpus, tokenizer):
     config, fitting, _ = corpus
     config.data.sources[0].streaming = True
     source = RowDataset(config, config.data.sources, ChatEncoder(tokenizer, config), 0, 1).sources[0]
-    cursor, found = source.cursor(source, 0, 1), Counter()
-    while cursor.epoch == 0:
-        found[tuple(map(tuple, taken_apart(cursor.next()[1])))] += 1
+    epoch = takewhile(lambda document: document.epoch < 1, source.read(stream=0, num_streams=1))
+    found = Counter(tuple(map(tuple, taken_apart(document.key))) for document in epoch)
     assert found == fitting
 
 

@@ -5,7 +5,6 @@ import os
 import time
 from concurrent.futures import ProcessPoolExecutor
 
-import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
@@ -42,9 +41,24 @@ def open_source(folder, encoder, *given: dict, **keys):
     return RowDataset(config, config.data.sources, encoder, 0, 1).sources[0]
 
 
-def open_cursor(source, stream: int = 0, streams: int = 1, state: dict | None = None):
-    """The cursor of one virtual stream, from the beginning or from a state, as `Stream` makes it."""
-    return source.cursor(source, stream, streams, **(state or {}))
+class Cursor:
+    """What one virtual stream reads of a source, and always its next document, from the beginning or from a state."""
+
+    def __init__(self, source, stream: int = 0, streams: int = 1, state: dict | None = None):
+        self.source = source
+        self.reader = source.read(stream, streams, **(state or {}))
+        self.ahead = next(self.reader)
+
+    def next(self) -> tuple:
+        document, self.ahead = self.ahead, next(self.reader)
+        return document.length, document.key
+
+    @property
+    def epoch(self) -> int:
+        return int(self.ahead.epoch)
+
+    def state(self) -> dict:
+        return self.ahead.place | {"taken": self.ahead.taken}
 
 
 def drain(cursor) -> list[list[int]]:
@@ -52,7 +66,7 @@ def drain(cursor) -> list[list[int]]:
     documents, epoch = [], cursor.epoch
     while cursor.epoch == epoch:
         length, document = cursor.next()
-        tokens = np.asarray(cursor.source.load(document) if isinstance(document, int) else document).tolist()
+        tokens = cursor.source.load(document).tolist()
         assert len(tokens) == length
         documents.append(tokens)
     return documents
@@ -61,7 +75,7 @@ def drain(cursor) -> list[list[int]]:
 def read_texts(folder, tokenizer, **source) -> list[str]:
     """The texts of a source after one epoch, decoded from its tokens."""
     opened = open_source(folder, Encoder(tokenizer), make_source(**source))
-    tokens = drain(open_cursor(opened))
+    tokens = drain(Cursor(opened))
     assert all(ids[-1] == tokenizer.eos_token_id for ids in tokens)
     return [tokenizer.decode(ids[:-1]) for ids in tokens]
 
@@ -121,7 +135,7 @@ def test_a_split_can_be_a_slice_of_a_map_style_source(tmp_path, tokenizer):
 def test_several_map_style_sources_are_one_of_all_their_documents(tmp_path, tokenizer):
     paths = [write(tmp_path / "a.jsonl", TEXTS[:3]), write(tmp_path / "b.parquet", TEXTS[3:])]
     opened = open_source(tmp_path, Encoder(tokenizer), *(make_source(path) for path in paths))
-    got = [tokenizer.decode(ids[:-1]) for ids in drain(open_cursor(opened))]
+    got = [tokenizer.decode(ids[:-1]) for ids in drain(Cursor(opened))]
     assert sorted(got) == TEXTS
 
 
@@ -178,7 +192,7 @@ def test_null_and_empty_texts_are_dropped_and_counted(tmp_path, tokenizer):
 
 
 def cached(folder, encoder, path, **keys) -> list[list[int]]:
-    return drain(open_cursor(open_source(folder, encoder, make_source(path, **keys))))
+    return drain(Cursor(open_source(folder, encoder, make_source(path, **keys))))
 
 
 def test_the_token_cache_is_used_again(tmp_path, tokenizer):
@@ -300,14 +314,14 @@ def test_a_stream_resumes_at_every_document(tmp_path, numbers, monkeypatch, suff
     monkeypatch.setattr(sources, "READ_CHUNK", chunk)
     path = write_numbered(tmp_path / "shards", numbered([6, 1, 5, 3]), suffix)
     source = open_source(tmp_path, numbers, make_source(path, streaming=True))
-    cursor = open_cursor(source, stream, streams)
+    cursor = Cursor(source, stream, streams)
     states, whole = [], []
     while cursor.epoch < 3:
         states.append(json.dumps(cursor.state()))
         whole.append((cursor.next()[1].tolist(), cursor.epoch))
     another = open_source(tmp_path, numbers, make_source(path, streaming=True))  # as after a restart
     for i, state in enumerate(states):
-        resumed = open_cursor((source, another)[i % 2], stream, streams, json.loads(state))
+        resumed = Cursor((source, another)[i % 2], stream, streams, json.loads(state))
         following = [(resumed.next()[1].tolist(), resumed.epoch) for _ in whole[i : i + 12]]
         assert following == whole[i : i + 12], f"resumed before document {i}"
 
@@ -319,15 +333,15 @@ def test_a_stream_resumes_from_the_state_of_a_resumed_stream(tmp_path, numbers, 
     monkeypatch.setattr(sources, "READ_CHUNK", chunk)
     path = write_numbered(tmp_path / "shards", numbered([6, 1, 5, 3]), suffix)
     source = open_source(tmp_path, numbers, make_source(path, streaming=True))
-    cursor, whole = open_cursor(source), []
+    cursor, whole = Cursor(source), []
     states = []
     for _ in range(40):
         states.append(cursor.state())
         whole.append(cursor.next()[1].tolist())
     for i, state in enumerate(states[:30]):
-        second = open_cursor(source, state=state)
+        second = Cursor(source, state=state)
         assert [second.next()[1].tolist() for _ in range(i % 3)] == whole[i : i + i % 3]
-        third = open_cursor(source, state=second.state())
+        third = Cursor(source, state=second.state())
         at = i + i % 3
         assert [third.next()[1].tolist() for _ in range(8)] == whole[at : at + 8], f"resumed at {i}, then at {at}"
 
@@ -339,14 +353,14 @@ def test_a_stream_resumes_in_the_middle_of_large_shards(tmp_path, numbers):
     for i, values in enumerate(texts):
         write(tmp_path / "shards" / f"{i}.parquet", values)
     source = open_source(tmp_path, numbers, make_source(tmp_path / "shards" / "*.parquet", streaming=True))
-    cursor = open_cursor(source)
+    cursor = Cursor(source)
     whole = [cursor.next()[1].tolist() for _ in range(1500)]
     for first, second in [(1, 1), (110, 3), (127, 130), (256, 300), (430, 400), (685, 1), (686, 700)]:
-        one = open_cursor(source)
+        one = Cursor(source)
         assert [one.next()[1].tolist() for _ in range(first)] == whole[:first]
-        two = open_cursor(source, state=one.state())
+        two = Cursor(source, state=one.state())
         assert [two.next()[1].tolist() for _ in range(second)] == whole[first : first + second]
-        three = open_cursor(source, state=two.state())
+        three = Cursor(source, state=two.state())
         assert [three.next()[1].tolist() for _ in range(50)] == whole[first + second : first + second + 50]
 
 
@@ -356,7 +370,7 @@ def test_every_document_is_read_exactly_once_an_epoch_over_all_streams(tmp_path,
     path = write_numbered(tmp_path / "shards", shards)
     source = open_source(tmp_path, numbers, make_source(path, streaming=True))
     assert source.num_shards == len(shards)
-    cursors = [open_cursor(source, stream, streams) for stream in range(streams)]
+    cursors = [Cursor(source, stream, streams) for stream in range(streams)]
     expected = sorted([*document, 0] for shard in shards for document in shard)
     for _ in range(3):
         assert sorted(document for cursor in cursors for document in drain(cursor)) == expected
@@ -367,7 +381,7 @@ def test_every_document_of_a_map_style_source_is_read_once_an_epoch_over_all_str
     documents = [document for shard in numbered([30]) for document in shard]
     path = write_shards(tmp_path / "shards", documents, 2)
     source = open_source(tmp_path, numbers, make_source(path))
-    cursors = [open_cursor(source, stream, streams) for stream in range(streams)]
+    cursors = [Cursor(source, stream, streams) for stream in range(streams)]
     epochs = []
     for _ in range(3):
         epochs.append([document for cursor in cursors for document in drain(cursor)])
@@ -376,7 +390,7 @@ def test_every_document_of_a_map_style_source_is_read_once_an_epoch_over_all_str
     for cursor in cursors:
         cursor.next()
         state = json.loads(json.dumps(cursor.state()))
-        resumed = open_cursor(source, cursors.index(cursor), streams, state)
+        resumed = Cursor(source, cursors.index(cursor), streams, state)
         assert [resumed.next() for _ in range(40)] == [cursor.next() for _ in range(40)]
 
 
@@ -387,7 +401,7 @@ def test_the_order_follows_the_seed_alone(tmp_path, numbers):
         for seed in (0, 0, 1):
             config = make_config(tmp_path, make_source(path, streaming=streaming)).model_copy(update={"seed": seed})
             source = RowDataset(config, config.data.sources, numbers, 0, 1).sources[0]
-            cursor = open_cursor(source)
+            cursor = Cursor(source)
             orders.append([drain(cursor), drain(cursor)])
         assert orders[0] == orders[1] != orders[2]
         assert orders[0][0] != orders[0][1], "every epoch has an order of its own"
@@ -398,7 +412,7 @@ def test_a_number_of_streams_that_does_not_fit_the_shards_names_what_would(tmp_p
     path = write_numbered(tmp_path / "shards", numbered([2, 2, 2]))
     source = open_source(tmp_path, numbers, make_source(path, streaming=True))
     with pytest.raises(ConfigError) as caught:
-        open_cursor(source, 0, streams)
+        Cursor(source, 0, streams)
     assert f"data.num_streams {streams}" in str(caught.value)
     assert "multiple of 3" in str(caught.value)
 
@@ -407,4 +421,4 @@ def test_a_map_style_source_with_fewer_documents_than_streams_is_refused(tmp_pat
     path = write_numbered(tmp_path / "shards", numbered([3]))
     source = open_source(tmp_path, numbers, make_source(path))
     with pytest.raises(ConfigError, match=r"data\.num_streams 4 .* 3 documents"):
-        open_cursor(source, 0, 4, None)
+        Cursor(source, 0, 4, None)

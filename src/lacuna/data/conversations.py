@@ -32,6 +32,7 @@ FORMATS = {  # recognised by these columns
 }
 OPTIONAL = ["tools", "system", "input", "labels", "assistant_masks", "completion_mask"]
 ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
+NO_IDS = np.empty(0, dtype=np.int32)  # of a row that is dropped
 RENDERING = Lock()  # transformers keeps the mask that it is making in the template: one at a time
 # A prompt and a completion that are plain text go through the same machinery, as the simplest of chats.
 PLAIN = (
@@ -45,9 +46,7 @@ class ChatEncoder:
 
     def __init__(self, tokenizer, config: Config):
         if not tokenizer.is_fast:
-            raise ConfigError(
-                f"model.tokenizer {tokenizer.name_or_path} is a slow one, which cannot mark what it trains"
-            )
+            raise ConfigError(f"model.tokenizer {tokenizer.name_or_path} is a slow one: it cannot mark what it trains")
         self.tokenizer = copy.deepcopy(tokenizer)
         # some leave the space before a word out of its token's place, and transformers' mask ends at such a turn
         self.tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=False)
@@ -64,7 +63,8 @@ class ChatEncoder:
     def stop_token(self) -> str:
         """What ends the turns that the template marks; ConfigError where the tokenizer has it not as one token."""
         try:
-            ids, mask = self.render([{"role": "user", "content": "?"}, {"role": "assistant", "content": "yes"}])
+            messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "yes"}]
+            ids, mask = self.render(messages, self.template)
         except jinja2.TemplateError as error:
             raise ConfigError(f"data.chat_template: {error}") from None
         stop = int(ids[mask][-1]) if mask.any() else None
@@ -84,57 +84,54 @@ class ChatEncoder:
         why the row was cut or dropped (then it has no ids). ConfigError with the number of a row that fits no format.
         """
         form, documents = recognise(list(batch), source), []
-        for number, values in zip(numbers, zip(*batch.values(), strict=True), strict=True):
+        for number, *values in zip(numbers, *batch.values(), strict=True):
             row = without_nulls(dict(zip(batch, values, strict=True)))
             try:
-                ids, mask, note = given_ids(row) if form == "token ids" else self.conversation(row, form)
-                documents.append(self.fit(ids, mask, note))
+                documents.append(self.fit(*given_ids(row)) if form == "token ids" else self.conversation(row, form))
             except ConfigError:
                 raise
             except Exception as error:  # whatever the shape of a row, or a template, brings about
                 what = f"{source.path}, row {number} with {', '.join(batch)}, does not fit {form}"
-                why = (
-                    f"{error} is missing or null" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
-                )
-                raise ConfigError(f"{what}: {why}. Formats: {', '.join(FORMATS)}") from None
+                kind = "missing or null" if isinstance(error, KeyError) else type(error).__name__
+                raise ConfigError(f"{what}: {kind}: {error}. Formats: {', '.join(FORMATS)}") from None
         return documents
 
-    def conversation(self, row: dict, form: str) -> tuple[np.ndarray, np.ndarray, str]:
-        """Token ids [n] of a row, what of them is trained [n], and a note."""
+    def conversation(self, row: dict, form: str) -> tuple[np.ndarray, str]:
+        """The document of a row, and a note."""
         messages, tools, template = to_messages(row, form), row.get("tools"), self.template
         if form == "prompt and completion" and isinstance(row["prompt"], str) and isinstance(row["completion"], str):
             messages[0]["content"], template = self.bos + row["prompt"].removeprefix(self.bos), PLAIN
         flags = [m.pop("train", True) and m.pop("weight", 1) for m in messages if m["role"] == "assistant"]
         tools = json.loads(tools or "null") if isinstance(tools, str) else tools
-        ids, mask = self.render(messages, tools or None, template)
+        ids, mask = self.render(messages, template, tools or None)
         for key, used in {"tools": tools, "tool_calls": any("tool_calls" in m for m in messages)}.items():
-            if used and key not in (template or self.template):
+            if used and key not in template:
                 raise ValueError(f"the chat template knows no {key}, which would be lost")
         turns = np.flatnonzero(np.diff(mask, prepend=False, append=False)).reshape(-1, 2)
         if len(turns) != len(flags) or not set(flags) <= {0, 1}:
             raise ValueError(f"{len(turns)} of {len(flags)} assistant turns are marked, with weights {flags} (0 or 1)")
         if np.flatnonzero(mask & (ids == self.eos)).tolist() != [end - 1 for _, end in turns]:
-            return ids, mask, "dropped: a stop token inside a turn, or none at its end"
+            return NO_IDS, "dropped: a stop token inside a turn, or none at its end"
         for (begin, end), flag in zip(turns, flags, strict=True):
             mask[begin:end] = flag
-        return ids, mask, ""
+        return self.fit(ids, mask)
 
-    def fit(self, ids: np.ndarray, mask: np.ndarray, note: str) -> tuple[np.ndarray, str]:
-        """The document that is trained, or none and the reason why."""
-        if len(ids) > self.seq_len and not note:
+    def fit(self, ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, str]:
+        """The document that is trained of these ids [n], where mask [n] says so, and a note."""
+        note = ""
+        if len(ids) > self.seq_len:
             if self.overlong == "error":
                 raise ValueError(f"{len(ids)} tokens, over train.seq_len {self.seq_len}; or set data.overlong")
-            note = "dropped: longer than train.seq_len"
-            if self.overlong == "truncate":
-                ids, mask, note = ids[: self.seq_len], mask[: self.seq_len], "truncated to train.seq_len"
-        if not note.startswith("dropped") and not mask[1:].any():
-            note = "dropped: without a trained token"
-        return np.where(mask, ids, ~ids)[: 0 if note.startswith("dropped") else None], note
+            if self.overlong == "drop":
+                return NO_IDS, "dropped: longer than train.seq_len"
+            ids, mask, note = ids[: self.seq_len], mask[: self.seq_len], "truncated to train.seq_len"
+        if not mask[1:].any():
+            return NO_IDS, "dropped: without a trained token"
+        return np.where(mask, ids, ~ids), note
 
-    def render(self, messages: list[dict], tools: list | None = None, template: str | None = None):
+    def render(self, messages: list[dict], template: str | None, tools: list | None = None):
         """Token ids [n] of the whole conversation, and what of them the template marks, bool [n]."""
-        template = template or self.template
-        if not template:
+        if template is None:
             raise ConfigError(self.problem)
         options = {"chat_template": template, "return_dict": True, "return_assistant_tokens_mask": True}
         with RENDERING:
@@ -162,14 +159,14 @@ def recognise(columns: list[str], source: Source) -> str:
     raise ConfigError(f"data.sources {source.path} has {', '.join(columns)}: no format. Formats: {', '.join(FORMATS)}")
 
 
-def given_ids(row: dict) -> tuple[np.ndarray, np.ndarray, str]:
-    """A row that is tokenised already, with labels (-100: not trained), or a mask, or neither."""
+def given_ids(row: dict) -> tuple[np.ndarray, np.ndarray]:
+    """Ids [n] and mask [n] of a row that is tokenised, with labels (-100: not trained), or a mask, or neither."""
     ids = np.asarray(row["input_ids"], dtype=np.int32)
     labels = np.asarray(row.get("labels", ids))
     mask = np.asarray(row.get("assistant_masks", row.get("completion_mask", labels != -100)), dtype=bool)
     if len(mask) != len(ids) or ((labels != ids) & (labels != -100)).any():
         raise ValueError("a mask of another length, or a label that is neither -100 nor the token at its own place")
-    return ids, mask, ""
+    return ids, mask
 
 
 def to_messages(row: dict, form: str) -> list[dict]:
@@ -215,7 +212,7 @@ def training_template(tokenizer, given: str | None) -> str:
 
     LookupError where there is none, which matters only if the data needs one; ConfigError where the user's is wrong.
     """
-    name, shipped = tokenizer.name_or_path, {file.stem: file.read_text() for file in sorted(TEMPLATES.glob("*.jinja"))}
+    shipped = {file.stem: file.read_text() for file in sorted(TEMPLATES.glob("*.jinja"))}
     if given is not None:
         if "{" not in given and given not in shipped and not Path(given).is_file():
             raise ConfigError(f"data.chat_template {given}: no such file, no Jinja text, none of {', '.join(shipped)}")
@@ -223,23 +220,23 @@ def training_template(tokenizer, given: str | None) -> str:
         if not MARKS.search(template):
             raise ConfigError(f"data.chat_template has no marks: {CURE}")
         return template
-    own = tokenizer.get_chat_template() if tokenizer.chat_template else None
-    if own is None:
+    name = tokenizer.name_or_path
+    if not tokenizer.chat_template:
         raise LookupError(f"{name} has no chat template: set data.chat_template to a file or one of {list(shipped)}")
+    own = tokenizer.get_chat_template()
     if MARKS.search(own):
         return own
     probes = json.loads((TEMPLATES / "probes.json").read_text())
     for template in shipped.values():
         if all(rendered(tokenizer, template, probe) == rendered(tokenizer, own, probe) for probe in probes):
             return template
-    cure = f"copy it to a file, {CURE}, and set data.chat_template to that file"
-    what = f"the chat template of {name} has no {{% generation %}} marks"
-    raise LookupError(f"{what}, and none of lacuna's ({', '.join(shipped)}) renders the same: {cure}")
+    what = f"{name}'s chat template has no marks, and none of lacuna's ({', '.join(shipped)}) renders the same"
+    raise LookupError(f"{what}: copy it to a file, {CURE}, and set data.chat_template to that file")
 
 
 def rendered(tokenizer, template: str, probe: dict) -> str | None:
     try:
-        options = {"tools": probe.get("tools"), "chat_template": template, "tokenize": False}
-        return tokenizer.apply_chat_template(probe["messages"], **options)
+        options = {"tools": probe.get("tools"), "chat_template": template}
+        return tokenizer.apply_chat_template(probe["messages"], tokenize=False, **options)
     except Exception:  # a template may refuse a probe: tools, or a system turn
         return None

@@ -26,7 +26,7 @@ from lacuna.preemption import ignore_signals
 
 MAP_WINDOW = 131_072  # documents packed together where they are indices only: fill .9999 in 0.1 to 0.3 s
 PREFETCH = 3  # micro-batches made ahead
-NOTHING = ([], {})  # pieces and facts of a row past the end of the data: it trains nothing
+NOTHING = ([], (0.0, 0, 0, None))  # what a row past the end of the data is made of: it trains nothing
 STREAM_WINDOW = (8, 512)  # rows in a stream's first and largest windows: starts at once, then fill .998
 
 
@@ -38,10 +38,10 @@ class Row(NamedTuple):
     starts: np.ndarray  # int64 [documents]: where each document (or what is left over) begins
     tokens: int  # slots that hold a document's token
     checksum: int
-    epoch: float = 0.0
-    dropped: int = 0  # documents without text met since the stream's last row
-    stream: int = 0
-    state: dict | None = None  # None past the end of the data
+    epoch: float
+    dropped: int  # documents without text met since the stream's last row
+    stream: int
+    state: dict | None  # None past the end of the data
 
 
 class PackedBatch(NamedTuple):
@@ -70,61 +70,61 @@ class Stream:
     """One virtual stream: the plans of its rows, and the state to begin again at any of them."""
 
     def __init__(self, data: "RowDataset", stream: int, state: dict | None):
-        self.data, self.stream = data, stream
-        sources = len(data.sources)
-        state = state or {"cursors": [{}] * sources, "drawn": [0] * sources, "window": 0, "row": 0, "dropped": 0}
-        self.drawn, self.window = list(state["drawn"]), state["window"]
-        self.row, self.dropped = state["row"], state["dropped"]
-        pairs = zip(data.sources, state["cursors"], strict=True)
-        self.cursors = [source.cursor(source, stream, data.num_streams, **cursor) for source, cursor in pairs]
+        self.data, self.stream, sources = data, stream, len(data.sources)
+        state = state or {"sources": [{}] * sources, "drawn": [0] * sources, "window": 0, "row": 0}
+        self.drawn, self.window, self.row = list(state["drawn"]), state["window"], state["row"]
+        pairs = zip(data.sources, state["sources"], strict=True)
+        self.readers = [source.read(stream, data.num_streams, **where) for source, where in pairs]
+        self.ahead = [next(reader) for reader in self.readers]  # the next document of each source
 
-    def __iter__(self) -> Iterator[tuple[int, list, dict]]:
-        """Number, document pieces and other facts of each row, up to the last epoch's end; no token is loaded."""
-        while self.data.epochs is None or any(c.epoch < self.data.epochs for c in self.cursors):
-            state = {"cursors": [c.state() for c in self.cursors], "drawn": list(self.drawn), "window": self.window}
-            state |= {"row": self.row, "dropped": self.dropped}
-            begin = max(c.progress for c in self.cursors)
-            self.draw_window()
-            end = max(c.progress for c in self.cursors)
-            for i, pieces in enumerate(self.rows, 1):
-                before, self.dropped = self.dropped, sum(c.dropped for c in self.cursors)
-                facts = {"epoch": begin + (end - begin) * i / len(self.rows), "dropped": self.dropped - before}
-                yield self.row, pieces, facts | {"stream": self.stream, "state": state}
+    def __iter__(self) -> Iterator[tuple[int, list, tuple]]:
+        """Number, document pieces and last fields of each `Row`, up to the last epoch's end; no token is loaded."""
+        counted = 0  # also where a run goes on: the first row of a window, which has its `dropped`, is consumed by then
+        while min(document.epoch for document in self.ahead) < self.data.epochs:
+            sources = [document.place | {"taken": document.taken} for document in self.ahead]
+            state = {"sources": sources, "drawn": list(self.drawn), "window": self.window, "row": self.row}
+            begin = max(document.epoch for document in self.ahead)
+            rows = self.draw_window()
+            end = max(document.epoch for document in self.ahead)
+            for i, pieces in enumerate(rows, 1):
+                before, counted = counted, sum(document.dropped for document in self.ahead)
+                epoch = begin + (end - begin) * i / len(rows)
+                yield self.row, pieces, (epoch, counted - before, self.stream, state)
                 self.row += 1
 
-    def draw_window(self):
-        """Draw documents until the window is full, always from the source that is furthest behind its weight."""
-        data = self.data
-        budget = data.seq_len * min(STREAM_WINDOW[0] << self.window, STREAM_WINDOW[1])
-        epoch, documents, lengths, total = self.cursors[0].epoch, [], [], 0
-        while len(documents) < data.map_window if data.map_style else total < budget:
-            behind = min(range(len(self.cursors)), key=lambda i: self.drawn[i] / data.weights[i])
-            length, document = self.cursors[behind].next()
-            self.drawn[behind] += length
-            total += length
-            documents.append((behind, document))
-            lengths.append(length)
-            if len(self.cursors) == 1 and self.cursors[0].epoch != epoch:
+    def draw_window(self) -> list[list]:
+        """The rows of the next window, as pieces ((source, key), start, end) of documents.
+
+        A document is always drawn from the source that is furthest behind its weight.
+        """
+        data, documents, lengths = self.data, [], []
+        full = sum(self.drawn) + data.seq_len * min(STREAM_WINDOW[0] << self.window, STREAM_WINDOW[1])
+        next_epoch = int(self.ahead[0].epoch) + 1
+        while len(documents) < data.map_window if data.map_style else sum(self.drawn) < full:
+            behind = min(range(len(self.drawn)), key=lambda i: self.drawn[i] / data.weights[i])
+            document = self.ahead[behind]
+            self.ahead[behind] = next(self.readers[behind])
+            self.drawn[behind] += document.length
+            documents.append((behind, document.key))
+            lengths.append(document.length)
+            if len(self.ahead) == 1 and self.ahead[0].epoch >= next_epoch:
                 break  # a window ends with the epoch: no row mixes two
         which, start, length = split_documents(np.asarray(lengths), data.seq_len)
         rows = best_fit(length, data.seq_len, data.max_pieces)
         order = np.random.default_rng([data.seed, self.stream, self.window]).permutation(len(rows))
-        self.rows = [[(documents[which[p]], start[p], start[p] + length[p]) for p in rows[r]] for r in order]
         self.window += 1
+        return [[(documents[which[p]], start[p], start[p] + length[p]) for p in rows[r]] for r in order]
 
 
 class RowDataset(IterableDataset):
     """The rows of one rank, split over its loader workers: row p for p = first + rank, first + rank + ranks, …"""
 
-    def __init__(
-        self, config: Config, sources: list, encoder, rank: int, ranks: int, epochs=None, limit=math.inf, share=(0, 1)
-    ):
-        self.seq_len, self.seed = config.train.seq_len, config.seed
+    def __init__(self, config: Config, sources: list, encoder, rank, ranks, epochs=None, limit=math.inf, share=(0, 1)):
+        self.seed, self.seq_len, self.batch_rows = config.seed, config.train.seq_len, config.train.global_batch_size
         self.mask_boundary, self.filler = config.data.mask_boundary, encoder.eos
         # A fixed bound, so that cu_seqlens never changes its shape; rows of tinier documents are filled up instead.
         self.max_pieces = max(16, self.seq_len // 32)
-        self.batch_rows = config.train.global_batch_size
-        self.rank, self.ranks, self.epochs, self.limit = rank, ranks, epochs, limit
+        self.rank, self.ranks, self.epochs, self.limit = rank, ranks, epochs or math.inf, limit
         self.map_style = not any(source.streaming for source in sources)
         groups = [[source] for source in sources] if sources[0].weight else [sources]
         self.weights = [group[0].weight or 1.0 for group in groups]
@@ -150,19 +150,19 @@ class RowDataset(IterableDataset):
                 streams[stream] = iter(Stream(self, stream, self.states.get(stream)))
             mine = ((pieces, facts) for number, pieces, facts in streams[stream] if number == row)
             pieces, facts = next(mine, NOTHING) if position < self.limit else NOTHING
-            yield self.assemble(pieces, position, **facts)
+            yield self.assemble(pieces, position, facts)
 
     def count_rows(self) -> int:
         """Rows of all epochs of map-style data, from the lengths alone."""
         return sum(1 for _ in Stream(self, 0, None))
 
-    def assemble(self, pieces: list, position: int, **facts) -> Row:
+    def assemble(self, pieces: list, position: int, facts: tuple) -> Row:
         """Copy document pieces into one row. What is left over is a document of its own that trains nothing."""
         ids = np.full(self.seq_len, self.filler, dtype=np.int32)
         labels = np.full(self.seq_len, -100, dtype=np.int32)
         starts, at = [], 0
-        for (which, document), start, end in pieces:
-            tokens = self.sources[which].load(document) if isinstance(document, int) else document
+        for (source, key), start, end in pieces:
+            tokens = self.sources[source].load(key)
             # a cut document goes on in its next piece: its first token there is still the target of the last one here
             piece, targets = tokens[start:end], tokens[start + 1 : end + 1]
             ids[at : at + end - start] = np.where(piece < 0, ~piece, piece)  # ~id is a token that is not trained
@@ -174,7 +174,7 @@ class RowDataset(IterableDataset):
         if at < self.seq_len:
             starts.append(at)
         checksum = zlib.crc32(labels.tobytes(), zlib.crc32(ids.tobytes())) * (position % self.batch_rows + 1)
-        return Row(ids, labels, np.asarray(starts), at, checksum, **facts)
+        return Row(ids, labels, np.asarray(starts), at, checksum, *facts)
 
 
 def collate(rows: list[Row], context_len: int, num_documents: int) -> PackedBatch:
@@ -222,18 +222,16 @@ class Loader:
         spawn = {"multiprocessing_context": "spawn", "prefetch_factor": 2 * self.micro_batch_size} if workers else {}
         spawn |= {"worker_init_fn": ignore_signals}
         self.rows = iter(DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=Row._make, **spawn))
-        shortest = config.data.context_len or config.train.seq_len
-        self.num_documents = self.micro_batch_size * (dataset.max_pieces + 1 + config.train.seq_len // shortest)
+        self.shortest = config.data.context_len or dataset.seq_len
+        self.num_documents = self.micro_batch_size * (dataset.max_pieces + 1 + dataset.seq_len // self.shortest)
         self.thread = ThreadPoolExecutor(max_workers=1)
         self.ready = deque(self.thread.submit(self.prepare) for _ in range(PREFETCH))
 
     def context_len(self, rows: int) -> int:
         """Longest document piece at the step that begins after `rows` rows of the run (arXiv 2503.15450)."""
-        data, seq_len = self.config.data, self.config.train.seq_len
-        start = data.context_len or seq_len
-        step = rows // self.config.train.global_batch_size
-        grown = min(1, step / data.context_warmup_steps) if data.context_warmup_steps else 0
-        return start + int((seq_len - start) * grown)
+        step, warmup = rows // self.config.train.global_batch_size, self.config.data.context_warmup_steps
+        grown = min(1, step / warmup) if warmup else 0
+        return self.shortest + int((self.dataset.seq_len - self.shortest) * grown)
 
     def prepare(self) -> tuple[PackedBatch, dict]:
         try:

@@ -1,7 +1,7 @@
 """Best-fit-decreasing packing of document pieces into rows of fixed length (arXiv 2404.10830).
 
-Long pieces go first, each into the fullest row that still has room. Pieces of one length go together, and the rows with
-room are found through the bits of one integer, so the cost is a few integer operations for each piece.
+Long pieces go first, each into the fullest row with room. Pieces of one length go together, and the rows with room are
+found through the bits of one integer, so the cost is a few integer operations for each piece.
 """
 
 import numpy as np

@@ -9,6 +9,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import datasets
 import numpy as np
@@ -43,39 +44,19 @@ def open_dataset(source: Source, encoder: Encoder | ChatEncoder) -> datasets.Dat
         if not cause.startswith("No match for FieldRef"):
             raise ConfigError(f"data.sources path {source.path}, split {source.split}: {cause}") from None
         columns = [cause.partition(" in ")[2].partition("\n")[0]]  # pyarrow's words where a column is not there
-    columns = encoder.columns(columns, source)
+    columns = encoder.columns(columns, source)  # refused here where pyarrow refused: then there is no dataset
     return dataset.select_columns(columns)
 
 
-class MapCursor:
-    dropped = 0  # documents without text never get here
+class Document(NamedTuple):
+    """A document of a virtual stream: `read` begins at it with its place and what is taken of that place."""
 
-    def __init__(self, source, stream: int, num_streams: int, epoch: int = 0, index: int = 0):
-        if num_streams > len(source.documents):
-            limit = f"the {len(source.documents)} documents of a source"
-            raise ConfigError(f"data.num_streams {num_streams} exceeds {limit}")
-        self.source, self.stream, self.num_streams = source, stream, num_streams
-        self.epoch, self.index = epoch, index
-        self.shuffle()
-
-    def shuffle(self):
-        order = np.random.default_rng([*self.source.seed, self.epoch]).permutation(self.source.documents)
-        self.order = order[self.stream :: self.num_streams]
-
-    def next(self) -> tuple[int, int]:
-        document = int(self.order[self.index])
-        self.index += 1
-        if self.index == len(self.order):
-            self.epoch, self.index = self.epoch + 1, 0
-            self.shuffle()
-        return int(self.source.lengths[document]), document
-
-    @property
-    def progress(self) -> float:
-        return self.epoch + self.index / len(self.order)
-
-    def state(self) -> dict:
-        return {"epoch": self.epoch, "index": self.index}
+    key: int | np.ndarray  # what its source loads it by
+    length: int  # tokens
+    place: dict  # where its epoch, or its chunk of a shard, begins
+    taken: int  # documents of it before this one
+    epoch: float  # epochs before this document, as far as is known
+    dropped: int  # documents without text that `read` has met
 
 
 class MapSource:
@@ -83,8 +64,6 @@ class MapSource:
 
     share: which part is taken of the documents in a seeded order of their own; what is held out is the rest.
     """
-
-    cursor = MapCursor
 
     def __init__(self, sources: list[Source], encoder, seed: list[int], cache: str, share: tuple[float, float]):
         tokenised = [tokenise(source, encoder, cache) for source in sources]
@@ -98,8 +77,19 @@ class MapSource:
         if len(self.documents) == 0:
             raise ConfigError(f"data.sources: no document is left of {', '.join(s.path for s in sources)}")
 
-    def load(self, document: int) -> np.ndarray:
-        return self.tokens[document]["input_ids"]
+    def read(self, stream: int, num_streams: int, epoch: int = 0, taken: int = 0) -> Iterator[Document]:
+        """The documents of one virtual stream, in an order of each epoch's own; endless."""
+        if num_streams > len(self.documents):
+            raise ConfigError(f"data.num_streams {num_streams} exceeds the {len(self.documents)} documents of a source")
+        while True:
+            order = np.random.default_rng([*self.seed, epoch]).permutation(self.documents)[stream::num_streams]
+            place, lengths = {"epoch": epoch}, self.lengths[order]
+            for i in range(taken, len(order)):
+                yield Document(order.item(i), lengths.item(i), place, i, epoch + i / len(order), 0)
+            epoch, taken = epoch + 1, 0
+
+    def load(self, key: int) -> np.ndarray:
+        return self.tokens[key]["input_ids"]
 
 
 def tokenise(source: Source, encoder: Encoder | ChatEncoder, cache: str) -> datasets.Dataset:
@@ -113,81 +103,55 @@ def tokenise(source: Source, encoder: Encoder | ChatEncoder, cache: str) -> data
         documents = encoder.documents(batch, source, numbers)
         return {"input_ids": [ids for ids, _ in documents], "note": [note for _, note in documents]}
 
+    kinds = datasets.Features({"input_ids": datasets.List(datasets.Value("int32")), "note": datasets.Value("string")})
+    options = {"batched": True, "with_indices": True, "remove_columns": dataset.column_names, "features": kinds}
     with FileLock(folder / f"{key}.lock"):  # one rank makes it, the others wait here and read it
-        kinds = {"input_ids": datasets.List(datasets.Value("int32")), "note": datasets.Value("string")}
-        file = {"cache_file_name": str(folder / f"{key}.arrow"), "new_fingerprint": key}
-        options = {"batched": True, "with_indices": True, "remove_columns": dataset.column_names}
-        tokens = dataset.map(encode, features=datasets.Features(kinds), **options, **file)
+        tokens = dataset.map(encode, cache_file_name=str(folder / f"{key}.arrow"), new_fingerprint=key, **options)
     for note, count in Counter(tokens.data["note"].to_pylist()).items():
         if note:
             log.warning("%s: %d of %d documents %s", source.path, count, len(tokens), note)
     return tokens
 
 
-class StreamCursor:
-    """The shards of one virtual stream, in chunks of READ_CHUNK documents.
+class StreamSource:
+    """Documents that are read and tokenised as the run goes, shard by shard."""
 
-    There is always a next document at hand, so that `epoch` has changed once the last one of an epoch is taken. The
-    state is where the chunk at hand began, and how many of its documents are taken: resuming reads one chunk again.
-    """
+    def __init__(self, source: Source, encoder: Encoder | ChatEncoder, seed: list[int]):
+        self.source, self.encoder, self.seed = source, encoder, seed
+        self.notes = Counter()  # nothing is known before it is read
+        self.dataset = open_dataset(source, encoder)
+        self.num_shards = self.dataset.num_shards
 
-    def __init__(self, source, stream, num_streams, epoch=0, shard=0, inside=None, taken=0, dropped=0):
-        shards = source.num_shards
+    def read(self, stream, num_streams, epoch=0, shard=0, inside=None, taken=0) -> Iterator[Document]:
+        """The documents of one virtual stream, in chunks of READ_CHUNK: to resume reads one again; endless."""
+        shards, last_epoch, dropped = self.num_shards, epoch, 0
         if num_streams > shards and num_streams % shards:
-            what = f"data.num_streams {num_streams} does not fit {shards} shards of {source.source.path}"
+            what = f"data.num_streams {num_streams} does not fit {shards} shards of {self.source.path}"
             raise ConfigError(f"{what}: use at most {shards}, or a multiple of {shards}")
-        self.source, self.stream, self.num_streams, self.dropped = source, stream, num_streams, dropped
-        self.chunks = self.read(epoch, shard, inside)
-        self.chunk, self.place = next(self.chunks)
-        self.taken = taken
-
-    def read(self, epoch: int, first: int, inside: dict | None) -> Iterator[tuple[list[np.ndarray], dict]]:
-        """Chunks of at least one document, tokenised, and the place where each began; endless."""
-        source, shards, last_epoch = self.source.source, self.source.num_shards, epoch
         # more streams than shards: a shard is read by several streams, and each keeps every n-th document of it
-        share, shares = self.stream // shards, max(1, self.num_streams // shards)
+        share, shares = stream // shards, max(1, num_streams // shards)
         while epoch <= last_epoch + 1:
-            order = np.random.default_rng([*self.source.seed, epoch]).permutation(shards)
-            order = order[self.stream % shards :: self.num_streams].tolist()
-            for shard in range(first, len(order)):
-                dataset = self.source.dataset.shard(shards, order[shard])
+            order = np.random.default_rng([*self.seed, epoch]).permutation(shards)[stream % shards :: num_streams]
+            for at in range(shard, len(order)):
+                dataset = self.dataset.shard(shards, int(order[at]))
                 inside = inside or {"state": dataset.state_dict(), "row": 0}
                 dataset.load_state_dict(inside["state"])
                 # by batches: a plain iterator deals shards to loader workers once more, behind our back
                 for batch in dataset.iter(READ_CHUNK):
                     numbers = range(inside["row"], inside["row"] + len(next(iter(batch.values()))))
-                    begin = (share - inside["row"]) % shares
-                    mine = {name: values[begin::shares] for name, values in batch.items()}
-                    encoded = self.source.encoder.documents(mine, source, numbers[begin::shares])
+                    first = (share - numbers.start) % shares
+                    mine = {name: values[first::shares] for name, values in batch.items()}
+                    encoded = self.encoder.documents(mine, self.source, numbers[first::shares])
                     chunk = [ids for ids, _ in encoded if len(ids)]
-                    place = {"epoch": epoch, "shard": shard, "inside": inside, "dropped": self.dropped}
-                    inside = {"state": dataset.state_dict(), "row": numbers.stop}
-                    self.dropped += len(encoded) - len(chunk)
-                    if chunk:
-                        self.epoch, self.progress, last_epoch = epoch, epoch + shard / len(order), epoch
-                        yield chunk, place
+                    dropped += len(encoded) - len(chunk)
+                    place = {"epoch": epoch, "shard": at, "inside": inside}
+                    for i in range(taken, len(chunk)):
+                        yield Document(chunk[i], len(chunk[i]), place, i, epoch + at / len(order), dropped)
+                        last_epoch = epoch
+                    inside, taken = {"state": dataset.state_dict(), "row": numbers.stop}, 0
                 inside = None
-            epoch, first = epoch + 1, 0
-        raise ConfigError(f"data.sources {source.path}: stream {self.stream} finds no text")
+            epoch, shard = epoch + 1, 0
+        raise ConfigError(f"data.sources {self.source.path}: stream {stream} finds no text")
 
-    def next(self) -> tuple[int, np.ndarray]:
-        document = self.chunk[self.taken]
-        self.taken += 1
-        if self.taken == len(self.chunk):
-            (self.chunk, self.place), self.taken = next(self.chunks), 0
-        return len(document), document
-
-    def state(self) -> dict:
-        return self.place | {"taken": self.taken}
-
-
-class StreamSource:
-    """Documents that are read and tokenised as the run goes, shard by shard."""
-
-    cursor = StreamCursor
-
-    def __init__(self, source: Source, encoder: Encoder, seed: list[int]):
-        self.source, self.encoder, self.seed = source, encoder, seed
-        self.notes = Counter()  # nothing is known before it is read
-        self.dataset = open_dataset(source, encoder)
-        self.num_shards = self.dataset.num_shards
+    def load(self, key: np.ndarray) -> np.ndarray:
+        return key

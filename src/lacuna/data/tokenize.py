@@ -1,10 +1,7 @@
-"""Text to token ids, with every tokenizer trap in one place.
-
-They are listed in "Gotchas in tokenizer behavior" (huggingface.co/blog/qgallouedec/gotchas-in-tokenizer-behavior).
+"""Text to token ids, with the traps of huggingface.co/blog/qgallouedec/gotchas-in-tokenizer-behavior in one place.
 
 A pretraining document is `[BOS] text EOS`: BOS only where the tokenizer itself would add one, EOS always, because no
-tokenizer adds it to plain text. Special tokens that are spelled out in the text stay text, so that EOS stands at true
-ends only.
+tokenizer adds it to plain text. Special tokens spelled out in the text stay text, so that EOS stands at true ends only.
 """
 
 import copy
@@ -57,16 +54,14 @@ class Encoder:
     def columns(self, columns: list[str], source: Source) -> list[str]:
         """Those columns that are read."""
         if source.column not in columns:
-            raise ConfigError(
-                f"data.sources {source.path} has no column {source.column!r}; it has {', '.join(columns)}"
-            )
+            raise ConfigError(f"data.sources {source.path} has no column {source.column!r}, only {', '.join(columns)}")
         return [source.column]
 
     def documents(self, batch: dict[str, list], source: Source, numbers) -> list[tuple[np.ndarray, str]]:
         """Of each row of a dataset: its tokens, and a note where it has none."""
         values = batch[source.column]
         for number, value in zip(numbers, values, strict=True):
-            if value is not None and not isinstance(value, str):
+            if not isinstance(value, str | None):
                 what = f"row {number} of {source.column!r} holds {type(value).__name__}, not text"
                 raise ConfigError(f"data.sources {source.path}: {what}")
         return [(ids, "" if len(ids) else "dropped: no text") for ids in self([value or "" for value in values])]
