@@ -39,16 +39,19 @@ FREE += ("train.deterministic", "train.on_nonfinite", "train.max_skipped")
 def find_checkpoint(config: Config, folder: Path, rank: int) -> Path | None:
     """Where this run goes on from, the same on all ranks. What a killed save left is removed."""
     found, checkpoints, resume = [None], folder / "checkpoints", config.checkpoint.resume
+    if any(int(os.environ.get(key, 0)) for key in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")):
+        resume = "auto"  # what was to be begun again, or rewound, has been
     if rank == 0:
         if resume == "none":
             shutil.rmtree(checkpoints, ignore_errors=True)
-        for leftover in checkpoints.glob(".*"):
+        for leftover in checkpoints.glob(".*step_*"):
             shutil.rmtree(leftover)
         found = in_order(checkpoints)[-1:] or [None]
         if resume not in ("auto", "none"):
             found = [Path(resume)]
             if not (found[0] / "state.json").exists():
                 raise ConfigError(f"checkpoint.resume {resume} is no checkpoint; here are {in_order(checkpoints)}")
+            read_state(found[0], config)  # may refuse, and then nothing is removed
             for later in in_order(checkpoints):  # of what is rewound, or the next auto would take them up
                 if step_of(later) > step_of(found[0]):
                     log.warning("%s is removed: the run goes back to %s", later, resume)

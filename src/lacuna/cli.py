@@ -7,7 +7,7 @@ from glob import glob
 from pathlib import Path
 
 from lacuna.config import Config, ConfigError, NonFinite, Preempted, load_config
-from lacuna.preemption import REQUEUE
+from lacuna.preemption import REQUEUE, Preemption
 
 USAGE = """usage: lacuna pt [CONFIG.toml] [--section.key VALUE ...]             train on text: every token
        lacuna sft [CONFIG.toml] [--section.key VALUE ...]            train on conversations: what the assistant says
@@ -55,6 +55,7 @@ def main():
         if command == "explain":
             from lacuna.explain import explain as run
         else:
+            Preemption()  # imports alone take seconds
             launch(config, [task, path, *argv])
             from lacuna.train import run
         run(config)
@@ -69,10 +70,13 @@ def main():
 
 
 def leave(status: int):
-    """Exit. One of several ranks skips the interpreter's end: gloo's threads outlive it, and 1 run in 20 aborted."""
+    """Exit. One of several ranks skips the interpreter's end: gloo's threads outlive it, and 1 run in 20 aborted.
+
+    So does a run that stops early: the end would wait 10 s for loader workers, which ignore SIGTERM.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
-    (os._exit if "RANK" in os.environ else sys.exit)(status)
+    (os._exit if status or "RANK" in os.environ else sys.exit)(status)
 
 
 def launch(config: Config, argv: list[str]):

@@ -72,10 +72,10 @@ class Report:
         log.info("%s: %s, %d rank(s), %d steps of %s", config.model.name, what, ranks.world, steps, batch)
         if self.work.peak:
             log.info(MFU_CONVENTION)
-        file = folder / "metrics.jsonl"
-        kept = lines_until(file, state["step"]) if state["step"] and file.exists() else []
-        self.file = open(file, "w", buffering=1)  # noqa: SIM115  a killed run keeps its lines
-        self.file.writelines(kept)
+        file, kept = folder / "metrics.jsonl", folder / ".metrics.jsonl"
+        kept.write_text("".join(lines_until(file, state["step"]) if state["step"] and file.exists() else []))
+        kept.replace(file)  # at once: a run killed just now loses no line
+        self.file = open(file, "a", buffering=1)  # noqa: SIM115  a killed run keeps its lines
         self.trackers = [open_tracker(name, config, folder) for name in config.log.trackers]
         self.progress.start()
 

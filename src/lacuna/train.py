@@ -10,7 +10,7 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout
 
 from lacuna.checkpoint import Checkpoints, export, find_checkpoint, in_order, optimizer_tensors, read_state
-from lacuna.config import Config, ConfigError, Preempted, to_toml
+from lacuna.config import Config, ConfigError, NonFinite, Preempted, to_toml
 from lacuna.data.conversations import ChatEncoder
 from lacuna.data.loader import Loader, PackedBatch, RowDataset
 from lacuna.data.tokenize import Encoder, load_tokenizer, token_bytes
@@ -107,9 +107,13 @@ def run(config: Config) -> Path:
         facts = {"step": step, "lr": lr, "epoch": max(b.epoch for b in batches), "data_seconds": data_seconds}
         evaluating = held_out and is_due(step, config.eval.every, steps)
         saving = is_due(step, config.checkpoint.every, steps)
-        report.step(facts, torch.cat([losses, norm[None], squares]), counts)
-        if evaluating or saving or report.stop_asked:
-            report.flush()
+        try:
+            report.step(facts, torch.cat([losses, norm[None], squares]), counts)
+            if evaluating or saving or report.stop_asked:
+                report.flush()
+        except NonFinite:
+            checkpoints.finish()  # the last good one may be half written
+            raise
         if evaluating and not report.stop_asked:
             report.evaluation(step, evaluate(trainee, config, held_out, ranks, sizes, preemption))
 
