@@ -45,8 +45,6 @@ class ChatEncoder:
     """Encodes conversations. Picklable, so that loader workers can have their own."""
 
     def __init__(self, tokenizer, config: Config):
-        if not tokenizer.is_fast:
-            raise ConfigError(f"model.tokenizer {tokenizer.name_or_path} is a slow one: it cannot mark what it trains")
         self.tokenizer = copy.deepcopy(tokenizer)
         # some leave the space before a word out of its token's place, and transformers' mask ends at such a turn
         self.tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=False)
