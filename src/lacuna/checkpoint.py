@@ -237,6 +237,8 @@ def match_eos(config: Config, model, tokenizer):
 
 def export(checkpoint: Path, out: Path):
     """Make a plain Hugging Face folder of a checkpoint, in the dtype of its config; holds one such copy in memory."""
+    if not (checkpoint / "state.json").exists():
+        raise ConfigError(f"{checkpoint} is no checkpoint: give a folder such as runs/NAME/checkpoints/step_N")
     stored = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
     dtype = getattr(torch, json.loads((checkpoint / "config.json").read_text())["dtype"])
     names = [name for name in stored if not name.startswith("optimizer.")]
