@@ -38,24 +38,19 @@ FREE += ("train.deterministic", "train.on_nonfinite", "train.max_skipped")
 
 def find_checkpoint(config: Config, folder: Path, rank: int) -> Path | None:
     """Where this run goes on from, the same on all ranks. What a killed save left is removed."""
-    found, checkpoints, resume = [None], folder / "checkpoints", config.checkpoint.resume
-    if any(int(os.environ.get(key, 0)) for key in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")):
-        resume = "auto"  # what was to be begun again, or rewound, has been
+    found, checkpoints, given = [None], folder / "checkpoints", Path(config.checkpoint.resume)
+    restarted = any(int(os.environ.get(key, 0)) for key in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
     if rank == 0:
-        if resume == "none":
-            shutil.rmtree(checkpoints, ignore_errors=True)
         for leftover in checkpoints.glob(".*step_*"):
             shutil.rmtree(leftover)
         found = in_order(checkpoints)[-1:] or [None]
-        if resume not in ("auto", "none"):
-            found = [Path(resume)]
-            if not (found[0] / "state.json").exists():
-                raise ConfigError(f"checkpoint.resume {resume} is no checkpoint; here are {in_order(checkpoints)}")
-            read_state(found[0], config)  # may refuse, and then nothing is removed
-            for later in in_order(checkpoints):  # of what is rewound, or the next auto would take them up
-                if step_of(later) > step_of(found[0]):
-                    log.warning("%s is removed: the run goes back to %s", later, resume)
-                    shutil.rmtree(later)
+        if config.checkpoint.resume != "auto" and not restarted:  # a run that began at `given` has its own by now
+            if not (given / "state.json").exists():
+                raise ConfigError(f"checkpoint.resume {given} is no checkpoint; here are {in_order(checkpoints)}")
+            if found[0] and step_of(found[0]) > step_of(given):
+                cure = f"remove those to go back to {given}, set checkpoint.resume = auto, or another name"
+                raise ConfigError(f"{checkpoints} has later checkpoints, such as {found[0].name}: {cure}")
+            found = [given]
     if dist.is_initialized():
         dist.broadcast_object_list(found, device=torch.device("cpu"))
     return found[0]
@@ -79,7 +74,7 @@ def read_state(checkpoint: Path | None, config: Config) -> dict:
     changed = [f"{key} (was {old[key]!r})" for key in old.keys() & new.keys() if old[key] != new[key]]
     changed = sorted(key for key in changed if not key.startswith(FREE))
     if changed and not config.checkpoint.resume_changed:
-        cure = "change it back, give the run another name, or set checkpoint.resume_changed = true"
+        cure = "change it back, set another name for another run, or set checkpoint.resume_changed = true"
         raise ConfigError(f"{checkpoint} cannot go on exactly with another {', '.join(changed)}: {cure}")
     return state
 

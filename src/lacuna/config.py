@@ -115,7 +115,7 @@ class DistConfig(Section):
 class CheckpointConfig(Section):
     every: int = key(500, "steps between checkpoints; there is one at the end in any case", ge=1)
     keep: int = key(2, "newest checkpoints that are kept", ge=1)
-    resume: str = key("auto", "auto: go on from the run folder's newest; none: begin again; or a checkpoint's folder")
+    resume: str = key("auto", "auto: go on from the run folder's newest checkpoint; or the folder of one")
     resume_changed: bool = key(False, "go on even if the config has changed in a way that changes the run")
 
 
