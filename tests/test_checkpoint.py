@@ -1,0 +1,426 @@
+"""Checkpoints: what is in them, which are kept, what a run goes on from, and what else they are good for."""
+
+import gc
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import EXAMPLES, model_config
+from processes import checkpoints, finish, lines, tensors, train_lines
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from lacuna import train as train_module
+from lacuna.checkpoint import FREE, Checkpoints, export, find_checkpoint, flat
+from lacuna.config import ConfigError, NonFinite, Preempted, load_config
+from lacuna.metrics import Report
+from lacuna.train import run
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    """A run in this process takes over signals; give them back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def options(model_folder, tmp_path):
+    """A function: the options of a run of 6 steps, saved after each second one, with changes."""
+    lines = (EXAMPLES / "moby_dick" / "heldout.jsonl").read_text().splitlines()[:2]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+    folder = model_folder("smollm2")
+
+    def make(**changes) -> list[str]:
+        fixed = {
+            "model.name": str(folder),
+            "data.sources": json.dumps([{"path": str(tmp_path / "text.jsonl")}]),
+            "data.cache": str(tmp_path / "cache"),
+            "out": str(tmp_path / "runs"),
+            "train.seq_len": "64",
+            "train.micro_batch_size": "2",
+            "train.global_batch_size": "4",
+            "train.steps": "6",
+            "optim.lr": "1e-3",
+            "log.every": "1",
+            "checkpoint.every": "2",
+        }
+        fixed |= {key.replace("__", "."): value for key, value in changes.items()}
+        return [word for key, value in fixed.items() for word in (f"--{key}", str(value))]
+
+    return make
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """A function: run with these options, until a SIGTERM while this step is reported; the run's folder."""
+
+    def stop(step: int, argv: list[str]) -> Path:
+        def write(self, metrics, real=Report.write):
+            real(self, metrics)
+            if metrics["step"] == step and "loss" in metrics:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        config = load_config(None, argv)
+        with monkeypatch.context() as patch, pytest.raises(Preempted):
+            patch.setattr(Report, "write", write)
+            run(config)
+        return Path(config.out) / config.name
+
+    return stop
+
+
+def losses(folder: Path) -> list[tuple]:
+    return [(m["step"], m["loss"], m["batch_checksum"]) for m in train_lines(folder)]
+
+
+# ---- what is in it
+
+
+def test_a_checkpoint_is_plain_safetensors_with_weights_and_both_moments_of_every_parameter(options, monkeypatch):
+    kept = []
+    monkeypatch.setattr(
+        train_module, "build_optimizer", lambda *a, real=train_module.build_optimizer: kept.append(real(*a)) or kept[0]
+    )
+    folder = run(load_config(None, options())) / "checkpoints" / "step_6"
+    assert {file.suffix for file in folder.iterdir()} <= {".safetensors", ".json", ".jinja"}
+    stored = load_file(folder / "rank_00000.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(folder.parents[1] / "hf", dtype=torch.float32)
+    names = {name for name, _ in model.named_parameters()}
+    assert {name for name in stored if not name.startswith("optimizer.")} == names
+    assert all(torch.equal(stored[name], parameter) for name, parameter in model.named_parameters())
+    for kind in ("exp_avg", "exp_avg_sq", "step"):
+        of_kind = {name for name in stored if name.startswith(f"optimizer.{kind}.")}
+        assert of_kind == {f"optimizer.{kind}.{name}" for name in names}
+    assert all(stored[f"optimizer.step.{name}"].item() == 6 for name in names)
+    states = [state for parameters in kept[0].param_groups for state in map(kept[0].state.get, parameters["params"])]
+    for key in ("exp_avg", "exp_avg_sq"):
+        got = sorted(t.double().sum().item() for name, t in stored.items() if name.startswith(f"optimizer.{key}."))
+        assert got == sorted(state[key].double().sum().item() for state in states) and any(got)
+
+
+def test_training_that_runs_ahead_of_the_copy_does_not_get_into_a_checkpoint(options, monkeypatch):
+    """What step 2 has saved is what a run of the same schedule that ended after step 2 had."""
+    import time
+
+    real = Checkpoints.copy
+    argv = options(checkpoint__keep=9)
+    prompt = run(load_config(None, [*argv, "--name", "prompt"]))
+    monkeypatch.setattr(Checkpoints, "copy", lambda self: (time.sleep(0.3), real(self)))
+    late = run(load_config(None, [*argv, "--name", "late"]))
+    for step in (2, 4, 6):
+        a, b = (load_file(f / "checkpoints" / f"step_{step}" / "rank_00000.safetensors") for f in (prompt, late))
+        assert all(torch.equal(a[name], b[name]) for name in a)
+        assert a["optimizer.step.model.norm.weight"].item() == step
+    assert losses(prompt) == losses(late)
+
+
+# ---- which are kept
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_the_newest_k_are_kept_whatever_their_names_sort_like(keep, options):
+    folder = run(load_config(None, options(train__steps=12, checkpoint__keep=keep)))
+    assert checkpoints(folder) == [10, 12][-keep:]
+    assert not list((folder / "checkpoints").glob(".*"))
+
+
+def test_a_disk_that_is_full_stops_the_run_and_leaves_the_last_checkpoint(options, monkeypatch):
+    real = Checkpoints.write_safetensors
+
+    def write(self, file):
+        if "step_4" in str(file):
+            file.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        real(self, file)
+
+    monkeypatch.setattr(Checkpoints, "write_safetensors", write)
+    config = load_config(None, options(checkpoint__keep=1))
+    with pytest.raises(ConfigError, match=r"no checkpoint of step 4: .*No space left.*step_2 is whole"):
+        run(config)
+    folder = Path(config.out) / config.name
+    assert checkpoints(folder) == [2]
+    monkeypatch.undo()
+    gc.collect()  # the error's frames, which hold the lock of the run's folder
+    run(config)
+    assert losses(folder) == losses(run(load_config(None, options(name="straight"))))
+
+
+@pytest.mark.parametrize("at", ["rename", "rmtree"])
+def test_killed_at_any_moment_of_keeping_one_there_is_a_whole_one(at, options, tmp_path):
+    """kill -9 before and after each rename, and in the middle of each removal, with checkpoint.keep = 1."""
+    (tmp_path / "empty.toml").touch()
+    command = ["pt", str(tmp_path / "empty.toml"), *options(checkpoint__keep=1, checkpoint__every=1)]
+    folder = tmp_path / "runs" / "run"
+    for count in (2, 3, 4, 5):
+        done = finish(tmp_path, *command, "--name", f"{at}{count}", faults={"killed_at": (at, count)})
+        assert done.status == -signal.SIGKILL, done.output
+        folder = tmp_path / "runs" / f"{at}{count}"
+        assert checkpoints(folder), (at, count)
+        for step in checkpoints(folder):
+            place = folder / "checkpoints" / f"step_{step}"
+            assert tensors(place)["optimizer.step.model.norm.weight"].item() == step
+            assert json.loads((place / "state.json").read_text())["step"] == step
+    assert finish(tmp_path, *command, "--name", folder.name).status == 0
+    assert checkpoints(folder) == [6] and not list((folder / "checkpoints").glob(".*"))
+
+
+# ---- what a run goes on from
+
+
+def test_what_a_killed_save_left_is_never_taken_and_is_removed_but_nothing_else_is(options, stop_after, tmp_path):
+    folder = stop_after(2, options())
+    assert checkpoints(folder) == [2, 3]
+    half = folder / "checkpoints" / ".step_5"
+    half.mkdir()
+    state = json.loads((folder / "checkpoints" / "step_3" / "state.json").read_text())
+    (half / "state.json").write_text(json.dumps(state | {"step": 5}))
+    (half / "rank_00000.safetensors").write_bytes(b"half")
+    (folder / "checkpoints" / ".nfs0001").write_text("a file of somebody else")
+    run(load_config(None, options()))
+    assert not half.exists() and (folder / "checkpoints" / ".nfs0001").exists()
+    assert losses(folder) == losses(run(load_config(None, options(name="straight"))))
+
+
+def test_resume_none_begins_again(options, stop_after):
+    folder = stop_after(3, options())
+    again = run(load_config(None, options(checkpoint__resume="none", optim__lr=2e-3)))
+    assert again == folder and checkpoints(folder) == [4, 6]
+    assert losses(folder) == losses(run(load_config(None, options(name="straight", optim__lr=2e-3))))
+
+
+def test_resume_of_a_folder_rewinds_to_it_and_removes_what_came_later(options, stop_after, tmp_path):
+    argv = options(checkpoint__keep=9)
+    folder = run(load_config(None, argv))
+    wanted = losses(folder)
+    assert checkpoints(folder) == [2, 4, 6]
+    back = str(folder / "checkpoints" / "step_2")
+    with pytest.raises(ConfigError, match=r"optim\.lr \(was 0\.001\)"):
+        run(load_config(None, [*argv, "--checkpoint.resume", back, "--optim.lr", "2e-3"]))
+    assert checkpoints(folder) == [2, 4, 6], "a run that is refused removes nothing"
+    with pytest.raises(ConfigError, match="is no checkpoint"):
+        run(load_config(None, [*argv, "--checkpoint.resume", str(tmp_path / "nothing")]))
+    assert checkpoints(folder) == [2, 4, 6]
+    stop_after(4, [*argv, "--checkpoint.resume", back])
+    assert checkpoints(folder) == [2, 4, 5] and losses(folder) == wanted[:5]
+    run(load_config(None, argv))
+    assert checkpoints(folder) == [2, 4, 5, 6] and losses(folder) == wanted
+
+
+@pytest.mark.parametrize("variable", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+def test_a_run_that_torchrun_or_slurm_starts_again_neither_begins_again_nor_rewinds_twice(
+    variable, options, stop_after, monkeypatch
+):
+    folder = stop_after(4, options(checkpoint__keep=9))
+    first = str(folder / "checkpoints" / "step_2")
+    for resume in ("none", first):
+        config = load_config(None, options(checkpoint__keep=9, checkpoint__resume=resume))
+        monkeypatch.setenv(variable, "1")
+        assert find_checkpoint(config, folder, 0) == folder / "checkpoints" / "step_5"
+        assert checkpoints(folder) == [2, 4, 5]
+    monkeypatch.setenv(variable, "0")
+    assert str(find_checkpoint(config, folder, 0)) == first and checkpoints(folder) == [2]
+
+
+REFUSED = {
+    "seed": "1",
+    "optim.lr": "2e-3",
+    "train.steps": "7",
+    "train.global_batch_size": "8",
+    "train.seq_len": "128",
+    "data.mask_boundary": "false",
+    "model.overrides": '{"rope_theta": 5000.0}',
+}
+
+
+def test_a_config_that_changes_rows_or_losses_is_refused_by_the_names_of_all_keys(options, stop_after):
+    folder = stop_after(3, options())
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file() and file.name != "log.txt"}
+    for key, value in REFUSED.items():
+        with pytest.raises(ConfigError, match=key):
+            run(load_config(None, options(**{key: value})))
+    everything = {key: value for key, value in REFUSED.items() if key not in ("model.overrides",)}
+    with pytest.raises(ConfigError) as refusal:
+        run(load_config(None, options(**everything)))
+    assert all(f"{key} (was " in str(refusal.value) for key in everything)
+    assert "resume_changed" in str(refusal.value)
+    now = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file() and file.name != "log.txt"}
+    assert now == before, "a run that is refused changes nothing"
+
+
+def test_resume_changed_goes_on_all_the_same(options, stop_after):
+    folder = stop_after(3, options())
+    run(load_config(None, options(optim__lr=1e-4, checkpoint__resume_changed="true")))
+    straight = losses(run(load_config(None, options(name="straight"))))
+    assert losses(folder)[:5] == straight[:5] and losses(folder)[5] != straight[5]
+    assert [m["lr"] for m in train_lines(folder)][3] > 2 * [m["lr"] for m in train_lines(folder)][4]
+
+
+def test_what_may_change_does_not_refuse_and_changes_no_row(options, stop_after, tmp_path):
+    folder = stop_after(3, options())
+    held_out = json.dumps([{"path": str(tmp_path / "text.jsonl")}])
+    changed = {
+        "checkpoint.every": 3, "checkpoint.keep": 5, "data.cache": tmp_path / "other", "data.workers": 0,
+        "train.micro_batch_size": 4, "train.activation_checkpointing": "full", "train.on_nonfinite": "skip",
+        "train.max_skipped": 1, "train.deterministic": "true", "eval.sources": held_out, "eval.every": 2,
+        "eval.rows": 4, "log.show": 3, "dist.timeout": 300, "slurm.nodes": 2,
+    }  # fmt: skip
+    assert {key for key in changed if key.startswith(FREE)} == set(changed)
+    moved = folder.parents[1] / "elsewhere" / "moved"
+    moved.parent.mkdir()
+    folder.rename(moved)
+    try:
+        run(load_config(None, options(name="moved", out=str(moved.parent), **changed)))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    straight = train_lines(run(load_config(None, options(name="straight"))))
+    for a, b in zip(train_lines(moved), straight, strict=True):
+        assert a["batch_checksum"] == b["batch_checksum"]
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+
+
+def test_flat_names_every_key_of_the_config():
+    config = load_config(None, ["--data.sources", '[{"path": "x"}]', "--train.steps", "1"])
+    keys = flat(config.model_dump(mode="json"))
+    assert {"seed", "task", "optim.lr", "data.sources", "train.steps", "model.overrides"} <= keys.keys()
+    assert not any(isinstance(config.model_dump().get(key), dict) for key in keys)
+
+
+# ---- a step that is not finite
+
+
+def test_steps_that_are_not_finite_are_skipped_up_to_a_number_that_a_resume_does_not_forget(
+    options, stop_after, monkeypatch
+):
+    plain = train_module.accumulate_gradients
+
+    def run_with(argv, *bad):
+        steps = iter(range(1, 100))
+        fault = lambda *a: plain(*a) * (float("nan") if next(steps) in bad else 1)  # noqa: E731
+        monkeypatch.setattr(train_module, "accumulate_gradients", fault)
+        return run(load_config(None, argv))
+
+    argv = options(train__on_nonfinite="skip", train__max_skipped="1", checkpoint__keep=9)
+    folder = run_with(argv, 4)
+    line = {m["step"]: m for m in train_lines(folder)}
+    assert [line[s]["loss"] is None for s in range(1, 7)] == [False, False, False, True, False, False]
+    assert [line[s]["skipped"] for s in range(1, 7)] == [0, 0, 0, 1, 1, 1]
+    stored = {step: tensors(folder / "checkpoints" / f"step_{step}") for step in (4, 6)}
+    # the reference: the same run stopped after step 3
+    monkeypatch.setattr(train_module, "accumulate_gradients", plain)
+    three = stop_after(2, options(name="three"))
+    wanted = tensors(three / "checkpoints" / "step_3")
+    assert all(torch.equal(stored[4][name], wanted[name]) for name in wanted), "step 4 changed something"
+    assert stored[6]["optimizer.step.model.norm.weight"].item() == 5
+
+    # a second one after a resume is one too many
+    (folder / "checkpoints" / "step_6").rename(folder / "gone")
+    with pytest.raises(NonFinite, match="step 6"):
+        run_with(argv, 2)
+    assert checkpoints(folder) == [2, 4]
+    with pytest.raises(NonFinite, match="step 1"):
+        run_with(options(name="none", train__on_nonfinite="skip", train__max_skipped="0"), 1)
+
+
+def test_a_loss_that_is_not_finite_does_not_cost_the_save_under_way(options, tmp_path):
+    (tmp_path / "empty.toml").touch()
+    command = ["pt", str(tmp_path / "empty.toml"), *options()]
+    for ranks in (1, 2):
+        faults = {"not_finite_at": (3,), "slow_save": (1.0, str(tmp_path / "saving"))}
+        if ranks == 2:
+            faults = {rank: faults for rank in range(2)}
+        done = finish(tmp_path, *command, "--name", f"bad{ranks}", ranks=ranks, faults=faults)
+        assert done.status == 1 and "step 3: the loss on rank 0" in done.output, done.output
+        assert checkpoints(tmp_path / "runs" / f"bad{ranks}") == [2]
+
+
+# ---- what else it is good for: a warm start, an export
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """Folders of a pt and an sft run, each made by two ranks, and the words for more such runs."""
+    place = tmp_path_factory.mktemp("two_ranks")
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(model_config("smollm2"), dtype=torch.float32).save_pretrained(place / "model")
+    AutoTokenizer.from_pretrained(EXAMPLES / "tiny").save_pretrained(place / "model")
+    GenerationConfig(eos_token_id=[0, 3], temperature=0.3, do_sample=True).save_pretrained(place / "model")
+    (place / "empty.toml").touch()
+    chats = [json.loads(line) for line in (EXAMPLES / "chat" / "heldout.jsonl").read_text().splitlines()]
+    chats = sorted(chats, key=lambda line: len(json.dumps(line)))[:20]
+    (place / "chats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in chats))
+
+    def words(task: str, name: str, *more: str) -> list[str]:
+        file = place / "chats.jsonl" if task == "sft" else EXAMPLES / "moby_dick" / "heldout.jsonl"
+        sources = json.dumps([{"path": str(file)}])
+        fixed = ["--model.name", place / "model", "--data.sources", sources, "--data.cache", place / "cache"]
+        fixed += ["--eval.sources", sources, "--eval.rows", 2, "--out", place / "runs", "--name", name]
+        fixed += ["--train.seq_len", 512 if task == "sft" else 64, "--train.micro_batch_size", 1]
+        fixed += ["--train.global_batch_size", 2, "--train.steps", 4, "--optim.lr", 1e-3, "--optim.warmup_steps", 2]
+        fixed += ["--log.every", 1]
+        return [task, str(place / "empty.toml"), *map(str, fixed), *more]
+
+    for task in ("pt", "sft"):
+        done = finish(place, *words(task, task), ranks=2)
+        assert done.status == 0, done.output
+    return place, words
+
+
+@pytest.mark.parametrize("task", ["pt", "sft"])
+def test_a_checkpoint_of_two_ranks_is_exported_as_the_run_exports_its_model(task, two_ranks, tmp_path):
+    place, _ = two_ranks
+    checkpoint, hf = place / "runs" / task / "checkpoints" / "step_4", place / "runs" / task / "hf"
+    assert len(list(checkpoint.glob("*.safetensors"))) == 2
+    done = finish(place, "export", str(checkpoint), str(tmp_path / "out"))
+    assert done.status == 0, done.output
+    assert not list((tmp_path / "out").glob("rank*")) and not (tmp_path / "out" / "state.json").exists()
+    ours, theirs = (AutoModelForCausalLM.from_pretrained(f, dtype="auto") for f in (tmp_path / "out", hf))
+    ids = torch.randint(0, 4096, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(ours(ids).logits, theirs(ids).logits)
+    # by hand from the two files, and not what training began with
+    parts = tensors(checkpoint)
+    start = AutoModelForCausalLM.from_pretrained(place / "model").state_dict()
+    for name, parameter in ours.named_parameters():
+        assert torch.equal(parameter, parts[name]) and not torch.equal(parameter, start[name]), name
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    end = "<|im_end|>" if task == "sft" else "<|endoftext|>"
+    assert tokenizer.eos_token == end and ours.config.eos_token_id == tokenizer.eos_token_id
+    settings = GenerationConfig.from_pretrained(tmp_path / "out")
+    assert settings.temperature == 0.3 and settings.eos_token_id[0] == tokenizer.eos_token_id
+    assert set(settings.eos_token_id) == {tokenizer.eos_token_id, 0, 3}
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(hf).chat_template != None  # noqa: E711
+    whole = ours.generation_config.to_dict(), theirs.generation_config.to_dict()
+    assert whole[0] == whole[1] and ours.config.to_dict().keys() == theirs.config.to_dict().keys()
+
+
+def test_a_new_run_from_a_checkpoint_has_its_weights_and_fresh_data_schedule_and_optimizer(two_ranks):
+    place, words = two_ranks
+    checkpoint = place / "runs" / "pt" / "checkpoints" / "step_4"
+    for name, folder in {"warm": checkpoint, "reference": place / "runs" / "pt" / "hf"}.items():
+        done = finish(place, *words("pt", name, "--model.name", str(folder)))
+        assert done.status == 0, done.output
+    first, warm, reference = (lines(place / "runs" / name) for name in ("pt", "warm", "reference"))
+    keys = ("step", "loss", "grad_norm", "lr", "tokens", "batch_checksum", "eval_loss")
+    assert [[m.get(k) for k in keys] for m in warm] == [[m.get(k) for k in keys] for m in reference]
+    for key in ("step", "lr", "tokens", "batch_checksum"):  # data and schedule of a run that begins
+        assert [m.get(key) for m in warm] == [m.get(key) for m in first]
+    evaluated = [m["eval_loss"] for m in first if "eval_loss" in m], [m["eval_loss"] for m in warm if "eval_loss" in m]
+    assert evaluated[1][0] == pytest.approx(evaluated[0][-1], rel=1e-5) != evaluated[0][0]
+    assert tensors(place / "runs" / "warm" / "checkpoints" / "step_4")["optimizer.step.model.norm.weight"] == 4
+
+
+def test_a_bfloat16_run_exports_bfloat16_and_its_checkpoint_keeps_float32(options, tmp_path):
+    folder = run(load_config(None, options(model__dtype="bfloat16")))
+    stored = tensors(folder / "checkpoints" / "step_6")
+    export(folder / "checkpoints" / "step_6", tmp_path / "out")
+    for place in (folder / "hf", tmp_path / "out"):
+        model = AutoModelForCausalLM.from_pretrained(place, dtype="auto")
+        assert model.dtype == torch.bfloat16
+        assert all(torch.equal(p, stored[name].bfloat16()) for name, p in model.named_parameters())
+    assert not torch.equal(stored["model.norm.weight"], stored["model.norm.weight"].bfloat16().float())

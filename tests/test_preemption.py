@@ -1,0 +1,176 @@
+"""What a run does when it is told to go: real processes, real signals, exit status 75."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from processes import VARIABLES, Run, checkpoints, finish, last_step, lines, train_lines
+from test_resume import assert_same_run, place, straight, words  # noqa: F401  fixtures
+
+STEPS = 20
+SIGNALS = [signal.SIGTERM, signal.SIGUSR1]
+
+
+def state_of(run: Path, step: int) -> dict:
+    return json.loads((run / "checkpoints" / f"step_{step}" / "state.json").read_text())
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_ends_a_run_with_75_after_a_checkpoint_at_the_next_step_boundary(number, place):  # noqa: F811
+    name = f"signal_{number}"
+    run = place / "runs" / name
+    done = finish(place, *words(place, "map", name, "--checkpoint.every", "500"), faults={"signal_at": (7, number)})
+    assert done.status == 75, done.output
+    # it came while step 7 was reported, so step 8 is the first whose end all ranks may agree on
+    assert checkpoints(run) == [8] and [m["step"] for m in train_lines(run)] == list(range(1, 9))
+    assert state_of(run, 8)["step"] == 8
+    assert "stopped by a signal after step 8 of 20; the same command goes on" in done.output
+    assert not (run / "hf").exists()
+
+
+def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(place, straight):  # noqa: F811
+    run, marker = place / "runs" / "evaluating", place / "evaluating"
+    command = words(place, "map", "evaluating", "--checkpoint.every", "500")
+    # 3 batches at step 0; then one of step 5 is 1 s long, and each of the following ones too
+    with Run(place, *command, faults={"slow_evaluation": (1, str(marker), 3)}) as process:
+        process.until(marker.exists)
+        process.send(signal.SIGTERM)
+        begin = time.monotonic()
+        assert process.wait() == 75, process.output
+        assert time.monotonic() - begin < 2.5, "it finished the evaluation"
+    assert checkpoints(run) == [5]
+    assert [m["step"] for m in lines(run) if "eval_loss" in m] == [0]
+    assert finish(place, *command).status == 0
+    assert_same_run(run, straight("map"))  # the evaluation that was cut off too
+
+
+def test_a_signal_before_the_first_step_has_ended_ends_the_run_at_once_and_spoils_nothing(place, straight):  # noqa: F811
+    run, marker = place / "runs" / "compiling", place / "compiling"
+    command = words(place, "map", "compiling")
+    for before, resumed in ((None, []), (7, [6])):
+        marker.unlink(missing_ok=True)
+        if before:
+            assert finish(place, *command, faults={"signal_at": (before, signal.SIGKILL)}).status == -signal.SIGKILL
+            resumed = checkpoints(run)
+            kept = {file: file.read_bytes() for file in (run / "checkpoints" / f"step_{resumed[-1]}").iterdir()}
+        with Run(place, *command, faults={"slow_first_step": (60, str(marker))}) as process:
+            process.until(marker.exists)
+            process.send(signal.SIGTERM)
+            begin = time.monotonic()
+            assert process.wait() == 75, process.output
+            assert time.monotonic() - begin < 2
+        assert checkpoints(run) == resumed
+    assert {file: file.read_bytes() for file in kept} == kept
+    assert finish(place, *command).status == 0
+    assert_same_run(run, straight("map"))
+
+
+def test_a_signal_during_a_save_waits_for_it_and_a_second_one_ends_at_once_with_the_last_checkpoint_whole(
+    place,  # noqa: F811
+    straight,  # noqa: F811
+):
+    run, marker = place / "runs" / "saving", place / "saving"
+    command = words(place, "map", "saving", "--checkpoint.every", "4")
+    with Run(place, *command, faults={"slow_save": (1.5, str(marker))}) as process:
+        process.until(marker.exists)  # of step 4, while later steps compute
+        process.send(signal.SIGTERM)
+        assert process.wait() == 75, process.output
+    first, second = checkpoints(run)
+    assert first == 4 and 4 < second <= 8, "both the save under way and one of the step that the signal ended"
+
+    marker.unlink()
+    with Run(place, *command, faults={"slow_save": (60, str(marker))}) as process:
+        process.until(marker.exists)
+        process.send(signal.SIGTERM)
+        time.sleep(0.5)  # it waits for the disk
+        assert process.processes[0].exitcode is None
+        process.send(signal.SIGTERM)
+        begin = time.monotonic()
+        assert process.wait() == 75, process.output
+        assert time.monotonic() - begin < 2
+    assert checkpoints(run) == [first, second]
+    assert list((run / "checkpoints").glob(".step_*")), "the test did not hit the save"
+    done = finish(place, *command)
+    assert done.status == 0 and f"Going on after step {second}," in done.output
+    assert not list((run / "checkpoints").glob(".*"))
+    assert_same_run(run, straight("map"))
+
+
+def test_loader_workers_outlive_a_signal_to_the_whole_process_group_and_end_with_the_run(place):  # noqa: F811
+    run = place / "runs" / "group"
+    command = words(place, "stream", "group", "--data.workers", "2", "--train.steps", "100000")
+    with Run(place, *command) as process:
+        process.until(lambda: last_step(run) >= 3, timeout=120)
+        group = members(process.processes[0].pid)
+        assert len(group) >= 3, "no workers"
+        process.send(signal.SIGTERM)
+        begin = time.monotonic()
+        assert process.wait() == 75, process.output
+        assert time.monotonic() - begin < 10
+        assert "Error" not in process.output and "Traceback" not in process.output
+        assert checkpoints(run)[-1] == last_step(run)
+        end = time.monotonic() + 15
+        while members(process.processes[0].pid) and time.monotonic() < end:
+            time.sleep(0.1)
+        assert not members(process.processes[0].pid), "workers are left over"
+
+
+def members(group: int) -> list[int]:
+    """Processes of a process group that are alive, this one's resource trackers left out."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, its_group = stat.read_text().rpartition(")")[2].split()[:3]
+            if int(its_group) == group and state != "Z":
+                words = (stat.parent / "cmdline").read_bytes()
+                found += [] if b"resource_tracker" in words else [int(stat.parent.name)]
+        except (OSError, ValueError):
+            pass
+    return found
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_of_two_ranks_ends_both_with_75_after_one_checkpoint(rank, place):  # noqa: F811
+    name = f"one_of_two_{rank}"
+    run = place / "runs" / name
+    command = words(place, "map", name, "--checkpoint.every", "500", "--train.steps", "100000")
+    with Run(place, *command, ranks=2) as process:
+        process.until(lambda: last_step(run) >= 5)
+        process.send(signal.SIGUSR1, rank)
+        assert process.wait() == 75, process.output
+    assert checkpoints(run) == [last_step(run)]
+    assert len(list((run / "checkpoints").glob("step_*/*.safetensors"))) == 2
+
+
+def test_a_signal_to_one_of_two_ranks_during_an_evaluation_stops_both(place):  # noqa: F811
+    run, marker = place / "runs" / "evaluating_two", place / "evaluating_two"
+    command = words(place, "map", "evaluating_two", "--checkpoint.every", "500", "--eval.rows", "80")
+    with Run(place, *command, ranks=2, faults={0: {"slow_evaluation": (0.3, str(marker), 21)}}) as process:
+        process.until(marker.exists)  # 20 batches of step 0 were at full speed
+        process.send(signal.SIGTERM, 1)
+        begin = time.monotonic()
+        assert process.wait() == 75, process.output
+        assert time.monotonic() - begin < 10
+    assert checkpoints(run) == [5]
+
+
+def test_a_signal_while_torch_is_still_imported_is_answered_with_75(tmp_path):
+    """The command itself, not forked: its first seconds go into imports, and a cluster may not wait for them."""
+    (tmp_path / "empty.toml").write_text("")
+    command = [sys.executable, "-X", "importtime", "-m", "lacuna"]
+    command += words(tmp_path, "map", "early", "--model.name", "nowhere")
+    with open(tmp_path / "imports.txt", "w") as imports:
+        process = subprocess.Popen(command, env=os.environ | VARIABLES, stderr=imports)
+    try:
+        end = time.monotonic() + 60
+        while "torch._utils" not in (tmp_path / "imports.txt").read_text() and time.monotonic() < end:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 75
+    finally:
+        process.kill()
