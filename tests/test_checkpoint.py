@@ -112,7 +112,7 @@ def test_training_that_runs_ahead_of_the_copy_does_not_get_into_a_checkpoint(opt
     real = Checkpoints.copy
     argv = options(checkpoint__keep=9)
     prompt = run(load_config(None, [*argv, "--name", "prompt"]))
-    monkeypatch.setattr(Checkpoints, "copy", lambda self: (time.sleep(0.3), real(self)))
+    monkeypatch.setattr(Checkpoints, "copy", lambda self, shares: (time.sleep(0.3), real(self, shares)))
     late = run(load_config(None, [*argv, "--name", "late"]))
     for step in (2, 4, 6):
         a, b = (load_file(f / "checkpoints" / f"step_{step}" / "rank_00000.safetensors") for f in (prompt, late))

@@ -105,9 +105,7 @@ class Checkpoints:
         tensors = dict(self.model.named_parameters()) | optimizer_tensors(trainee, optimizer)
         # a sharded tensor is written by the first replica, any other by rank 0
         copy = {True: ranks.mesh.get_coordinate()[0] if ranks.mesh is not None else 0, False: ranks.rank}
-        mine = {k: t for k, t in tensors.items() if copy[isinstance(t, DTensor)] == 0 and local(t).numel()}
-        self.shares = {name: local(tensor) for name, tensor in mine.items()}
-        self.offsets = {name: offsets_of(tensor) for name, tensor in mine.items()}
+        self.tensors = {k: t for k, t in tensors.items() if copy[isinstance(t, DTensor)] == 0 and local(t).numel()}
         self.stream = torch.cuda.Stream() if ranks.device.type == "cuda" else None
         self.thread = ThreadPoolExecutor(max_workers=1)
         self.thread.submit(self.allocate)
@@ -115,7 +113,7 @@ class Checkpoints:
 
     def allocate(self):
         """Host memory for all saves: 20 GB for a 1.7B model take seconds, so while the first step is compiled."""
-        self.buffer = torch.zeros(sum(share.numel() for share in self.shares.values()))
+        self.buffer = torch.zeros(sum(local(tensor).numel() for tensor in self.tensors.values()))
         if self.stream:  # pinned, or else copied at a tenth of the speed
             torch.cuda.cudart().cudaHostRegister(self.buffer.data_ptr(), self.buffer.nbytes, 0)
 
@@ -126,7 +124,8 @@ class Checkpoints:
         if self.group:
             dist.all_gather_object(states, data, group=self.group)
         state = {"step": step, **facts, "data": merge_states(states), "config": self.config.model_dump(mode="json")}
-        self.copying = self.thread.submit(self.copy)
+        # taken here, since FSDP2 may give a parameter other memory at its first use
+        self.copying = self.thread.submit(self.copy, [local(tensor).detach() for tensor in self.tensors.values()])
         self.writing = self.thread.submit(self.write, step, state)
 
     def wait_for_copy(self):
@@ -144,13 +143,12 @@ class Checkpoints:
         if self.writing and self.writing.done():
             self.writing.result()
 
-    @torch.no_grad()
-    def copy(self):
-        """Copy this rank's share to the host, beside the computation of the next step."""
+    def copy(self, shares: list[torch.Tensor]):
+        """Copy this rank's shares to the host, beside the computation of the next step."""
         self.begin = time.perf_counter()
         with torch.cuda.stream(self.stream) if self.stream else nullcontext():
-            places = self.buffer.split([share.numel() for share in self.shares.values()])
-            for place, share in zip(places, self.shares.values(), strict=True):
+            places = self.buffer.split([share.numel() for share in shares])
+            for place, share in zip(places, shares, strict=True):
                 place.view(share.shape).copy_(share, non_blocking=True)
         if self.stream:
             self.stream.synchronize()
@@ -181,10 +179,11 @@ class Checkpoints:
         torch's own writer joins all bytes in memory once more, and holds the interpreter's lock meanwhile, up to 3 s a
         GB (measured on a CPU): training would stand still. This one writes them from where they are.
         """
-        places = json.dumps({name: {"saved_offsets": offsets} for name, offsets in self.offsets.items()})
+        places = json.dumps({name: {"saved_offsets": offsets_of(tensor)} for name, tensor in self.tensors.items()})
         header, at = {"__metadata__": {"format": "pt", "DCP_SHARDING_INFO": places}}, 0
-        for name, share in self.shares.items():
-            assert share.dtype == torch.float32
+        for name, tensor in self.tensors.items():
+            assert tensor.dtype == torch.float32
+            share = local(tensor)
             header[name] = {"dtype": "F32", "shape": list(share.shape), "data_offsets": [at, at + share.nbytes]}
             at += share.nbytes
         text = json.dumps(header).encode()
