@@ -13,7 +13,7 @@ import torch.distributed as dist
 from lacuna.config import load_config
 from lacuna.data.loader import PackedBatch
 from lacuna.model import build_model
-from lacuna.parallel import clip_gradients, start, whole
+from lacuna.parallel import clip_gradients, start
 from lacuna.train import accumulate_gradients
 
 folder, source, target, replicate = sys.argv[1:]
@@ -27,7 +27,7 @@ trained = torch.tensor(sum(batch.trained_tokens for batch in batches))
 loss = accumulate_gradients(trainee, batches[ranks.rank :: ranks.world], trained, ranks)
 dist.all_reduce(loss)
 norm, _ = clip_gradients(list(trainee.parameters()), 1e9, ranks.mesh)
-gradients = {name: whole(p.grad) for name, p in trainee.model.named_parameters()}
+gradients = {name: getattr(p.grad, "full_tensor", lambda: p.grad)() for name, p in trainee.model.named_parameters()}
 if ranks.rank == 0:
     torch.save({"loss": loss.item(), "norm": norm.item(), "gradients": gradients}, target)
 dist.destroy_process_group()
