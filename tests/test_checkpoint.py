@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -111,7 +112,7 @@ def test_training_that_runs_ahead_of_the_copy_does_not_get_into_a_checkpoint(opt
     real = Checkpoints.copy
     argv = options(checkpoint__keep=9)
     prompt = run(load_config(None, [*argv, "--name", "prompt"]))
-    monkeypatch.setattr(Checkpoints, "copy", lambda self: (time.sleep(0.3), real(self)))
+    monkeypatch.setattr(Checkpoints, "copy", lambda self, shares: (time.sleep(0.3), real(self, shares)))
     late = run(load_config(None, [*argv, "--name", "late"]))
     for step in (2, 4, 6):
         a, b = (load_file(f / "checkpoints" / f"step_{step}" / "rank_00000.safetensors") for f in (prompt, late))
@@ -187,44 +188,43 @@ def test_what_a_killed_save_left_is_never_taken_and_is_removed_but_nothing_else_
     assert losses(folder) == losses(run(load_config(None, options(name="straight"))))
 
 
-def test_resume_none_begins_again(options, stop_after):
-    folder = stop_after(3, options())
-    again = run(load_config(None, options(checkpoint__resume="none", optim__lr=2e-3)))
-    assert again == folder and checkpoints(folder) == [4, 6]
-    assert losses(folder) == losses(run(load_config(None, options(name="straight", optim__lr=2e-3))))
-
-
-def test_resume_of_a_folder_rewinds_to_it_and_removes_what_came_later(options, stop_after, tmp_path):
+def test_to_go_back_later_checkpoints_are_removed_by_hand_and_never_by_a_run(options, stop_after, tmp_path):
     argv = options(checkpoint__keep=9)
     folder = run(load_config(None, argv))
     wanted = losses(folder)
-    assert checkpoints(folder) == [2, 4, 6]
-    back = str(folder / "checkpoints" / "step_2")
-    with pytest.raises(ConfigError, match=r"optim\.lr \(was 0\.001\)"):
-        run(load_config(None, [*argv, "--checkpoint.resume", back, "--optim.lr", "2e-3"]))
-    assert checkpoints(folder) == [2, 4, 6], "a run that is refused removes nothing"
-    with pytest.raises(ConfigError, match="is no checkpoint"):
-        run(load_config(None, [*argv, "--checkpoint.resume", str(tmp_path / "nothing")]))
-    assert checkpoints(folder) == [2, 4, 6]
-    stop_after(4, [*argv, "--checkpoint.resume", back])
+    back = folder / "checkpoints" / "step_2"
+    for given, cure in [(back, "remove those to go back"), (tmp_path / "nothing", "is no checkpoint")]:
+        with pytest.raises(ConfigError, match=cure):
+            run(load_config(None, [*argv, "--checkpoint.resume", str(given)]))
+        assert checkpoints(folder) == [2, 4, 6]
+    for later in (4, 6):
+        shutil.rmtree(folder / "checkpoints" / f"step_{later}")
+    stop_after(4, [*argv, "--checkpoint.resume", str(back)])
     assert checkpoints(folder) == [2, 4, 5] and losses(folder) == wanted[:5]
     run(load_config(None, argv))
     assert checkpoints(folder) == [2, 4, 5, 6] and losses(folder) == wanted
 
 
+def test_a_run_of_another_name_goes_on_exactly_from_a_given_checkpoint(options, stop_after):
+    folder = stop_after(3, options())
+    newest = checkpoints(folder)[-1]
+    given = str(folder / "checkpoints" / f"step_{newest}")
+    other = run(load_config(None, options(name="other", checkpoint__resume=given)))
+    assert losses(other) == losses(run(load_config(None, options(name="straight"))))[newest:]
+
+
 @pytest.mark.parametrize("variable", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
-def test_a_run_that_torchrun_or_slurm_starts_again_neither_begins_again_nor_rewinds_twice(
+def test_a_run_that_torchrun_or_slurm_starts_again_goes_on_from_its_own_newest(
     variable, options, stop_after, monkeypatch
 ):
     folder = stop_after(4, options(checkpoint__keep=9))
     first = str(folder / "checkpoints" / "step_2")
-    for resume in ("none", first):
-        config = load_config(None, options(checkpoint__keep=9, checkpoint__resume=resume))
-        monkeypatch.setenv(variable, "1")
-        assert find_checkpoint(config, folder, 0) == folder / "checkpoints" / "step_5"
-        assert checkpoints(folder) == [2, 4, 5]
+    config = load_config(None, options(checkpoint__keep=9, checkpoint__resume=first))
+    monkeypatch.setenv(variable, "1")
+    assert find_checkpoint(config, folder, 0) == folder / "checkpoints" / "step_5"
     monkeypatch.setenv(variable, "0")
-    assert str(find_checkpoint(config, folder, 0)) == first and checkpoints(folder) == [2]
+    with pytest.raises(ConfigError, match="later checkpoints"):
+        find_checkpoint(config, folder, 0)
 
 
 REFUSED = {

@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from lacuna import cli
+from lacuna.config import load_config
 
 VARIABLES = [
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID", "CUDA_VISIBLE_DEVICES"),
@@ -146,17 +148,16 @@ def launch(environment, monkeypatch, cores):
     """Launch in this environment, on 8 cores and with this many GPUs; the command that it became, if any."""
     cores(range(16))
 
-    def launch(devices: int = 0, **variables) -> list[str] | None:
+    def launch(devices: int = 0, more=(), **variables) -> list[str] | None:
         environment.update(variables)
         became = []
         nodes = [f"/dev/nvidia{i}" for i in range(devices)]
         monkeypatch.setattr(cli, "glob", lambda pattern: nodes if pattern.startswith("/dev/nvidia[0-9]") else [])
-        monkeypatch.setattr(os, "execv", lambda program, argv: became.append((program, argv)))
-        cli.launch(["pt", "my.toml", "--train.steps", "3"])
-        if not became:
-            return None
-        assert became[0][0] == sys.executable
-        return became[0][1]
+        monkeypatch.setattr("torch.distributed.run.main", became.append)
+        config = load_config(None, ["--data.sources", '[{"path": "x"}]', "--train.steps", "3", *more])
+        with suppress(SystemExit):
+            cli.launch(config, ["pt", "my.toml", "--train.steps", "3"])
+        return became[0] if became else None
 
     return launch
 
@@ -173,8 +174,7 @@ def launch(environment, monkeypatch, cores):
 )
 def test_several_gpus_become_torchrun_over_all_of_them(launch, environment, devices, variables, processes):
     command = launch(devices, **variables)
-    assert command[:3] == [sys.executable, "-m", "torch.distributed.run"]
-    assert "--standalone" in command
+    assert "--standalone" in command and command[command.index("--max-restarts") + 1] == "0"
     assert command[command.index("--nproc-per-node") + 1] == str(processes)
     assert command[-6:] == ["-m", "lacuna", "pt", "my.toml", "--train.steps", "3"]
     assert environment["OMP_NUM_THREADS"] == str(8 // processes), "set before a worker starts"
@@ -203,4 +203,10 @@ def test_one_gpu_or_a_process_started_by_torchrun_or_slurm_stays_itself(
 
 def test_a_batch_script_that_srun_did_not_start_is_no_task(launch):
     """Slurm sets SLURM_NTASKS there too, but no other task will ever come."""
-    assert "torch.distributed.run" in launch(4, SLURM_JOB_ID="7", SLURM_NTASKS="4", SLURM_PROCID="0")
+    assert "--standalone" in launch(4, SLURM_JOB_ID="7", SLURM_NTASKS="4", SLURM_PROCID="0")
+
+
+def test_restarts_need_torchrun_on_one_device_too(launch):
+    command = launch(0, more=["--dist.max_restarts", "2"])
+    assert command[command.index("--max-restarts") + 1] == "2"
+    assert command[command.index("--nproc-per-node") + 1] == "1"

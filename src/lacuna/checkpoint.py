@@ -38,24 +38,19 @@ FREE += ("train.deterministic", "train.on_nonfinite", "train.max_skipped")
 
 def find_checkpoint(config: Config, folder: Path, rank: int) -> Path | None:
     """Where this run goes on from, the same on all ranks. What a killed save left is removed."""
-    found, checkpoints, resume = [None], folder / "checkpoints", config.checkpoint.resume
-    if any(int(os.environ.get(key, 0)) for key in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")):
-        resume = "auto"  # what was to be begun again, or rewound, has been
+    found, checkpoints, given = [None], folder / "checkpoints", Path(config.checkpoint.resume)
+    restarted = any(int(os.environ.get(key, 0)) for key in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
     if rank == 0:
-        if resume == "none":
-            shutil.rmtree(checkpoints, ignore_errors=True)
         for leftover in checkpoints.glob(".*step_*"):
             shutil.rmtree(leftover)
         found = in_order(checkpoints)[-1:] or [None]
-        if resume not in ("auto", "none"):
-            found = [Path(resume)]
-            if not (found[0] / "state.json").exists():
-                raise ConfigError(f"checkpoint.resume {resume} is no checkpoint; here are {in_order(checkpoints)}")
-            read_state(found[0], config)  # may refuse, and then nothing is removed
-            for later in in_order(checkpoints):  # of what is rewound, or the next auto would take them up
-                if step_of(later) > step_of(found[0]):
-                    log.warning("%s is removed: the run goes back to %s", later, resume)
-                    shutil.rmtree(later)
+        if config.checkpoint.resume != "auto" and not restarted:  # a run that began at `given` has its own by now
+            if not (given / "state.json").exists():
+                raise ConfigError(f"checkpoint.resume {given} is no checkpoint; here are {in_order(checkpoints)}")
+            if found[0] and step_of(found[0]) > step_of(given):
+                cure = f"remove those to go back to {given}, set checkpoint.resume = auto, or another name"
+                raise ConfigError(f"{checkpoints} has later checkpoints, such as {found[0].name}: {cure}")
+            found = [given]
     if dist.is_initialized():
         dist.broadcast_object_list(found, device=torch.device("cpu"))
     return found[0]
@@ -79,7 +74,7 @@ def read_state(checkpoint: Path | None, config: Config) -> dict:
     changed = [f"{key} (was {old[key]!r})" for key in old.keys() & new.keys() if old[key] != new[key]]
     changed = sorted(key for key in changed if not key.startswith(FREE))
     if changed and not config.checkpoint.resume_changed:
-        cure = "change it back, give the run another name, or set checkpoint.resume_changed = true"
+        cure = "change it back, set another name for another run, or set checkpoint.resume_changed = true"
         raise ConfigError(f"{checkpoint} cannot go on exactly with another {', '.join(changed)}: {cure}")
     return state
 
@@ -110,9 +105,7 @@ class Checkpoints:
         tensors = dict(self.model.named_parameters()) | optimizer_tensors(trainee, optimizer)
         # a sharded tensor is written by the first replica, any other by rank 0
         copy = {True: ranks.mesh.get_coordinate()[0] if ranks.mesh is not None else 0, False: ranks.rank}
-        mine = {k: t for k, t in tensors.items() if copy[isinstance(t, DTensor)] == 0 and local(t).numel()}
-        self.shares = {name: local(tensor) for name, tensor in mine.items()}
-        self.offsets = {name: offsets_of(tensor) for name, tensor in mine.items()}
+        self.tensors = {k: t for k, t in tensors.items() if copy[isinstance(t, DTensor)] == 0 and local(t).numel()}
         self.stream = torch.cuda.Stream() if ranks.device.type == "cuda" else None
         self.thread = ThreadPoolExecutor(max_workers=1)
         self.thread.submit(self.allocate)
@@ -120,7 +113,7 @@ class Checkpoints:
 
     def allocate(self):
         """Host memory for all saves: 20 GB for a 1.7B model take seconds, so while the first step is compiled."""
-        self.buffer = torch.zeros(sum(share.numel() for share in self.shares.values()))
+        self.buffer = torch.zeros(sum(local(tensor).numel() for tensor in self.tensors.values()))
         if self.stream:  # pinned, or else copied at a tenth of the speed
             torch.cuda.cudart().cudaHostRegister(self.buffer.data_ptr(), self.buffer.nbytes, 0)
 
@@ -131,7 +124,8 @@ class Checkpoints:
         if self.group:
             dist.all_gather_object(states, data, group=self.group)
         state = {"step": step, **facts, "data": merge_states(states), "config": self.config.model_dump(mode="json")}
-        self.copying = self.thread.submit(self.copy)
+        # taken here, since FSDP2 may give a parameter other memory at its first use
+        self.copying = self.thread.submit(self.copy, [local(tensor).detach() for tensor in self.tensors.values()])
         self.writing = self.thread.submit(self.write, step, state)
 
     def wait_for_copy(self):
@@ -149,13 +143,12 @@ class Checkpoints:
         if self.writing and self.writing.done():
             self.writing.result()
 
-    @torch.no_grad()
-    def copy(self):
-        """Copy this rank's share to the host, beside the computation of the next step."""
+    def copy(self, shares: list[torch.Tensor]):
+        """Copy this rank's shares to the host, beside the computation of the next step."""
         self.begin = time.perf_counter()
         with torch.cuda.stream(self.stream) if self.stream else nullcontext():
-            places = self.buffer.split([share.numel() for share in self.shares.values()])
-            for place, share in zip(places, self.shares.values(), strict=True):
+            places = self.buffer.split([share.numel() for share in shares])
+            for place, share in zip(places, shares, strict=True):
                 place.view(share.shape).copy_(share, non_blocking=True)
         if self.stream:
             self.stream.synchronize()
@@ -186,10 +179,11 @@ class Checkpoints:
         torch's own writer joins all bytes in memory once more, and holds the interpreter's lock meanwhile, up to 3 s a
         GB (measured on a CPU): training would stand still. This one writes them from where they are.
         """
-        places = json.dumps({name: {"saved_offsets": offsets} for name, offsets in self.offsets.items()})
+        places = json.dumps({name: {"saved_offsets": offsets_of(tensor)} for name, tensor in self.tensors.items()})
         header, at = {"__metadata__": {"format": "pt", "DCP_SHARDING_INFO": places}}, 0
-        for name, share in self.shares.items():
-            assert share.dtype == torch.float32
+        for name, tensor in self.tensors.items():
+            assert tensor.dtype == torch.float32
+            share = local(tensor)
             header[name] = {"dtype": "F32", "shape": list(share.shape), "data_offsets": [at, at + share.nbytes]}
             at += share.nbytes
         text = json.dumps(header).encode()
@@ -237,6 +231,8 @@ def match_eos(config: Config, model, tokenizer):
 
 def export(checkpoint: Path, out: Path):
     """Make a plain Hugging Face folder of a checkpoint, in the dtype of its config; holds one such copy in memory."""
+    if not (checkpoint / "state.json").exists():
+        raise ConfigError(f"{checkpoint} is no checkpoint: give a folder such as runs/NAME/checkpoints/step_N")
     stored = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
     dtype = getattr(torch, json.loads((checkpoint / "config.json").read_text())["dtype"])
     names = [name for name in stored if not name.startswith("optimizer.")]

@@ -55,8 +55,8 @@ def main():
         if command == "explain":
             from lacuna.explain import explain as run
         else:
-            Preemption()  # imports alone take seconds
             launch(config, [task, path, *argv])
+            Preemption()  # imports alone take seconds
             from lacuna.train import run
         run(config)
         leave(0)

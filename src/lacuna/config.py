@@ -41,9 +41,7 @@ class ModelConfig(Section):
     from_scratch: bool = key(False, "initialise the weights from `seed` instead of reading them")
     overrides: dict[str, int | float | str | bool] = key({}, "fields of the model's config to replace")
     tokenizer: str | None = key(None, "Hub id or folder of the tokenizer, if not the model's own")
-    dtype: Literal["auto", "bfloat16", "float32"] = key(
-        "auto", "of computation, not parameters; auto: bfloat16 on GPUs"
-    )
+    dtype: Literal["auto", "bfloat16", "float32"] = key("auto", "of computation alone; auto: bfloat16 on GPUs")
     attention: Literal["auto", "varlen", "fa4", "sdpa"] = key("auto", "fa4: extra fa4, fastest; sdpa: on any device")
     kernels: Literal["auto", "none", "liger", "hub"] = key("auto", "auto: liger on a GPU without compile, else none")
     kernel_mapping: dict[str, str] = key({}, "for hub: layer -> owner/repo:Layer@version or folder:Layer")
@@ -117,7 +115,7 @@ class DistConfig(Section):
 class CheckpointConfig(Section):
     every: int = key(500, "steps between checkpoints; there is one at the end in any case", ge=1)
     keep: int = key(2, "newest checkpoints that are kept", ge=1)
-    resume: str = key("auto", "auto: go on from the run folder's newest; none: begin again; or a checkpoint's folder")
+    resume: str = key("auto", "auto: go on from the run folder's newest checkpoint; or the folder of one")
     resume_changed: bool = key(False, "go on even if the config has changed in a way that changes the run")
 
 
@@ -163,6 +161,7 @@ class Config(Section):
         train, data, model, held_out = self.train, self.data, self.model, self.eval.sources
         rows, micro, context = train.global_batch_size, train.micro_batch_size, data.context_len or 0
         weights, streams = [source.weight for source in data.sources], any(s.streaming for s in data.sources)
+        fraction = self.eval.fraction
         sft, sizes = self.task == "sft", f"train.global_batch_size {rows}, train.micro_batch_size {micro}"
         near = nearest_multiple(rows, micro)
         flash = model.attention in ("varlen", "fa4") and model.dtype == "float32"
@@ -182,15 +181,9 @@ class Config(Section):
             (model.kernel_mapping and model.kernels != "hub", 'model.kernel_mapping needs model.kernels = "hub"'),
             (flash, f'model.attention = "{model.attention}" needs model.dtype = "bfloat16"; or use "sdpa"'),
             (any(s.weight for s in held_out), "eval.sources have no weight: all of their data counts"),
-            (self.eval.fraction and held_out, "give eval.sources or eval.fraction, not both"),
-            (
-                self.eval.fraction and (streams or any(weights)),
-                "eval.fraction needs data that does not stream and has no weights: name eval.sources",
-            ),
-            (
-                self.eval.every and not (held_out or self.eval.fraction),
-                "eval.every needs eval.sources or eval.fraction, to evaluate on",
-            ),
+            (fraction and held_out, "give eval.sources or eval.fraction, not both"),
+            (fraction and (streams or any(weights)), "eval.fraction: data streams or has weights: name eval.sources"),
+            (self.eval.every and not (held_out or fraction), "eval.every needs eval.sources or eval.fraction"),
             (len(held_out) > 1 and any(s.streaming for s in held_out), "eval.sources: what streams must stand alone"),
         ]:
             if broken:

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import resource
+import sys
 import time
 from collections import Counter
 from datetime import timedelta
@@ -11,9 +12,6 @@ from pathlib import Path
 
 import datasets
 import torch
-from rich.console import Console
-from rich.logging import RichHandler
-from rich.progress import MofNCompleteColumn, Progress
 from transformers import PreTrainedModel
 
 from lacuna.config import Config, NonFinite
@@ -21,7 +19,6 @@ from lacuna.model import Trainee
 from lacuna.parallel import Ranks
 
 log = logging.getLogger("lacuna")
-console = Console(stderr=True)
 # Dense bf16 peaks, FLOP/s, from the vendors' datasheets; the first name that the device's name contains counts.
 PEAKS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10": 125e12, "4090": 165e12}
 MFU_CONVENTION = (
@@ -62,9 +59,6 @@ class Report:
         self.work = Work(trainee.model, ranks.device)
         self.totals = {key: state[key] for key in ("tokens", "trained_tokens", "skipped")}  # since the run began
         self.trackers, self.file, self.waiting, self.stop_asked = [], None, [], False
-        quiet = ranks.rank != 0 or not console.is_terminal
-        self.progress = Progress(MofNCompleteColumn(), *Progress.get_default_columns(), console=console, disable=quiet)
-        self.task = self.progress.add_task("", total=steps)
         if ranks.rank != 0:
             return
         model, batch = trainee.model, f"{config.train.global_batch_size} rows x {config.train.seq_len} tokens"
@@ -77,7 +71,6 @@ class Report:
         kept.replace(file)  # at once: a run killed just now loses no line
         self.file = open(file, "a", buffering=1)  # noqa: SIM115  a killed run keeps its lines
         self.trackers = [open_tracker(name, config, folder) for name in config.log.trackers]
-        self.progress.start()
 
     def start_clock(self):
         """Begin a new interval between two lines: what follows is measured, what was before (an evaluation) is not."""
@@ -146,7 +139,6 @@ class Report:
         text = rates if loss is None else f"loss {loss:.4f} | grad norm {norm:.2f} | {rates}"
         left = timedelta(seconds=round((self.steps - facts["step"]) * metrics["step_seconds"]))
         log.info("step %d/%d | %s | %s left", facts["step"], self.steps, text, left)
-        self.progress.update(self.task, completed=facts["step"], description=text)
 
     def evaluation(self, step: int, result: dict | None):
         if result is None:
@@ -164,7 +156,6 @@ class Report:
             track({k: v for k, v in metrics.items() if isinstance(v, int | float)})
 
     def close(self):
-        self.progress.stop()
         for _, finish in self.trackers:
             finish()
 
@@ -185,12 +176,11 @@ def seconds_between(begin, end) -> float:
 
 def start_logging(folder: Path, rank: int):
     """Rank 0 logs to stderr and log.txt, other ranks only warnings to stderr."""
-    if not console.is_terminal:
+    if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     log.propagate = False  # other libraries print their own: on the root logger their lines would stand twice
-    rich = RichHandler(console=console, show_path=False, show_time=False, show_level=False)
-    log.handlers = [rich if console.is_terminal else logging.StreamHandler()]
+    log.handlers = [logging.StreamHandler()]
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         log.addHandler(logging.FileHandler(folder / "log.txt", mode="a"))

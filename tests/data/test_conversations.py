@@ -208,6 +208,14 @@ def test_text_that_begins_with_bos_gets_no_second_one():
     assert ids == [*tokenizer("Call me Ishmael.")["input_ids"], tokenizer.eos_token_id]
 
 
+def test_a_prompt_with_a_system_turn_is_a_chat(tokenizer, encoder):
+    turns = [("system", "S"), ("user", "Q"), ("assistant", "A")]
+    chat = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    row = {"prompt": "Q", "completion": "A", "system": "S"}
+    assert encoded(encoder, row) == encoded(encoder, chat)
+    assert encoded(encoder, row | {"system": ""}) == encoded(encoder, {"prompt": "Q", "completion": "A"})
+
+
 def test_of_prompt_and_completion_the_completion_alone_is_trained(tokenizer, encoder):
     for cut, out in [(2, ()), (3, {0}), (4, {0}), (6, {0, 1})]:
         row = {"prompt": LONG[:cut], "completion": LONG[cut:]}

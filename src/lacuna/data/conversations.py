@@ -45,8 +45,6 @@ class ChatEncoder:
     """Encodes conversations. Picklable, so that loader workers can have their own."""
 
     def __init__(self, tokenizer, config: Config):
-        if not tokenizer.is_fast:
-            raise ConfigError(f"model.tokenizer {tokenizer.name_or_path} is a slow one: it cannot mark what it trains")
         self.tokenizer = copy.deepcopy(tokenizer)
         # some leave the space before a word out of its token's place, and transformers' mask ends at such a turn
         self.tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=False)
@@ -99,7 +97,8 @@ class ChatEncoder:
     def conversation(self, row: dict, form: str) -> tuple[np.ndarray, str]:
         """The document of a row, and a note."""
         messages, tools, template = to_messages(row, form), row.get("tools"), self.template
-        if form == "prompt and completion" and isinstance(row["prompt"], str) and isinstance(row["completion"], str):
+        plain = isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str)
+        if plain and not row.get("system"):
             messages[0]["content"], template = self.bos + row["prompt"].removeprefix(self.bos), PLAIN
         flags = [m.pop("train", True) and m.pop("weight", 1) for m in messages if m["role"] == "assistant"]
         tools = json.loads(tools or "null") if isinstance(tools, str) else tools
