@@ -138,7 +138,8 @@ def members(group: int) -> list[int]:
 def test_a_signal_to_one_of_two_ranks_ends_both_with_75_after_one_checkpoint(rank, place):  # noqa: F811
     name = f"one_of_two_{rank}"
     run = place / "runs" / name
-    command = words(place, "map", name, "--checkpoint.every", "500", "--train.steps", "100000")
+    never = ("--checkpoint.every", "500", "--eval.every", "500")  # an evaluation tells the other rank too
+    command = words(place, "map", name, *never, "--train.steps", "100000")
     with Run(place, *command, ranks=2) as process:
         process.until(lambda: last_step(run) >= 5)
         process.send(signal.SIGUSR1, rank)
