@@ -361,6 +361,13 @@ def test_a_read_only_folder_is_one_sentence(words, disk, key):
     assert "cannot be written" in sentence
 
 
+def test_torchrun_adds_no_traceback_to_what_a_rank_has_said(words, disk):
+    done = finished([*words, "--out", str(disk("ro") / "folder")], CUDA_VISIBLE_DEVICES="-1,-2")
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "lacuna (rank 0): a folder cannot be written" in done.stderr
+    assert done.stderr.splitlines()[-1] == "lacuna: a rank has ended before the run has, as it says above"
+
+
 # ---- files that are cut off
 
 

@@ -123,8 +123,9 @@ def launch(config: Config, argv: list[str]):
         except SignalException as signal:
             print(f"lacuna: {signal}", file=sys.stderr)
             sys.exit(REQUEUE)
-        except ChildFailedError as error:  # torchrun and the rank itself have said what it was
-            sys.exit(max(1, error.get_first_failure()[1].exitcode))
+        except ChildFailedError as error:  # of a fault, torchrun ends the other ranks by a signal
+            print("lacuna: a rank has ended before the run has, as it says above", file=sys.stderr)
+            sys.exit(REQUEUE if all(rank.exitcode == REQUEUE for rank in error.failures.values()) else 1)
         sys.exit(0)
 
 
