@@ -13,6 +13,7 @@ import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -101,7 +102,8 @@ class Checkpoints:
         self.model, self.tokenizer = trainee.model, tokenizer
         self.copying = self.writing = None
         # the thread's own group: two threads that use one could meet in different orders on different ranks
-        self.group = dist.new_group(backend="gloo") if ranks.mesh is not None else None
+        timeout = timedelta(seconds=config.dist.timeout)
+        self.group = dist.new_group(backend="gloo", timeout=timeout) if ranks.mesh is not None else None
         tensors = dict(self.model.named_parameters()) | optimizer_tensors(trainee, optimizer)
         # a sharded tensor is written by the first replica, any other by rank 0
         copy = {True: ranks.mesh.get_coordinate()[0] if ranks.mesh is not None else 0, False: ranks.rank}

@@ -1,5 +1,6 @@
 """The `lacuna` command and `count_lines`. Imports no torch before it is needed: `--help` answers in under a second."""
 
+import errno
 import os
 import sys
 import traceback
@@ -61,12 +62,32 @@ def main():
         run(config)
         leave(0)
     except (ConfigError, NonFinite, Preempted) as error:
-        rank = os.environ.get("RANK")
-        print(f"lacuna{f' (rank {rank})' if rank else ''}: {error}", file=sys.stderr)
+        print(f"lacuna{name_rank()}: {error}", file=sys.stderr)
         leave(REQUEUE if isinstance(error, Preempted) else 1)
-    except Exception:
-        traceback.print_exc()
+    except Exception as error:
+        sentence = outside(error)
+        if sentence:
+            print(f"lacuna{name_rank()}: {sentence}", file=sys.stderr)
+        else:
+            traceback.print_exc()
         leave(1)
+
+
+def name_rank() -> str:
+    return f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
+
+
+def outside(error: Exception) -> str:
+    """One sentence for a fault of disks or of other ranks, where a traceback would not help; otherwise none."""
+    again = "the same command goes on from the last checkpoint"
+    text = str(error).partition("\n")[0]
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full ({text}): make room, and {again}"
+    if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return f"a folder cannot be written ({text}): change it or `out`, and {again}"
+    if "gloo" in text or type(error).__name__ in ("DistStoreError", "DistNetworkError", "DistBackendError"):
+        return f"another rank has ended, or cannot be reached ({text}): see what it says; {again}"
+    return ""
 
 
 def leave(status: int):
@@ -93,6 +114,8 @@ def launch(config: Config, argv: list[str]):
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
         from torch.distributed.run import main as torchrun
 
+        # torch's issue 135712: in a store that outlives the ranks, those that start again find where the dead ones were
+        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
         options = ["--standalone", "--nproc-per-node", str(max(1, gpus)), "--max-restarts", str(restarts)]
         options += ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
         try:

@@ -179,6 +179,7 @@ def start_logging(folder: Path, rank: int):
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    logging.raiseExceptions = False  # on a full disk it would print a traceback a line; metrics.jsonl ends the run
     log.propagate = False  # other libraries print their own: on the root logger their lines would stand twice
     log.handlers = [logging.StreamHandler()]
     if rank == 0:

@@ -66,6 +66,8 @@ def start(config: DistConfig, train: TrainConfig) -> Ranks:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout))
     mesh = init_device_mesh(device.type, (config.dp_replicate, shard), mesh_dim_names=("dp_replicate", "dp_shard"))
+    for group in mesh.get_all_groups():  # HSDP's own groups would wait for 10 (NCCL) or 30 minutes (gloo)
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=config.timeout), group)
     return Ranks(rank, world, device, mesh)
 
 

@@ -2,13 +2,16 @@
 
 import os
 import signal
+import time
+from threading import Thread
 
+REPEATS = 2  # seconds in which a signal comes twice: Slurm signals torchrun and its ranks, and torchrun passes it on
 REQUEUE = 75  # exit status: start me again, I go on from my checkpoint (EX_TEMPFAIL of sysexits.h)
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Preemption:
-    """The first signal asks for a checkpoint at the next step boundary, a second one ends the process at once.
+    """The first signal asks for a checkpoint at the next step boundary, a later one ends the process at once.
 
     Where there is nothing new to save (data being tokenised, the first step being compiled, the model being exported),
     the first one ends it too: a compilation may take longer than the time that is left.
@@ -16,13 +19,24 @@ class Preemption:
 
     def __init__(self):
         self.asked = self.can_save = False
+        # heard by a thread: Python's own handlers wait for the main one, which may stand in a collective for minutes
+        pipe, wakeup = os.pipe()
+        os.set_blocking(wakeup, False)
         for number in SIGNALS:
-            signal.signal(number, self.receive)
+            signal.signal(number, lambda number, frame: None)
+        signal.set_wakeup_fd(wakeup)
+        Thread(target=self.listen, args=[pipe], daemon=True).start()
 
-    def receive(self, number, frame):
-        if self.asked or not self.can_save:
+    def listen(self, pipe: int):
+        while True:
+            if os.read(pipe, 1)[0] in SIGNALS:
+                self.receive()
+
+    def receive(self):
+        if not self.can_save or (self.asked and time.monotonic() - self.first > REPEATS):
             os._exit(REQUEUE)
-        self.asked = True
+        if not self.asked:
+            self.asked, self.first = True, time.monotonic()
 
 
 def ignore_signals(worker: int = 0):

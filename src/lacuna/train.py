@@ -125,6 +125,9 @@ def run(config: Config) -> Path:
         if report.stop_asked:
             checkpoints.finish()
             report.close()
+            sum_over_ranks(
+                counts
+            ).tolist()  # all leave together: Slurm and torchrun end the others of one that has left
             raise Preempted(f"stopped by a signal after step {step} of {steps}; the same command goes on from there")
 
     # The end: a plain Hugging Face folder. A signal ends it at once, since the checkpoint is whole.

@@ -1,12 +1,17 @@
 """Parquet shards over http:// and s3://, as a run reads them: the same rows for all ranks, nothing fetched twice."""
 
+import gzip
+import json
 import re
 import socket
+import time
 from collections import Counter, defaultdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 
+import aiohttp
+import datasets
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,6 +19,7 @@ import pytest
 import torch
 
 from lacuna.config import ConfigError
+from lacuna.data import sources
 from lacuna.data.loader import Loader, RowDataset
 from lacuna.data.tokenize import Encoder
 
@@ -35,6 +41,8 @@ def shards(tmp_path_factory) -> Path:
         pq.write_table(
             table, folder / f"shard-{i}.parquet", row_group_size=20, compression="none", use_dictionary=False
         )
+        pairs = [{"text": t, "padding": p} for t, p in zip(texts, padding, strict=True)]
+        (folder / f"shard-{i}.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     return folder
 
 
@@ -47,7 +55,7 @@ def encoder():
 def server(shards):
     """An http server with ranges; `server.log` has (who, method, file, first byte, bytes) of every request.
 
-    `server.who` is whoever is asking just now.
+    `server.who` is whoever is asking just now; `server.fault(file)` says what goes wrong with a request.
     """
 
     class Handler(BaseHTTPRequestHandler):
@@ -58,6 +66,13 @@ def server(shards):
             body = (shards / name).read_bytes() if name else listing(shards)
             if name and not (shards / name).is_file():
                 return self.send_error(404)
+            fault = server.fault(name) if self.command == "GET" else None
+            if fault == "busy":
+                return self.send_error(503)
+            if fault == "gone":
+                return self.connection.shutdown(socket.SHUT_RDWR)
+            if fault == "silent":
+                return server.stopped.wait(60)
             begin, end = 0, len(body)
             asked = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
             if asked:
@@ -72,7 +87,9 @@ def server(shards):
             self.end_headers()
             if self.command == "GET":
                 server.log.append((server.who, name, begin, end - begin))
-                self.wfile.write(body[begin:end])
+                self.wfile.write(body[begin:end] if fault is None else body[begin : (begin + end) // 2])
+                if fault == "cut":
+                    self.close_connection = True
 
         do_HEAD = do_GET
 
@@ -81,12 +98,14 @@ def server(shards):
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
-    server.log, server.who = [], None
+    server.log, server.who, server.fault = [], None, lambda name: None
+    server.stopped = Event()
     server.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = Thread(target=server.serve_forever, daemon=True)
     thread.start()
     fsspec.filesystem("http").clear_instance_cache()
     yield server
+    server.stopped.set()
     server.shutdown()
     server.server_close()
     thread.join()
@@ -175,7 +194,7 @@ def test_every_http_shard_is_fetched_by_the_one_rank_that_owns_it(tmp_path, enco
     """A rank may look at the footer of the first shard, where the columns stand: no more of what it does not own."""
     config = make_config(tmp_path, make_source(f"{server.url}/shard-*.parquet", streaming=True))
     read(config, encoder, ranks, 4, server)
-    sizes = {file.name: file.stat().st_size for file in shards.iterdir()}
+    sizes = {file.name: file.stat().st_size for file in shards.glob("*.parquet")}
     fetched, footers = defaultdict(Counter), set()
     for (_, rank), name, begin, size in server.log:
         if name and begin >= sizes[name] - FOOTER:
@@ -239,3 +258,102 @@ def test_an_s3_bucket_that_is_not_there_is_refused_by_name(tmp_path, encoder, s3
     config = make_config(tmp_path, make_source("s3://nowhere/a.parquet", streaming=True))
     with pytest.raises(ConfigError, match=r"s3://nowhere/a\.parquet"):
         RowDataset(config, config.data.sources, encoder, 0, 1)
+
+
+# ---- connections that break
+
+
+@pytest.fixture
+def quick_retries(monkeypatch):
+    monkeypatch.setattr(sources, "RETRY_SECONDS", (0.1, 0.2, 0.4, 0.8))
+    for what in ("READ", "OPEN"):
+        monkeypatch.setattr(datasets.config, f"STREAMING_{what}_RETRY_INTERVAL", 0)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
+def test_connections_that_break_now_and_then_change_no_row(
+    tmp_path, encoder, server, suffix, quick_retries, monkeypatch
+):
+    """Three requests in a row in the middle of every file, of whose documents some are trained by then."""
+    monkeypatch.setattr(sources, "READ_CHUNK", 7)
+    config = make_config(tmp_path, make_source(f"{server.url}/shard-*{suffix}", streaming=True))
+    whole = read(config, encoder, 1, EPOCH_STEPS, epochs=1)
+    broken, requests = Counter(), Counter()
+
+    def fault(name: str) -> str | None:
+        requests[name] += 1
+        if name and requests[name] > 2 and broken[name] < 3:
+            broken[name] += 1
+            return "cut"
+
+    server.fault = fault
+    with lacuna_log() as messages:
+        assert read(config, encoder, 1, EPOCH_STEPS, server, epochs=1) == whole
+    assert document_starts(whole) == ONCE
+    assert broken == dict.fromkeys((f"shard-{i}{suffix}" for i in range(SHARDS)), 3)
+    assert len(messages) >= SHARDS and all("cannot be read" in m and "again in" in m for m in messages)
+
+
+def test_a_server_that_is_busy_for_a_while_is_waited_for(tmp_path, encoder, server, quick_retries):
+    config = make_config(tmp_path, make_source(f"{server.url}/shard-*.parquet", streaming=True))
+    whole = read(config, encoder, 1, EPOCH_STEPS, server, epochs=1)
+    half, refused = len(server.log) * 3 // 2, []
+
+    def fault(name: str) -> str | None:
+        if len(server.log) < half:
+            return None
+        refused.append(time.monotonic())
+        return "busy" if refused[-1] - refused[0] < 1 else None
+
+    server.fault = fault
+    assert read(config, encoder, 1, EPOCH_STEPS, server, epochs=1) == whole
+    assert len(refused) > 3
+
+
+@pytest.mark.parametrize("kind", ["gone", "silent"])
+def test_a_server_that_is_gone_for_good_ends_the_run_in_one_sentence(
+    tmp_path, encoder, server, quick_retries, monkeypatch, kind
+):
+    timeout = aiohttp.ClientTimeout(sock_read=0.5)  # it is 10 s outside of tests
+    assert sources.SILENCE["client_kwargs"]["timeout"].sock_read == 10
+    monkeypatch.setitem(sources.SILENCE, "client_kwargs", {"timeout": timeout})
+    url = f"{server.url}/shard-*.parquet"
+    config = make_config(tmp_path, make_source(url, streaming=True))
+    read(config, encoder, 1, EPOCH_STEPS, server, epochs=1)
+    half = len(server.log) * 3 // 2
+    server.fault = lambda name: kind if len(server.log) > half else None
+    begin = time.monotonic()
+    with pytest.raises(ConfigError) as caught, lacuna_log() as messages:
+        read(config, encoder, 1, EPOCH_STEPS, server, epochs=1)
+    assert time.monotonic() - begin < 30
+    assert len(messages) == len(sources.RETRY_SECONDS)
+    assert url in str(caught.value) and "\n" not in str(caught.value)
+    assert "see to the connection or the server, and the same command goes on" in str(caught.value)
+
+
+def test_what_is_waited_for_a_server_is_a_minute_at_most():
+    own = datasets.config.STREAMING_READ_MAX_RETRIES * datasets.config.STREAMING_READ_RETRY_INTERVAL
+    assert sum(sources.RETRY_SECONDS) + own * (len(sources.RETRY_SECONDS) + 1) <= 60
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".parquet"])
+def test_a_file_that_is_cut_off_is_named_at_once(tmp_path, encoder, suffix, streaming):
+    """30 MB, of which a stream of JSON reads the first 10 when it is opened: the end is met in the midst of a run."""
+    pairs = [{"text": text(document), "padding": 60_000 * "x"} for document in DOCUMENTS]
+    lines = "".join(json.dumps(pair) + "\n" for pair in pairs).encode()
+    file = tmp_path / f"cut{suffix}"
+    if suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(pairs), file, row_group_size=20)
+        data = file.read_bytes()
+    else:
+        data = gzip.compress(lines, 1) if suffix == ".jsonl.gz" else lines
+    file.write_bytes(data[: len(data) * 9 // 10 - 3])
+    config = make_config(tmp_path, make_source(file, streaming=streaming))
+    if streaming and suffix != ".parquet":  # which has its index at the end
+        assert len(document_starts(read(config, encoder, 1, 2))) > 20
+    with pytest.raises(ConfigError) as caught, lacuna_log() as messages:
+        read(config, encoder, 1, EPOCH_STEPS, epochs=1)
+    assert not messages, "it was tried again"
+    assert str(file) in str(caught.value) and "\n" not in str(caught.value)
+    assert ("replace the file" in str(caught.value)) == (streaming and suffix != ".parquet")

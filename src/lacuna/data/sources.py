@@ -6,11 +6,14 @@ A source is read through cursors, one for each virtual stream: its documents, en
 """
 
 import hashlib
+import time
 from collections import Counter
 from collections.abc import Iterator
+from gzip import BadGzipFile
 from pathlib import Path
 from typing import NamedTuple
 
+import aiohttp
 import datasets
 import numpy as np
 import pyarrow.compute as pc
@@ -20,6 +23,10 @@ from lacuna.config import ConfigError, Source
 from lacuna.data.conversations import ChatEncoder
 from lacuna.data.tokenize import Encoder, log
 
+RETRY_SECONDS = (1, 2, 4, 8, 16)  # waits for a source that drops the connection
+datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 1  # and not 20
+datasets.config.STREAMING_READ_RETRY_INTERVAL = datasets.config.STREAMING_OPEN_RETRY_INTERVAL = 1
+SILENCE = {"client_kwargs": {"timeout": aiohttp.ClientTimeout(sock_connect=10, sock_read=10)}}  # and not 5 minutes
 READ_CHUNK = 128  # documents tokenised in one call: enough for the tokenizer to use every core
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text", ".csv": "csv"}
 
@@ -29,6 +36,8 @@ def open_dataset(source: Source, encoder: Encoder | ChatEncoder) -> datasets.Dat
     suffixes = [s for s in Path(source.path).suffixes if s not in (".gz", ".zst", ".bz2", ".xz")]
     builder = BUILDERS.get(suffixes[-1]) if suffixes and not Path(source.path).is_dir() else None
     options = {"split": source.split, "streaming": source.streaming}
+    if source.streaming:
+        options["storage_options"] = {"http": SILENCE, "https": SILENCE}
     if builder and (source.name or source.data_files):
         raise ConfigError(f"data.sources: {source.path} is a file, so name and data_files have no meaning: remove them")
     if builder == "text" or {file.suffix for file in Path(source.path).glob("*")} & set(BUILDERS) == {".txt"}:
@@ -136,8 +145,7 @@ class StreamSource:
                 dataset = self.dataset.shard(shards, int(order[at]))
                 inside = inside or {"state": dataset.state_dict(), "row": 0}
                 dataset.load_state_dict(inside["state"])
-                # by batches: a plain iterator deals shards to loader workers once more, behind our back
-                for batch in dataset.iter(READ_CHUNK):
+                for batch, after in self.batches(dataset, order[at]):
                     numbers = range(inside["row"], inside["row"] + len(next(iter(batch.values()))))
                     first = (share - numbers.start) % shares
                     mine = {name: values[first::shares] for name, values in batch.items()}
@@ -148,10 +156,32 @@ class StreamSource:
                     for i in range(taken, len(chunk)):
                         yield Document(chunk[i], len(chunk[i]), place, i, epoch + at / len(order), dropped)
                         last_epoch = epoch
-                    inside, taken = {"state": dataset.state_dict(), "row": numbers.stop}, 0
+                    inside, taken = {"state": after, "row": numbers.stop}, 0
                 inside = None
             epoch, shard = epoch + 1, 0
         raise ConfigError(f"data.sources {self.source.path}: stream {stream} finds no text")
+
+    def batches(self, dataset: datasets.IterableDataset, shard: int) -> Iterator[tuple[dict, dict]]:
+        """READ_CHUNK rows of a shard, and the state after them. Where the connection breaks, the same again, later."""
+        state, failures = dataset.state_dict(), 0
+        while True:
+            try:
+                # by batches: a plain iterator deals shards to loader workers once more, behind our back
+                for batch in dataset.iter(READ_CHUNK):
+                    state, failures = dataset.state_dict(), 0
+                    yield batch, state
+                return
+            except Exception as error:
+                what = f"data.sources {self.source.path}: shard {shard} cannot be read: {error!r}"
+                damaged = isinstance(error, ValueError | EOFError | BadGzipFile)  # what a second look would not cure
+                if damaged or failures == len(RETRY_SECONDS):
+                    cure = "replace the file" if damaged else "see to the connection or the server"
+                    again = "and the same command goes on from the last checkpoint"
+                    raise ConfigError(f"{what}: {cure}, {again}") from None
+                log.warning("%s: again in %g s", what, RETRY_SECONDS[failures])
+                time.sleep(RETRY_SECONDS[failures])
+                dataset.load_state_dict(state)
+                failures += 1
 
     def load(self, key: np.ndarray) -> np.ndarray:
         return key

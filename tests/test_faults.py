@@ -1,0 +1,377 @@
+"""A run is never lost: ranks that die or freeze, links that are cut, disks that are full, files that are cut off.
+
+Every fault is real: processes that are killed, network namespaces, file systems of a few megabytes.
+"""
+
+import gzip
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+from conftest import EXAMPLES, REPO
+
+ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
+GONE = 60  # seconds until the other ranks of a dead one must have ended
+
+
+def can(*command: str) -> bool:
+    """Whether a command of the system works here, such as making a network namespace as root."""
+    try:
+        return ROOT and subprocess.run(command, capture_output=True, timeout=20, check=False).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
+@pytest.fixture
+def words(tmp_path) -> list[str]:
+    """The command line of a small run; further words override these."""
+    data, config = tmp_path / "texts.jsonl", tmp_path / "run.toml"
+    data.write_text("".join((EXAMPLES / "moby_dick" / "train.jsonl").read_text().splitlines(keepends=True)[:40]))
+    config.write_text(f"""
+        out = "{tmp_path / "runs"}"
+        [model]
+        name = "{EXAMPLES / "tiny"}"
+        [data]
+        sources = [{{ path = "{data}" }}]
+        cache = "{tmp_path / "cache"}"
+        [train]
+        seq_len = 64
+        micro_batch_size = 1
+        global_batch_size = 2
+        steps = 100_000
+        [checkpoint]
+        every = 10
+        [log]
+        every = 1
+    """)
+    return [sys.executable, "-m", "lacuna", "pt", str(config)]
+
+
+def environment(**variables: str) -> dict:
+    """Of a subprocess: no GPU, one thread, nothing of a launcher that may have started these tests."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "TORCHELASTIC", "LACUNA"))}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        kept.pop(name, None)
+    source = {"PYTHONPATH": str(REPO / "src"), "CUDA_VISIBLE_DEVICES": "", "HF_DATASETS_OFFLINE": "1"}
+    return kept | source | {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"} | variables
+
+
+@contextmanager
+def started(command: list[str], output: Path, **variables: str):
+    """A process with its output in a file, and its whole process group gone afterwards, whatever happens."""
+    with open(output, "w") as file:
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, env=environment(**variables), start_new_session=True
+        )
+    try:
+        yield process
+    finally:
+        for sign in (signal.SIGKILL, signal.SIGCONT):
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, sign)
+        process.wait(20)
+
+
+def finished(command: list[str], timeout=150, **variables: str) -> subprocess.CompletedProcess:
+    environ = environment(**variables)
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environ, check=False)
+
+
+def metrics(folder: Path) -> list[dict]:
+    """The whole lines of metrics.jsonl that hold a step's loss."""
+    file = folder / "metrics.jsonl"
+    text = file.read_text() if file.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n") and '"loss"' in line]
+
+
+def wait_for_step(folder: Path, step: int, *processes: subprocess.Popen, timeout=120):
+    deadline = time.monotonic() + timeout
+    while not any(line["step"] >= step for line in metrics(folder)[-1:]):
+        assert time.monotonic() < deadline, "the run does not get there"
+        assert all(process.poll() is None for process in processes), "the run has ended before"
+        time.sleep(0.05)
+
+
+def same_run(folder: Path, other: Path, steps: int):
+    """Bit for bit: every step once, with the loss and the rows of an undisturbed run."""
+    a, b = ([(m["step"], m["loss"], m["batch_checksum"], m["tokens"]) for m in metrics(f)] for f in (folder, other))
+    assert [line[0] for line in a] == list(range(1, steps + 1))
+    assert a == b
+
+
+def only_sentence(output: str) -> str:
+    """The one line by which a run says why it ends. Any traceback fails the test."""
+    assert "Traceback" not in output, output
+    found = [line for line in output.splitlines() if re.match(r"lacuna( \(rank \d+\))?: ", line)]
+    assert len(found) == 1, output
+    return found[0]
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+@contextmanager
+def two_ranks(words: list[str], tmp_path: Path, address="127.0.0.1", prefixes=((), ()), **variables: str):
+    """Two ranks without a launcher that would end the one when the other dies, each with its output in rankN.txt."""
+    meet = {"WORLD_SIZE": "2", "MASTER_ADDR": address, "MASTER_PORT": free_port(), "LOCAL_RANK": "0"} | variables
+    first, second = ([*prefix, *words] for prefix in prefixes)
+    with (
+        started(first, tmp_path / "rank0.txt", RANK="0", **meet) as one,
+        started(second, tmp_path / "rank1.txt", RANK="1", **meet) as other,
+    ):
+        yield one, other
+
+
+def is_gone(process: subprocess.Popen, output: Path, since: float) -> float:
+    """Seconds until the process has ended, with status 1 and one sentence about the other rank."""
+    assert process.wait(GONE + 10) == 1, output.read_text()
+    seconds = time.monotonic() - since
+    assert seconds < GONE
+    sentence = only_sentence(output.read_text())
+    assert "another rank has ended, or cannot be reached" in sentence
+    assert sentence.endswith("the same command goes on from the last checkpoint")
+    return seconds
+
+
+def whole_checkpoints(folder: Path, step: int):
+    """Those that are named so have every file, and the newest is no older than `step`."""
+    found = sorted((folder / "checkpoints").glob("step_*"), key=lambda path: int(path.name[5:]))
+    assert int(found[-1].name[5:]) >= step
+    for checkpoint in found:
+        files = {file.name for file in checkpoint.iterdir()}
+        assert {"state.json", "config.json", "tokenizer.json", "rank_00000.safetensors"} <= files
+        assert json.loads((checkpoint / "state.json").read_text())["step"] == int(checkpoint.name[5:])
+
+
+# ---- ranks that die, freeze, or cannot be reached
+
+
+def test_a_rank_that_is_killed_ends_the_other_within_a_minute(words, tmp_path):
+    with two_ranks(words, tmp_path) as (one, other):
+        wait_for_step(tmp_path / "runs" / "run", 25, one, other)
+        other.kill()
+        is_gone(one, tmp_path / "rank0.txt", time.monotonic())  # 0.4 s when it was written
+    whole_checkpoints(tmp_path / "runs" / "run", 10)
+
+
+FREEZE = """
+import os, signal, sys
+from lacuna.checkpoint import Checkpoints
+def save(*args):
+    if saves.append(1) or len(saves) == 2:
+        print("frozen", flush=True)
+        os.kill(os.getpid(), signal.SIGSTOP)
+    real(*args)
+saves, real, Checkpoints.save = [], Checkpoints.save, save
+from lacuna.cli import main
+main()
+"""
+
+
+def test_a_rank_that_freezes_in_a_save_ends_the_other_after_dist_timeout(words, tmp_path):
+    """No connection is closed then: only the timeout helps, which every process group must have."""
+    words = [*words, "--dist.timeout", "10"]
+    meet = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "LOCAL_RANK": "0"}
+    with (
+        started(words, tmp_path / "rank0.txt", RANK="0", **meet) as one,
+        started([sys.executable, "-c", FREEZE, *words[3:]], tmp_path / "rank1.txt", RANK="1", **meet),
+    ):
+        wait_for_step(tmp_path / "runs" / "run", 20, one)
+        is_gone(one, tmp_path / "rank0.txt", time.monotonic())
+        assert "frozen" in (tmp_path / "rank1.txt").read_text()
+    whole_checkpoints(tmp_path / "runs" / "run", 10)
+
+
+def test_a_signal_ends_a_rank_that_waits_for_another_one_to_start(words, tmp_path):
+    """It waits in C++, where Python's own signal handlers are not run."""
+    meet = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "LOCAL_RANK": "0"}
+    with started(words, tmp_path / "rank0.txt", RANK="0", **meet) as alone:
+        deadline = time.monotonic() + 60
+        while not listening(int(meet["MASTER_PORT"])):
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        time.sleep(1)
+        alone.send_signal(signal.SIGTERM)
+        assert alone.wait(20) == 75
+
+
+def test_a_signal_while_torch_is_imported_asks_to_be_started_again(words, tmp_path):
+    """By its exit status: with any other one, a job of Slurm would end there."""
+    with started(words, tmp_path / "output.txt") as process:
+        maps, deadline = Path(f"/proc/{process.pid}/maps"), time.monotonic() + 60
+        if not maps.exists():
+            pytest.skip("needs Linux's /proc/PID/maps")
+        while "libtorch_cpu" not in maps.read_text():
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(20) == 75
+    assert not (tmp_path / "runs").exists()
+
+
+def listening(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.fixture
+def hosts():
+    """Two network namespaces with one cable between them; yields their names and the command that cuts it."""
+    names = [f"lacuna-{os.getpid()}-{i}" for i in range(2)]
+    if not can("ip", "netns", "add", names[0]):
+        pytest.skip("needs root, iproute2 and network namespaces")
+    try:
+        commands = [f"ip netns add {names[1]}", f"ip link add v0 netns {names[0]} type veth peer v1 netns {names[1]}"]
+        for i, name in enumerate(names):
+            commands += [f"ip -n {name} addr add 10.213.0.{i + 1}/24 dev v{i}", f"ip -n {name} link set v{i} up"]
+            commands += [f"ip -n {name} link set lo up"]
+        for command in commands:
+            subprocess.run(command.split(), check=True, timeout=20)
+        yield names, f"ip -n {names[0]} link set v0 down".split()
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], check=False, timeout=20)
+
+
+def test_a_cut_link_ends_the_ranks_on_both_hosts_within_a_minute(words, tmp_path, hosts):
+    names, cut = hosts
+    prefixes = [["ip", "netns", "exec", name, "env", f"GLOO_SOCKET_IFNAME=v{i}"] for i, name in enumerate(names)]
+    words = [*words, "--dist.timeout", "10"]
+    with two_ranks(words, tmp_path, "10.213.0.1", prefixes) as (one, other):
+        wait_for_step(tmp_path / "runs" / "run", 25, one, other)
+        subprocess.run(cut, check=True, timeout=20)
+        since = time.monotonic()
+        is_gone(one, tmp_path / "rank0.txt", since)  # 30.2 s both with dist.timeout 30, when it was written
+        is_gone(other, tmp_path / "rank1.txt", since)
+    whole_checkpoints(tmp_path / "runs" / "run", 10)
+
+
+# ---- torchrun
+
+
+@pytest.fixture
+def undisturbed(words, tmp_path) -> Path:
+    """A run of 80 steps on one rank, that nothing happens to."""
+    done = finished([*words, "--train.steps", "80", "--name", "undisturbed"])
+    assert done.returncode == 0, done.stderr
+    return tmp_path / "runs" / "undisturbed"
+
+
+def ranks_of(launcher: subprocess.Popen) -> list[int]:
+    """The processes that torchrun has started, in the order of their ranks."""
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
+    if not children.exists():
+        pytest.skip("needs Linux's /proc/PID/task/PID/children")
+    return sorted(int(pid) for pid in children.read_text().split())
+
+
+def test_torchrun_restarts_resume_by_themselves_and_a_signal_to_the_launcher_saves(words, tmp_path):
+    """Two ranks on one machine: one is killed, all begin again; then SIGTERM, and the same command ends the run."""
+    words, folder = [*words, "--train.steps", "80", "--dist.max_restarts", "2"], tmp_path / "runs"
+    output, two = tmp_path / "launcher.txt", {"CUDA_VISIBLE_DEVICES": "-1,-2"}  # two devices, of which none is there
+    with two_ranks([*words, "--name", "whole"], tmp_path) as ranks:
+        assert [rank.wait(150) for rank in ranks] == [0, 0]
+    with started([*words, "--name", "hit"], output, **two) as launcher:
+        wait_for_step(folder / "hit", 25, launcher)
+        os.kill(ranks_of(launcher)[1], signal.SIGKILL)
+        deadline = time.monotonic() + 120
+        while "Going on after step" not in output.read_text():
+            assert time.monotonic() < deadline and launcher.poll() is None, output.read_text()
+            time.sleep(0.1)
+        wait_for_step(folder / "hit", 40, launcher)
+        for process in [*ranks_of(launcher), launcher.pid]:  # to all, as Slurm does: a rank hears it twice, from both
+            os.kill(process, signal.SIGTERM)
+        assert launcher.wait(40) == 75, output.read_text()
+    first = int(re.search(r"Going on after step (\d+)", output.read_text())[1])
+    assert first >= 20, "it did not go on from its newest checkpoint"
+    saved = sorted(int(path.name[5:]) for path in (folder / "hit" / "checkpoints").glob("step_*"))
+    assert saved[-1] >= metrics(folder / "hit")[-1]["step"] >= 40
+    assert saved[-1] < 80, "the run was too short for the signal"
+    with started([*words, "--name", "hit"], tmp_path / "again.txt", **two) as launcher:
+        assert launcher.wait(150) == 0, (tmp_path / "again.txt").read_text()
+    same_run(folder / "hit", folder / "whole", 80)
+
+
+# ---- disks
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A function that makes, or changes, a file system of a given size, and returns its folder."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if not can("mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)):
+        pytest.skip("needs root and tmpfs")
+
+    def remount(options: str) -> Path:
+        subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True, timeout=20)
+        return folder
+
+    yield remount
+    subprocess.run(["umount", "-l", str(folder)], check=True, timeout=20)
+
+
+def test_a_full_disk_ends_the_run_in_a_sentence_and_room_lets_it_go_on(words, tmp_path, disk, undisturbed):
+    words = [*words, "--train.steps", "80", "--out", str(disk("size=24m"))]  # one checkpoint has 16 MB
+    done = finished(words)
+    folder = tmp_path / "disk" / "run"
+    sentence = only_sentence(done.stderr)
+    assert done.returncode == 1
+    assert "no checkpoint of step 20" in sentence and "No space left on device" in sentence
+    assert f"Make room there; {folder}/checkpoints/step_10 is whole, and the run goes on from it" in sentence
+    whole_checkpoints(folder, 10)
+    disk("size=99m")
+    done = finished(words)
+    assert done.returncode == 0, done.stderr
+    assert "Going on after step 10" in done.stderr
+    same_run(folder, undisturbed, 80)
+
+
+def test_a_disk_too_full_for_a_line_of_metrics_or_a_log_is_one_sentence(words, disk):
+    done = finished([*words, "--out", str(disk("size=64k")), "--checkpoint.every", "100_000"])
+    assert done.returncode == 1
+    sentence = only_sentence(done.stderr)
+    assert "the disk is full" in sentence and "No space left on device" in sentence and "make room" in sentence
+
+
+def test_a_disk_too_full_for_the_token_cache_is_one_sentence(words, disk):
+    done = finished([*words, "--data.cache", str(disk("size=64k"))])
+    assert done.returncode == 1
+    sentence = only_sentence(done.stderr)
+    assert "the disk is full" in sentence and "make room" in sentence
+
+
+@pytest.mark.parametrize("key", ["--out", "--data.cache"])
+def test_a_read_only_folder_is_one_sentence(words, disk, key):
+    done = finished([*words, key, str(disk("ro") / "folder")])
+    assert done.returncode == 1
+    sentence = only_sentence(done.stderr)
+    assert "Read-only file system" in sentence and str(disk("ro") / "folder") in sentence
+    assert "cannot be written" in sentence
+
+
+# ---- files that are cut off
+
+
+@pytest.mark.parametrize(("suffix", "streaming"), [(".jsonl", False), (".jsonl.gz", True)])
+def test_a_data_file_that_is_cut_off_is_named_in_one_sentence(words, tmp_path, suffix, streaming):
+    """Never a hang, never an early end that nobody notices; tests/data/test_remote.py has the other kinds of files."""
+    data = (EXAMPLES / "moby_dick" / "train.jsonl").read_bytes()
+    data = gzip.compress(data) if suffix == ".jsonl.gz" else data
+    cut = tmp_path / f"cut{suffix}"
+    cut.write_bytes(data[: len(data) * 9 // 10])
+    sources = json.dumps([{"path": str(cut), "streaming": streaming}])
+    done = finished([*words, "--data.sources", sources])
+    assert done.returncode == 1, done.stderr[-3000:]
+    assert str(cut) in only_sentence(done.stderr)
