@@ -223,18 +223,18 @@ def killed_in_writelines():
     builtins.open = opened
 
 
-def killed_at(name: str, count: int):
-    """Killed at the count-th rename of a checkpoint (half of them just before, half just after), or in a removal."""
+def killed_at(name: str, count: int, after: bool):
+    """Killed just before or after the count-th rename of a checkpoint, or in the middle of its removal."""
     import shutil
 
     counter = itertools.count(1)
     real = {"rename": os.rename, "rmtree": shutil.rmtree}[name]
 
     def fault(path, *more, **options):
-        now = "step_" in str(path) and next(counter) == count
+        now = "step_" in Path(path).name and next(counter) == count  # and not of a file inside
         if now and name == "rmtree":
             next(Path(path).iterdir()).unlink()
-        if not now or (name == "rename" and count % 2):
+        if after or not now:
             real(path, *more, **options)
         if now:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -267,7 +267,10 @@ def checkpoints(run: Path) -> list[int]:
 
 
 def tensors(checkpoint: Path) -> dict:
-    """All tensors of a checkpoint or model folder by name, put together by hand, without torch's reader or lacuna's."""
+    """All tensors of a checkpoint or model folder by name, put together by hand, without torch's reader or lacuna's.
+
+    No part may be missing, or stored twice.
+    """
     import torch
     from safetensors import safe_open
 
@@ -283,6 +286,7 @@ def tensors(checkpoint: Path) -> dict:
     for name, pieces in parts.items():
         shape = [max(o[d] + t.shape[d] for o, t in pieces) for d in range(pieces[0][1].ndim)]
         whole[name] = torch.full(shape, float("nan"))
+        assert sum(tensor.numel() for _, tensor in pieces) == whole[name].numel(), name
         for offsets, tensor in pieces:
             whole[name][tuple(slice(o, o + n) for o, n in zip(offsets, tensor.shape, strict=True))] = tensor
     return whole

@@ -152,17 +152,22 @@ def test_a_disk_that_is_full_stops_the_run_and_leaves_the_last_checkpoint(option
     assert losses(folder) == losses(run(load_config(None, options(name="straight"))))
 
 
-@pytest.mark.parametrize("at", ["rename", "rmtree"])
-def test_killed_at_any_moment_of_keeping_one_there_is_a_whole_one(at, options, tmp_path):
-    """kill -9 before and after each rename, and in the middle of each removal, with checkpoint.keep = 1."""
+def test_killed_at_any_moment_of_keeping_one_there_is_a_whole_one(options, tmp_path):
+    """kill -9 before, between and after the renames of a new and an old one, and in a removal; checkpoint.keep = 1."""
     (tmp_path / "empty.toml").touch()
     command = ["pt", str(tmp_path / "empty.toml"), *options(checkpoint__keep=1, checkpoint__every=1)]
-    folder = tmp_path / "runs" / "run"
-    for count in (2, 3, 4, 5):
-        done = finish(tmp_path, *command, "--name", f"{at}{count}", faults={"killed_at": (at, count)})
+    moments = [
+        ("rename", 1, True),
+        ("rename", 2, False),
+        ("rename", 2, True),
+        ("rename", 3, True),
+        ("rmtree", 1, False),
+    ]
+    for i, moment in enumerate(moments):
+        folder = tmp_path / "runs" / f"run{i}"
+        done = finish(tmp_path, *command, "--name", folder.name, faults={"killed_at": moment})
         assert done.status == -signal.SIGKILL, done.output
-        folder = tmp_path / "runs" / f"{at}{count}"
-        assert checkpoints(folder), (at, count)
+        assert checkpoints(folder), moment
         for step in checkpoints(folder):
             place = folder / "checkpoints" / f"step_{step}"
             assert tensors(place)["optimizer.step.model.norm.weight"].item() == step
@@ -422,5 +427,6 @@ def test_a_bfloat16_run_exports_bfloat16_and_its_checkpoint_keeps_float32(option
     for place in (folder / "hf", tmp_path / "out"):
         model = AutoModelForCausalLM.from_pretrained(place, dtype="auto")
         assert model.dtype == torch.bfloat16
+        assert {tensor.dtype for tensor in load_file(place / "model.safetensors").values()} == {torch.bfloat16}
         assert all(torch.equal(p, stored[name].bfloat16()) for name, p in model.named_parameters())
     assert not torch.equal(stored["model.norm.weight"], stored["model.norm.weight"].bfloat16().float())

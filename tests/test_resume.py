@@ -148,7 +148,7 @@ def test_on_1_2_4_and_1_ranks_with_other_batches_and_meshes_it_reads_the_same_ro
         assert done.status == (0 if step is None else 75 if number == signal.SIGTERM else -number), done.output
         newest = run / "checkpoints" / f"step_{max(checkpoints(run))}"
         if number == signal.SIGTERM:
-            assert len(list(newest.glob("*.safetensors"))) == ranks
+            assert len(list(newest.glob("*.safetensors"))) == ranks and tensors(newest)
     assert_same_run(run, wanted, tolerance=1e-5)
     got, want = tensors(run / "hf"), tensors(wanted / "hf")
     assert all((got[k] - want[k]).norm() <= 1e-4 * want[k].norm() for k in want)
