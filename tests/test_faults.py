@@ -18,6 +18,8 @@ from pathlib import Path
 import pytest
 from conftest import EXAMPLES, REPO
 
+pytestmark = pytest.mark.slow  # minutes: left out of the second set of versions in CI
+
 ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
 GONE = 60  # seconds until the other ranks of a dead one must have ended
 

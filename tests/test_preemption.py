@@ -12,6 +12,8 @@ import pytest
 from processes import VARIABLES, Run, checkpoints, finish, last_step, lines, train_lines
 from test_resume import assert_same_run, place, straight, words  # noqa: F401  fixtures
 
+pytestmark = pytest.mark.slow  # minutes: left out of the second set of versions in CI
+
 STEPS = 20
 SIGNALS = [signal.SIGTERM, signal.SIGUSR1]
 

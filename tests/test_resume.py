@@ -14,6 +14,8 @@ from conftest import EXAMPLES, REPO, model_config
 from processes import VARIABLES, checkpoints, finish, last_step, lines, tensors, train_lines
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+pytestmark = pytest.mark.slow  # minutes: left out of the second set of versions in CI
+
 STEPS = 20
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from test_faults import ROOT, environment, finished, metrics, only_sentence, same_run, two_ranks, wait_for_step, words
 
+pytestmark = pytest.mark.slow  # minutes: left out of the second set of versions in CI
+
 assert words  # a fixture
 PROGRAMS = ["slurmctld", "slurmd", "sbatch", "srun", "munged", "unshare"]
 CONF = """
