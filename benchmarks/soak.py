@@ -24,6 +24,7 @@ sys.path.insert(0, str(REPOSITORY / "tests"))
 from processes import Run, checkpoints, finish, last_step, lines  # noqa: E402
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
+SPARE = 25  # steps that are left for the last run
 EXACT = ("step", "loss", "grad_norm", "lr", "tokens", "epoch", "batch_checksum", "eval_loss", "eval_tokens")
 
 
@@ -63,13 +64,14 @@ def soak(folder: Path, kills: int, seed: int, steps: int) -> dict:
     begin, at = time.monotonic(), []
     while done["kills"] < kills:
         newest = max(checkpoints(run), default=0)
-        share = 2 * (steps - 1 - newest) // (kills - done["kills"])
-        # the last steps are left for the last run, or it might finish before it is killed
-        goal = min(newest + chance.randint(0, share), steps - 10)
+        share = 2 * max(0, steps - SPARE - newest) // (kills - done["kills"])
+        goal = min(newest + chance.randint(0, share), steps - SPARE)
         with Run(folder, *command) as process:
             started = time.monotonic()
             if chance.random() < 0.2 and startup:
-                time.sleep(chance.uniform(0, startup))
+                end = started + chance.uniform(0, startup)  # but not long after: on a busy machine it might finish
+                while time.monotonic() < end and " | loss " not in process.output:
+                    time.sleep(0.002)
             else:
                 process.until(lambda process=process: " | loss " in process.output, timeout=300)
                 startup = time.monotonic() - started if done["kills"] else None  # the first one starts a server too

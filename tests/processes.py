@@ -71,7 +71,10 @@ class Run:
         for process in self.processes if rank is None else [self.processes[rank]]:
             if process.exitcode is None:
                 with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, number)
+                    try:
+                        os.killpg(process.pid, number)
+                    except ProcessLookupError:  # it has no group of its own yet
+                        os.kill(process.pid, number)
 
     def wait(self, timeout: float = 60) -> int | list[int]:
         """The exit status, or those of all ranks where they differ; a process that takes too long is killed."""

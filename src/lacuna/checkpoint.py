@@ -110,7 +110,7 @@ class Checkpoints:
         self.tensors = {k: t for k, t in tensors.items() if copy[isinstance(t, DTensor)] == 0 and local(t).numel()}
         self.stream = torch.cuda.Stream() if ranks.device.type == "cuda" else None
         self.thread = ThreadPoolExecutor(max_workers=1)
-        self.thread.submit(self.allocate)
+        self.allocating = self.thread.submit(self.allocate)
         match_eos(config, self.model, tokenizer)
 
     def allocate(self):
@@ -147,6 +147,7 @@ class Checkpoints:
 
     def copy(self, shares: list[torch.Tensor]):
         """Copy this rank's shares to the host, beside the computation of the next step."""
+        self.allocating.result()
         self.begin = time.perf_counter()
         with torch.cuda.stream(self.stream) if self.stream else nullcontext():
             places = self.buffer.split([share.numel() for share in shares])

@@ -8,7 +8,7 @@ from glob import glob
 from pathlib import Path
 
 from lacuna.config import Config, ConfigError, NonFinite, Preempted, load_config
-from lacuna.preemption import REQUEUE, Preemption
+from lacuna.preemption import REQUEUE, SIGNALS, Preemption
 
 USAGE = """usage: lacuna pt [CONFIG.toml] [--section.key VALUE ...]             train on text: every token
        lacuna sft [CONFIG.toml] [--section.key VALUE ...]            train on conversations: what the assistant says
@@ -120,9 +120,9 @@ def launch(config: Config, argv: list[str]):
         options += ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
         try:
             torchrun([*options, "-m", "lacuna", *argv])
-        except SignalException as signal:
-            print(f"lacuna: {signal}", file=sys.stderr)
-            sys.exit(REQUEUE)
+        except SignalException as error:
+            print(f"lacuna: {error}", file=sys.stderr)
+            sys.exit(REQUEUE if error.sigval in SIGNALS else 128 + error.sigval)
         except ChildFailedError as error:  # of a fault, torchrun ends the other ranks by a signal
             print("lacuna: a rank has ended before the run has, as it says above", file=sys.stderr)
             sys.exit(REQUEUE if all(rank.exitcode == REQUEUE for rank in error.failures.values()) else 1)
