@@ -115,6 +115,7 @@ def comes_back(slurm, job: str, times: int):
     """The job is in the queue again; Slurm would let it wait there for two minutes."""
     wait_until(lambda: state(slurm, job)["JobState"] == "PENDING", 60)
     assert state(slurm, job)["Restarts"] == str(times)
+    time.sleep(3)  # within a second of the requeue, slurmd takes the job for the one that it has just ended
     slurm("scontrol", "update", f"JobId={job}", "StartTime=now")
 
 
