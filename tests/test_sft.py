@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -138,7 +139,8 @@ def test_evaluation_weighs_tokens_and_is_the_same_packed_or_not(model_folder, ch
         config = load_config(None, argv, "sft")
         dataset = RowDataset(config, config.data.sources, ChatEncoder(tokenizer, config), 0, 1, 1)
         trainee = build_model(config, ONE, len(tokenizer))
-        result = evaluate(trainee, config, dataset, ONE, torch.ones(len(tokenizer)))
+        nobody = SimpleNamespace(asked=False)
+        result = evaluate(trainee, config, dataset, ONE, torch.ones(len(tokenizer)), nobody)
         assert result["eval_tokens"] == count
         assert result["eval_loss"] == pytest.approx((nats / count).item(), rel=1e-5)
 

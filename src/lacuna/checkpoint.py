@@ -198,10 +198,13 @@ class Checkpoints:
             os.fsync(out.fileno())
 
     def publish(self, path: Path, state: dict):
-        (path / "state.json").write_text(json.dumps(state))
         self.model.config.save_pretrained(path)
         self.model.generation_config.save_pretrained(path)
         self.tokenizer.save_pretrained(path)
+        with open(path / "state.json", "w") as out:
+            json.dump(state, out)
+            out.flush()
+            os.fsync(out.fileno())  # before the rename, or after a power failure it could be empty
         done = path.with_name(path.name[1:])
         if done.exists():  # the same step again, after resume_changed
             os.rename(done, done.with_name(f".old_{done.name}"))
