@@ -8,10 +8,22 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from test_faults import ROOT, environment, finished, metrics, only_sentence, same_run, two_ranks, wait_for_step, words
+from test_faults import (
+    ROOT,
+    can,
+    environment,
+    finished,
+    metrics,
+    only_sentence,
+    same_run,
+    two_ranks,
+    wait_for_step,
+    words,
+)
 
 pytestmark = pytest.mark.slow  # minutes: left out of the second set of versions in CI
 
@@ -62,11 +74,15 @@ def slurm(tmp_path_factory):
     if not all(map(shutil.which, PROGRAMS)) and shutil.which("apt-get"):
         environ = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
         packages = ["slurmctld", "slurmd", "slurm-client", "munge", "util-linux"]
-        for command in (["apt-get", "update", "-qq"], ["apt-get", "install", "-y", "-qq", *packages]):
-            subprocess.run(command, env=environ, timeout=300, check=False, capture_output=True)
+        apt = ["apt-get", "-qq", "-o", "Acquire::Retries=0", "-o", "Acquire::http::Timeout=10"]
+        with suppress(subprocess.TimeoutExpired):  # where no mirror can be reached
+            for command in ([*apt, "update"], [*apt, "install", "-y", *packages]):
+                subprocess.run(command, env=environ, timeout=90, check=False, capture_output=True)
     missing = [program for program in PROGRAMS if shutil.which(program) is None]
     if missing:
         pytest.skip(f"needs {', '.join(missing)}, and apt-get cannot bring them")
+    if not can("unshare", "--mount", "true"):
+        pytest.skip("needs mount namespaces, for the names of its nodes")
     folder, host = tmp_path_factory.mktemp("slurm"), socket.gethostname().partition(".")[0]
     (folder / "munge.key").write_bytes(os.urandom(128))
     (folder / "munge.key").chmod(0o600)
