@@ -109,7 +109,10 @@ def reference_gradients(folder) -> tuple[float, dict]:
     return (nats / count).item(), {name: p.grad for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("split", ["8x1", "2x4", "4 ranks x2", "2x2 ranks x2"])
+MESHED = pytest.param("2x2 ranks x2", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("split", ["8x1", "2x4", "4 ranks x2", MESHED])
 def test_the_gradient_of_a_global_batch_is_the_same_for_every_split(split, model_folder, tmp_path):
     folder = model_folder("qwen3")
     if "ranks" in split:
@@ -151,6 +154,7 @@ def test_two_runs_of_one_config_are_bit_identical_and_another_seed_is_not(model_
     assert all(x[2] != y[2] for x, y in zip(a, c, strict=True))
 
 
+@pytest.mark.slow
 def test_one_two_and_four_ranks_read_the_same_batches_and_lose_the_same(model_folder, texts, tmp_path):
     held_out = json.dumps([{"path": str(texts)}])
     # four ranks, but fewer rows to evaluate on than they take at once: nobody may wait for ever
