@@ -109,10 +109,10 @@ def reference_gradients(folder) -> tuple[float, dict]:
     return (nats / count).item(), {name: p.grad for name, p in model.named_parameters()}
 
 
-MESHED = pytest.param("2x2 ranks x2", marks=pytest.mark.slow)
+MANY = [pytest.param(split, marks=pytest.mark.slow) for split in ("4 ranks x2", "2x2 ranks x2")]
 
 
-@pytest.mark.parametrize("split", ["8x1", "2x4", "4 ranks x2", MESHED])
+@pytest.mark.parametrize("split", ["8x1", "2x4", *MANY])
 def test_the_gradient_of_a_global_batch_is_the_same_for_every_split(split, model_folder, tmp_path):
     folder = model_folder("qwen3")
     if "ranks" in split:
@@ -223,6 +223,7 @@ def test_evaluation_is_weighted_by_tokens_and_equals_plain_transformers(model_fo
     assert first["eval_bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_evaluation_reads_every_stream_to_its_end(model_folder, texts, tmp_path):
     shards = tmp_path / "shards"
     shards.mkdir()
