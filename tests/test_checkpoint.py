@@ -258,6 +258,15 @@ def test_a_config_that_changes_rows_or_losses_is_refused_by_the_names_of_all_key
     assert now == before, "a run that is refused changes nothing"
 
 
+def test_data_that_has_changed_under_its_name_is_refused(options, stop_after, tmp_path):
+    folder = stop_after(3, options())
+    with open(tmp_path / "text.jsonl", "a") as file:
+        file.write("\n" + json.dumps({"text": "one more document"}))
+    with pytest.raises(ConfigError, match=r"was \['2 documents of \d+ tokens'\], now \['3 documents"):
+        run(load_config(None, options()))
+    assert run(load_config(None, options(checkpoint__resume_changed="true"))) == folder
+
+
 def test_resume_changed_goes_on_all_the_same(options, stop_after):
     folder = stop_after(3, options())
     run(load_config(None, options(optim__lr=1e-4, checkpoint__resume_changed="true")))

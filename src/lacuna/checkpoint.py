@@ -106,8 +106,9 @@ class Checkpoints:
         self.group = dist.new_group(backend="gloo", timeout=timeout) if ranks.mesh is not None else None
         tensors = dict(self.model.named_parameters()) | optimizer_tensors(trainee, optimizer)
         # a sharded tensor is written by the first replica, any other by rank 0
-        copy = {True: ranks.mesh.get_coordinate()[0] if ranks.mesh is not None else 0, False: ranks.rank}
-        self.tensors = {k: t for k, t in tensors.items() if copy[isinstance(t, DTensor)] == 0 and local(t).numel()}
+        replica = ranks.mesh.get_coordinate()[0] if ranks.mesh is not None else 0
+        mine = [(k, t) for k, t in tensors.items() if (replica if isinstance(t, DTensor) else ranks.rank) == 0]
+        self.tensors = {name: tensor for name, tensor in mine if local(tensor).numel()}
         self.stream = torch.cuda.Stream() if ranks.device.type == "cuda" else None
         self.thread = ThreadPoolExecutor(max_workers=1)
         self.allocating = self.thread.submit(self.allocate)

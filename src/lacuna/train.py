@@ -45,6 +45,10 @@ def run(config: Config) -> Path:
     fraction = config.eval.fraction or 0.0
     where = (encoder, ranks.rank, ranks.world)
     dataset = RowDataset(config, config.data.sources, *where, config.train.epochs, share=(fraction, 1))
+    inventory = [source.inventory for source in dataset.sources]
+    if state.get("inventory", inventory) != inventory and not config.checkpoint.resume_changed:
+        cure = "bring it back, set another name, or checkpoint.resume_changed = true"
+        raise ConfigError(f"data.sources: the data of {checkpoint} was {state['inventory']}, now {inventory}: {cure}")
     steps = config.train.steps or math.ceil(dataset.count_rows() / config.train.global_batch_size)
     if config.optim.warmup_steps >= steps:
         raise ConfigError(f"optim.warmup_steps {config.optim.warmup_steps} must be below the run's {steps} steps")
@@ -120,14 +124,12 @@ def run(config: Config) -> Path:
         # 5. Save.
         checkpoints.check()
         if saving or report.stop_asked:
-            checkpoints.save(step, report.totals, loader.state)
+            checkpoints.save(step, report.totals | {"inventory": inventory}, loader.state)
         preemption.can_save = True
         if report.stop_asked:
             checkpoints.finish()
             report.close()
-            sum_over_ranks(
-                counts
-            ).tolist()  # all leave together: Slurm and torchrun end the others of one that has left
+            sum_over_ranks(counts).tolist()  # all leave together: Slurm ends the others of one that has left
             raise Preempted(f"stopped by a signal after step {step} of {steps}; the same command goes on from there")
 
     # The end: a plain Hugging Face folder. A signal ends it at once, since the checkpoint is whole.
@@ -171,7 +173,6 @@ def evaluate(trainee: Trainee, config: Config, dataset: RowDataset, ranks: Ranks
     """Mean loss a token (nats) and bits a byte over held-out data; sizes [V] are the bytes of each token.
 
     None where a signal came: then there is no time to finish.
-
     Every rank takes as many rows, and one that has no data left feeds rows that train nothing: so nobody hangs.
     """
     data = config.data.model_copy(update={"context_len": None, "context_warmup_steps": 0, "workers": 0})
@@ -194,7 +195,7 @@ def evaluate(trainee: Trainee, config: Config, dataset: RowDataset, ranks: Ranks
     loader.close()
     if ranks.mesh is not None:
         trainee.reshard()  # the root stays gathered after a forward without a backward
+    if stop:
+        return None
     bits = nats / math.log(2) / max(size, 1)
-    return (
-        None if stop else {"eval_loss": nats / max(tokens, 1), "eval_bits_per_byte": bits, "eval_tokens": int(tokens)}
-    )
+    return {"eval_loss": nats / max(tokens, 1), "eval_bits_per_byte": bits, "eval_tokens": int(tokens)}

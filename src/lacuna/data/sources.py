@@ -1,8 +1,8 @@
 """Where documents come from: map-style and streaming datasets, read by virtual streams.
 
-A source is read through cursors, one for each virtual stream: its documents, endless, epoch after epoch. A cursor has
-`next() -> (length, document)`, `state()` (small and JSON-like, for a checkpoint), `epoch` (complete passes) and
-`progress` (with the share of the pass under way). An epoch is a seeded permutation: of documents, or of whole shards.
+A source has `read(stream, num_streams, **place)`, which yields the documents of one virtual stream, endless, epoch
+after epoch. Each says by which `place` (small and JSON-like, for a checkpoint) reading begins with it again. An epoch is
+a seeded permutation: of documents, or of whole shards. `inventory` is what a run that goes on must find again.
 """
 
 import hashlib
@@ -85,6 +85,7 @@ class MapSource:
         self.documents = np.random.default_rng(seed).permutation(documents)[begin:end]
         if len(self.documents) == 0:
             raise ConfigError(f"data.sources: no document is left of {', '.join(s.path for s in sources)}")
+        self.inventory = f"{len(self.documents)} documents of {self.lengths[self.documents].sum()} tokens"
 
     def read(self, stream: int, num_streams: int, epoch: int = 0, taken: int = 0) -> Iterator[Document]:
         """The documents of one virtual stream, in an order of each epoch's own; endless."""
@@ -130,6 +131,7 @@ class StreamSource:
         self.notes = Counter()  # nothing is known before it is read
         self.dataset = open_dataset(source, encoder)
         self.num_shards = self.dataset.num_shards
+        self.inventory = f"{self.num_shards} shards"
 
     def read(self, stream, num_streams, epoch=0, shard=0, inside=None, taken=0) -> Iterator[Document]:
         """The documents of one virtual stream, in chunks of READ_CHUNK: to resume reads one again; endless."""
