@@ -1,8 +1,8 @@
 """Where documents come from: map-style and streaming datasets, read by virtual streams.
 
 A source has `read(stream, num_streams, **place)`, which yields the documents of one virtual stream, endless, epoch
-after epoch. Each says by which `place` (small and JSON-like, for a checkpoint) reading begins with it again. An epoch is
-a seeded permutation: of documents, or of whole shards. `inventory` is what a run that goes on must find again.
+after epoch. Each says by which `place` (small, JSON-like, for a checkpoint) reading begins with it again. An epoch is a
+seeded permutation: of documents, or of whole shards. `inventory` is what a run that goes on must find again.
 """
 
 import hashlib
