@@ -29,7 +29,7 @@ SEQ_LENS = (2048, 8192, 32768)
 def plan(lengths: np.ndarray, seq_len: int):
     """(start of each piece in the corpus, its length, the pieces of each row), as the loader packs."""
     document, start, length = split_documents(lengths, seq_len)
-    rows = best_fit(length, seq_len, max(16, seq_len // 32))
+    rows = best_fit(length, seq_len)
     return (np.cumsum(lengths) - lengths)[document] + start, length, rows
 
 

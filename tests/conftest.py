@@ -89,10 +89,9 @@ def pack(rows: list[list[list[int]]], seq_len: int, trained=lambda document, pos
             targets = [-100 if last or not trained(n, i) else token for i, token in enumerate(document)][1:]
             labels += [*targets, -100][: len(document)]
     total = seq_len * len(rows)
-    boundaries = starts + [total] * (len(rows) * 20 + 1 - len(starts))
     return PackedBatch(
         *(torch.tensor(x) for x in (ids, labels, positions)),
-        cu_seqlens=torch.tensor(boundaries, dtype=torch.int32),
+        cu_seqlens=torch.tensor([*starts, total], dtype=torch.int32),
         max_seqlen=seq_len,
         trained_tokens=sum(label >= 0 for label in labels),
         tokens=0,

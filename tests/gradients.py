@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from lacuna.config import load_config
 from lacuna.data.loader import PackedBatch
 from lacuna.model import build_model
-from lacuna.parallel import clip_gradients, start
+from lacuna.parallel import gradient_norm, start
 from lacuna.train import accumulate_gradients
 
 folder, source, target, replicate = sys.argv[1:]
@@ -27,7 +27,7 @@ batches = [PackedBatch(*fields) for fields in torch.load(source, weights_only=Tr
 trained = torch.tensor(sum(batch.trained_tokens for batch in batches))
 loss = accumulate_gradients(trainee, batches[ranks.rank :: ranks.world], trained, ranks)
 dist.all_reduce(loss)
-norm, _ = clip_gradients(list(trainee.parameters()), 1e9, ranks.mesh)
+norm, _ = gradient_norm(list(trainee.parameters()), ranks.mesh)
 grads = {name: p.grad for name, p in trainee.model.named_parameters()}
 gradients = {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in grads.items()}
 if ranks.rank == 0:

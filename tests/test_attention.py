@@ -11,9 +11,9 @@ SEQ_LEN = 64
 STARTS = [0, 1, 17, 40, 64, 100, 127]  # two rows; documents of 1 to 36 tokens, a row that begins inside no document
 
 
-def packed(device="cpu", slots=2 * SEQ_LEN, pad=12) -> PackedBatch:
+def packed(device="cpu", slots=2 * SEQ_LEN) -> PackedBatch:
     """Two rows of documents; only what attention looks at is filled in."""
-    cu_seqlens = torch.tensor(STARTS + [slots] * (pad - len(STARTS)), dtype=torch.int32, device=device)
+    cu_seqlens = torch.tensor([*STARTS, slots], dtype=torch.int32, device=device)
     ids = torch.zeros(slots, dtype=torch.int64, device=device)
     return PackedBatch(ids, ids, ids, cu_seqlens, SEQ_LEN, 0, 0, 0, 0, 0, 0.0)
 
@@ -84,6 +84,29 @@ def test_changing_one_document_changes_nothing_in_the_others(backend, dtype, dev
     assert changed[inside].all()
     changed[inside] = False
     assert not changed.any()
+
+
+@pytest.mark.parametrize(("backend", "dtype", "device"), GPU)
+def test_another_number_of_documents_is_the_same_graph(backend, dtype, device):
+    from torch._dynamo.utils import counters
+
+    if choose_or_skip(backend, device, dtype):
+        return
+
+    def attend(q, k, v, limits):
+        return packed_attention(None, q, k, v, None, scaling=0.11, **limits)[0]
+
+    compiled = torch.compile(attend, fullgraph=True, dynamic=False)
+    batch, graphs = packed(device), []
+    for documents in ([0, 64, 128], [0, 128], list(range(129)), [0, 1, 64, 100, 128]):
+        cu_seqlens = torch.tensor(documents, dtype=torch.int32, device=device)
+        q, k, v = (torch.randn(1, 2, 2 * SEQ_LEN, 64, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
+        limits = boundaries(batch._replace(cu_seqlens=cu_seqlens), backend)
+        out = compiled(q, k, v, limits)
+        torch.testing.assert_close(out, attend(q, k, v, limits), rtol=2e-2, atol=2e-2)
+        out.sum().backward()
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert len(set(graphs)) == 1
 
 
 def choose_or_skip(backend, device, dtype) -> bool:

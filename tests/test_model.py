@@ -275,3 +275,18 @@ def test_on_a_gpu_packed_equals_alone_within_bfloat16(name, attention, options, 
     assert_packed_equals_alone(
         model_folder(name), "--model.attention", attention, *options, device="cuda", tolerance=4e-3
     )
+
+
+@pytest.mark.gpu
+def test_gradients_of_weights_are_not_rounded_to_bfloat16(model_folder):
+    """They leave the matrix product in float32, so that most of their values are none that bfloat16 has."""
+    trainee = build(model_folder("qwen3"), "--model.attention", "varlen", device="cuda")
+    trainee(batch_and_documents()[0].to(torch.device("cuda"))).backward()
+    for name, p in trainee.model.named_parameters():
+        if "proj" in name:
+            assert (p.grad != p.grad.bfloat16().float()).float().mean() > 0.9, name
+
+
+def test_fp8_is_refused_where_it_cannot_run(model_folder):
+    with pytest.raises(ConfigError, match=r"model\.fp8 needs a Hopper GPU"):
+        build(model_folder("qwen3"), "--model.fp8", "true")

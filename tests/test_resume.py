@@ -139,7 +139,8 @@ def test_on_1_2_4_and_1_ranks_with_other_batches_and_meshes_it_reads_the_same_ro
     run = place / "runs" / "ranks"
     stages = [
         (1, 4, signal.SIGKILL, ()),
-        (2, 8, signal.SIGTERM, ("--data.workers", "1")),
+        (2, 6, signal.SIGTERM, ("--dist.dp_replicate", "2")),
+        (2, 9, signal.SIGTERM, ("--data.workers", "1")),
         (4, 12, signal.SIGTERM, ("--train.micro_batch_size", "1")),
         (4, 15, signal.SIGTERM, ("--dist.dp_replicate", "2", "--dist.dp_shard", "2")),
         (1, None, None, ("--train.micro_batch_size", "8", "--data.workers", "1")),

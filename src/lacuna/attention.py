@@ -10,6 +10,7 @@ mask for it. The document boundaries come as keyword arguments of the model's fo
 
 import importlib.util
 import inspect
+import os
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,9 @@ from transformers import AttentionInterface
 from lacuna.config import ConfigError
 from lacuna.data.loader import PackedBatch
 
+# FlashAttention-4 compiles itself for seconds: keep the result, and not in /tmp, where others could lay down theirs.
+os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", os.path.expanduser("~/.cache/lacuna/fa4"))
 # From torch 2.15 on, fewer key than query heads must be asked for; before, they were simply allowed.
 GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
@@ -40,6 +44,9 @@ def choose_backend(asked: str, device: torch.device, dtype: torch.dtype) -> str:
 
 def boundaries(batch: PackedBatch, backend: str) -> dict:
     """Keyword arguments that carry the document boundaries of a batch through a transformers model."""
+    # One graph for any number of documents. Padded to a fixed length instead, as empty documents, they cost
+    # FlashAttention-4 7 ms of a 350 ms step (Qwen3-1.7B, 520 for 4 x 4,096 tokens, H200).
+    torch._dynamo.mark_dynamic(batch.cu_seqlens, 0)
     mask = None
     if backend == "sdpa":
         slots = torch.arange(len(batch.input_ids), device=batch.input_ids.device).view(-1, batch.max_seqlen)  # [B, S]

@@ -88,10 +88,9 @@ def flat(config: dict) -> dict:
 
 def optimizer_tensors(trainee: Trainee, optimizer) -> dict[str, torch.Tensor]:
     """The optimizer's state by name, float32, sharded like the parameters."""
-    tensors = {}
-    for name, parameter in trainee.model.named_parameters():
-        tensors |= {f"optimizer.{key}.{name}": value for key, value in optimizer.state[parameter].items()}
-    return tensors
+    moments = {"exp_avg": optimizer.averages, "exp_avg_sq": optimizer.squares}
+    named = [(key, name, p) for key in moments for name, p in trainee.model.named_parameters()]
+    return {"optimizer.step": optimizer.count} | {f"optimizer.{key}.{name}": moments[key][p] for key, name, p in named}
 
 
 class Checkpoints:
@@ -103,7 +102,7 @@ class Checkpoints:
         self.copying = self.writing = None
         # the thread's own group: two threads that use one could meet in different orders on different ranks
         timeout = timedelta(seconds=config.dist.timeout)
-        self.group = dist.new_group(backend="gloo", timeout=timeout) if ranks.mesh is not None else None
+        self.group = dist.new_group(backend="gloo", timeout=timeout) if ranks.world > 1 else None
         tensors = dict(self.model.named_parameters()) | optimizer_tensors(trainee, optimizer)
         # a sharded tensor is written by the first replica, any other by rank 0
         replica = ranks.mesh.get_coordinate()[0] if ranks.mesh is not None else 0

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, CliSettingsSource
+from pydantic_settings import BaseSettings, CliImplicitFlag, CliSettingsSource
 
 
 class ConfigError(Exception):
@@ -42,6 +42,7 @@ class ModelConfig(Section):
     overrides: dict[str, int | float | str | bool] = key({}, "fields of the model's config to replace")
     tokenizer: str | None = key(None, "Hub id or folder of the tokenizer, if not the model's own")
     dtype: Literal["auto", "bfloat16", "float32"] = key("auto", "of computation alone; auto: bfloat16 on GPUs")
+    fp8: bool = key(False, "matrix products of the layers in fp8 (extra fp8), on Hopper GPUs and later")
     attention: Literal["auto", "varlen", "fa4", "sdpa"] = key("auto", "fa4: extra fa4, fastest; sdpa: on any device")
     kernels: Literal["auto", "none", "liger", "hub"] = key("auto", "auto: liger on a GPU without compile, else none")
     kernel_mapping: dict[str, str] = key({}, "for hub: layer -> owner/repo:Layer@version or folder:Layer")
@@ -128,6 +129,7 @@ class SlurmConfig(Section):
 
 class LogConfig(Section):
     every: int = key(10, "steps between two lines of metrics", ge=1)
+    profile: CliImplicitFlag[bool] = key(False, "trace a few steps, with a memory snapshot, into the run folder")
     show: int = key(2, "rows that lacuna explain prints", ge=1)
     show_ids: bool = key(False, "lacuna explain: token ids too")
     trackers: list[Literal["wandb", "tensorboard", "trackio"]] = key([], "where else metrics go")

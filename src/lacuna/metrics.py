@@ -85,11 +85,13 @@ class Report:
         return event
 
     def step(self, facts: dict, values: torch.Tensor, counts: torch.Tensor):
-        """Take in a step's figures, on their way to the host, and report it, or on a GPU the step before, so that the
-        GPU never waits for the host. Raises NonFinite."""
+        """Take in a step's figures, on their way to the host, and report it. Raises NonFinite.
+
+        On a GPU report the step before the last one: it is done by now, so that neither waits for the other.
+        """
         figures = (values.to("cpu", non_blocking=True), counts.to("cpu", non_blocking=True))
         self.waiting.append((facts, *figures, self.now()))
-        self.flush(values.is_cuda)
+        self.flush(2 * values.is_cuda)
 
     def flush(self, but: int = 0):
         """Report all steps taken in, but so many."""
@@ -97,13 +99,13 @@ class Report:
             self.report(*self.waiting.pop(0))
 
     def report(self, facts: dict, values: torch.Tensor, counts: torch.Tensor, done):
-        if not isinstance(done, float):
+        if not isinstance(done, float) and not done.query():
             done.synchronize()
         train, world = self.config.train, self.ranks.world
-        loss, stop, *bad_ranks = values[: 2 + world].tolist()
+        loss, *bad_ranks = values[: 1 + world].tolist()
+        norm, *squares = values[1 + world :].tolist()
+        trained, tokens, pairs, checksum, dropped, stop = counts.tolist()
         self.stop_asked |= stop > 0
-        norm, *squares = values[2 + world :].tolist()
-        trained, tokens, pairs, checksum, dropped = counts.tolist()
         if not math.isfinite(loss) or not math.isfinite(norm):
             ranks = ", ".join(str(rank) for rank, bad in enumerate(bad_ranks) if bad)
             where = f"the loss on rank {ranks}" if ranks else "a gradient"

@@ -16,6 +16,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from huggingface_hub import snapshot_download
 from torch import nn
+from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
@@ -55,12 +56,15 @@ def build_model(config: Config, ranks: Ranks, vocabulary: int, checkpoint: Path 
     model, folder = empty_model(config.model, vocabulary, checkpoint)
     layers = list(model.get_decoder().layers)
     apply_kernels(model, config.model, on_gpu, compiled)
+    if config.model.fp8:
+        compute_in_fp8(layers, ranks.device, dtype)
     if ranks.mesh is None and dtype != torch.float32:
         compute_in(model, layers, dtype)
     checkpoint_activations(layers, config.train.activation_checkpointing)
+    options = {"post_grad_custom_pre_pass": Float32Gradients()} if on_gpu else {}
     if compiled:  # regionally: all layers share one graph, which takes seconds; the whole model would take minutes
         for layer in layers:
-            layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)
+            layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False, options=options)
     accum_dtype = torch.float32 if config.model.accum_dtype == "float32" else dtype
     backend = choose_backend(config.model.attention, ranks.device, dtype)
     trainee = Trainee(model, backend, {"head": config.model.head, "accum_dtype": accum_dtype, "compiled": compiled})
@@ -158,6 +162,22 @@ def kernelize_from_hub(model: PreTrainedModel, mapping: dict[str, str], device: 
         kernelize(model, mode=mode, device=device)
 
 
+def compute_in_fp8(layers: list[nn.Module], device: torch.device, dtype: torch.dtype):
+    """The layers' matrix products in fp8, forward and backward, one scale a tensor (torchao); not the head's.
+
+    1.7B parameters, one H200: 49,900 tokens/s; in bf16 46,400; with a scale for each row 43,100, slower than bf16.
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0) or dtype != torch.bfloat16:
+        raise ConfigError("model.fp8 needs a Hopper GPU or later, and bfloat16: leave it false")
+    try:
+        from torchao.float8 import convert_to_float8_training
+    except ImportError:
+        raise ConfigError("model.fp8 needs the extra: uv sync --extra fp8") from None
+    for layer in layers:  # _scaled_mm takes multiples of 16 only
+        fits = lambda module, _: not (module.in_features % 16 or module.out_features % 16)  # noqa: E731
+        convert_to_float8_training(layer, module_filter_fn=fits)
+
+
 def compute_in(model: PreTrainedModel, layers: list[nn.Module], dtype: torch.dtype):
     """On a rank without FSDP: float32 parameters, computation in dtype, the casts inside what is compiled."""
     for module in (*layers, model.get_decoder().norm):
@@ -170,9 +190,32 @@ def run_in(template: nn.Module, module: nn.Module, dtype: torch.dtype, *args, **
     return functional_call(template, {name: p.to(dtype) for name, p in module.named_parameters()}, args, kwargs)
 
 
+class Float32Gradients(CustomGraphPass):
+    """In a compiled graph, a matrix product that is cast to float32 writes float32 itself.
+
+    So the gradient of a weight that was cast to bf16 is never rounded to bf16, and 1.7B parameters on an H200 save the
+    2.3 ms that the casts took.
+    """
+
+    def __call__(self, graph: torch.fx.Graph):
+        for cast in graph.find_nodes(op="call_function", target=torch.ops.prims.convert_element_type.default):
+            product, dtype = cast.args
+            if product.target is torch.ops.aten.mm.default and len(product.users) == 1 and dtype == torch.float32:
+                with graph.inserting_before(cast):
+                    exact = graph.call_function(torch.ops.aten.mm.dtype, (*product.args, dtype))
+                exact.meta.update(cast.meta)
+                cast.replace_all_uses_with(exact)
+                graph.erase_node(cast)
+                graph.erase_node(product)
+
+    def uuid(self) -> str:
+        return "lacuna.Float32Gradients 1"  # part of the key of the compile cache: count up with every change
+
+
 # Dear to recompute: matrix products and attention. Everything else is cheap and recomputed.
 SAVED_OPS = [
     torch.ops.aten.mm.default,
+    torch.ops.aten._scaled_mm.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.lacuna.fa4.default,
     torch.ops.torch_attn._varlen_attn.default,

@@ -1,4 +1,4 @@
-"""AdamW with decay groups, and learning-rate schedules."""
+"""AdamW, clipping included, in one pass over memory; and learning-rate schedules."""
 
 import math
 
@@ -6,21 +6,57 @@ import torch
 from torch import nn
 
 from lacuna.config import OptimConfig
+from lacuna.parallel import local
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Fused AdamW over float32 parameters; embeddings, norms and biases do not decay (karpathy/minGPT pull 24)."""
-    embeddings = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
-    decay, no_decay = [], []
-    for parameter in model.parameters():
-        assert parameter.dtype == torch.float32, "AdamW must own float32 parameters: bf16 ones lose small updates"
-        (no_decay if parameter.ndim < 2 or id(parameter) in embeddings else decay).append(parameter)
-    groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.betas), eps=config.eps, fused=True)
-    for parameter in model.parameters():  # as AdamW would in its first step: a checkpoint is read into them
-        optimizer.state[parameter] = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[parameter]["step"] = torch.zeros((), device=parameter.device)
-    return optimizer
+class AdamW:
+    """Adam with decoupled weight decay (arXiv 1711.05101), the arithmetic of torch.optim.AdamW, on float32 parameters.
+
+    One compiled graph updates a layer: it reads a parameter, its gradient and both moments once, and clips on the way.
+    That is 28 bytes a parameter; torch's clipping and fused AdamW move 36, at 18 instead of 12 ms for 1.7B on an H200.
+    Embeddings, norms and biases do not decay (karpathy/minGPT pull 24).
+    """
+
+    def __init__(self, model: nn.Module, layers: list[nn.Module], config: OptimConfig, compiled: bool):
+        embeddings = {p for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+        self.config, self.update = config, torch.compile(update, dynamic=False) if compiled else update
+        groups = [list(layer.parameters()) for layer in layers]
+        inside = {p for group in groups for p in group}
+        self.groups = [*groups, [p for p in model.parameters() if p not in inside]]
+        self.decays = [[p.ndim > 1 and p not in embeddings for p in group] for group in self.groups]
+        self.averages, self.squares = {}, {}  # first and second moment of each parameter
+        for parameter in model.parameters():
+            assert parameter.dtype == torch.float32, "AdamW must own float32 parameters: bf16 ones lose small updates"
+            self.averages[parameter], self.squares[parameter] = (torch.zeros_like(parameter) for _ in range(2))
+        self.count = torch.zeros((), device=parameter.device)  # of updates, for the correction of the moments' bias
+
+    @torch.no_grad()
+    def step(self, lr: float, scale: torch.Tensor, failed: torch.Tensor):
+        """Update every parameter by its gradient times `scale`; change nothing at all where `failed` is true.
+
+        Nothing here waits for the device: what changes from step to step is a tensor, so nothing is compiled again.
+        """
+        (beta1, beta2), decay, eps = self.config.betas, self.config.weight_decay, self.config.eps
+        self.count += ~failed
+        step_size = lr / (1 - beta1**self.count)
+        root = (1 - beta2**self.count).sqrt()
+        shrink = torch.full_like(self.count, 1 - lr * decay)
+        for group, decays in zip(self.groups, self.decays, strict=True):
+            tensors = [(p, p.grad, self.averages[p], self.squares[p]) for p in group]
+            tensors = [tuple(local(tensor) for tensor in four) for four in tensors]
+            self.update(tensors, decays, step_size, root, shrink, scale, failed, beta1, beta2, eps)
+
+
+def update(tensors: list[tuple], decays: list[bool], step_size, root, shrink, scale, failed, beta1, beta2, eps):
+    """AdamW of (parameter, gradient, first moment, second moment) each, in place."""
+    for (parameter, grad, average, square), decay in zip(tensors, decays, strict=True):
+        grad = grad * scale
+        new_average = average.lerp(grad, 1 - beta1)
+        new_square = square.lerp(grad * grad, 1 - beta2)
+        kept = parameter * shrink if decay else parameter
+        new = kept - step_size * new_average / (new_square.sqrt() / root + eps)
+        for old, value in ((parameter, new), (average, new_average), (square, new_square)):
+            old.copy_(torch.where(failed, old, value))
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:

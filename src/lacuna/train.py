@@ -1,5 +1,6 @@
 """The run, top to bottom: set up, find a checkpoint, build, evaluate, loop, save, export."""
 
+import gc
 import math
 import time
 from collections import Counter
@@ -16,9 +17,10 @@ from lacuna.data.loader import Loader, PackedBatch, RowDataset
 from lacuna.data.tokenize import Encoder, load_tokenizer, token_bytes
 from lacuna.metrics import Report, log, start_logging
 from lacuna.model import Trainee, build_model, read_tensors
-from lacuna.optim import build_optimizer, learning_rate
-from lacuna.parallel import Ranks, clip_gradients, start, sum_over_ranks
+from lacuna.optim import AdamW, learning_rate
+from lacuna.parallel import Ranks, gradient_norm, start, sum_gradients, sum_over_ranks
 from lacuna.preemption import Preemption
+from lacuna.profile import Profile
 
 
 def run(config: Config) -> Path:
@@ -59,7 +61,8 @@ def run(config: Config) -> Path:
 
     # Model, optimizer, and where the run reports to.
     trainee = build_model(config, ranks, len(tokenizer), checkpoint)
-    optimizer = build_optimizer(trainee, config.optim)
+    layers, compiled = trainee.model.get_decoder().layers, trainee.head_options["compiled"]
+    optimizer = AdamW(trainee, layers, config.optim, compiled)
     if checkpoint:
         read_tensors(optimizer_tensors(trainee, optimizer), checkpoint)
         log.info("Going on after step %d, from %s", state["step"], checkpoint)
@@ -70,14 +73,16 @@ def run(config: Config) -> Path:
     report = Report(config, ranks, folder, steps, trainee, state)
     sizes = torch.from_numpy(token_bytes(tokenizer)).to(ranks.device)
     accumulation = config.train.global_batch_size // (config.train.micro_batch_size * ranks.world)
-    failed = torch.zeros((), device=ranks.device)  # 1 where a loss or gradient is not finite
+    failed = torch.zeros((), device=ranks.device, dtype=torch.bool)  # a loss or gradient is not finite
     if checkpoint is None:
         report.write({"step": 0, "documents": sum((source.notes for source in dataset.sources), Counter())})
     if held_out and is_due(state["step"], config.eval.every, steps):
         report.evaluation(state["step"], evaluate(trainee, config, held_out, ranks, sizes, preemption))
 
+    profile = Profile(config.log.profile, ranks, folder, state["step"], steps)
     report.start_clock()
     for step in range(state["step"] + 1, steps + 1):
+        profile.begin(step)
         # of nothing but dropout, in models that have it: so it is the same after a resume
         torch.manual_seed(config.seed + step * ranks.world + ranks.rank)
 
@@ -85,29 +90,25 @@ def run(config: Config) -> Path:
         begin = time.perf_counter()
         batches = [loader.next() for _ in range(accumulation)]
         data_seconds = time.perf_counter() - begin
-        counts = torch.tensor([[b.trained_tokens, b.tokens, b.pairs, b.checksum, b.dropped] for b in batches]).sum(0)
-        counts = sum_over_ranks(counts.to(ranks.device, non_blocking=True))
+        counts = [[b.trained_tokens, b.tokens, b.pairs, b.checksum, b.dropped, preemption.asked] for b in batches]
+        counts = sum_over_ranks(torch.tensor(counts).sum(0).to(ranks.device, non_blocking=True))
 
         # 2. Forward and backward; every trained token of the global batch weighs the same.
         loss = accumulate_gradients(trainee, batches, counts[0].clamp(min=1), ranks)
 
         # 3. Clip and step, unless something is not finite: then the device updates nothing, now or later.
-        norm, squares = clip_gradients(parameters, config.train.max_grad_norm, ranks.mesh)
-        losses = torch.zeros(2 + ranks.world, device=ranks.device, dtype=torch.float64)
-        losses[0], losses[2 + ranks.rank] = loss, ~loss.isfinite()  # the mean, and a mark for each bad rank
-        losses[1] = preemption.asked
+        norm, squares = gradient_norm(parameters, ranks.mesh)
+        losses = torch.zeros(1 + ranks.world, device=ranks.device, dtype=torch.float64)
+        losses[0], losses[1 + ranks.rank] = loss, ~loss.isfinite()  # the mean, and a mark for each bad rank
         sum_over_ranks(losses)
-        bad = (~(norm + losses[0]).isfinite()).float()
-        failed = bad if config.train.on_nonfinite == "skip" else torch.maximum(failed, bad)
+        bad = ~(norm + losses[0]).isfinite()
+        failed = bad if config.train.on_nonfinite == "skip" else failed | bad
         lr = learning_rate(config.optim, step - 1, steps)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.found_inf = failed
         checkpoints.wait_for_copy()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.step(lr, (config.train.max_grad_norm / (norm + 1e-6)).clamp(max=1).float(), failed)
+        trainee.zero_grad()
 
-        # 4. Report the step, or on a GPU the one before, while this one runs. All ranks see the same.
+        # 4. Report the step, or on a GPU an earlier one, while this one runs. All ranks see the same.
         facts = {"step": step, "lr": lr, "epoch": max(b.epoch for b in batches), "data_seconds": data_seconds}
         evaluating = held_out and is_due(step, config.eval.every, steps)
         saving = is_due(step, config.checkpoint.every, steps)
@@ -121,6 +122,10 @@ def run(config: Config) -> Path:
         if evaluating and not report.stop_asked:
             report.evaluation(step, evaluate(trainee, config, held_out, ranks, sizes, preemption))
 
+        if step == state["step"] + 1:
+            gc.collect()  # what is there now stays: looking through it takes half a second every few dozen steps
+            gc.freeze()
+
         # 5. Save.
         checkpoints.check()
         if saving or report.stop_asked:
@@ -131,6 +136,8 @@ def run(config: Config) -> Path:
             report.close()
             sum_over_ranks(counts).tolist()  # all leave together: Slurm ends the others of one that has left
             raise Preempted(f"stopped by a signal after step {step} of {steps}; the same command goes on from there")
+
+    profile.begin(steps + 1)
 
     # The end: a plain Hugging Face folder. A signal ends it at once, since the checkpoint is whole.
     loader.close()
@@ -160,10 +167,14 @@ def accumulate_gradients(trainee: Trainee, batches: list[PackedBatch], trained_t
     """
     total = torch.zeros((), device=ranks.device)
     for i, batch in enumerate(batches):
+        last = i == len(batches) - 1  # between copies of the model, one sum a step is enough
         if ranks.mesh is not None:
-            trainee.set_requires_all_reduce(i == len(batches) - 1)  # between replicas, once a step is enough
+            trainee.set_requires_all_reduce(last)
         loss = trainee(batch) / trained_tokens
-        loss.backward()
+        if last and ranks.world > 1 and ranks.mesh is None:
+            sum_gradients(trainee, loss)
+        else:
+            loss.backward()
         total += loss.detach()
     return total
 

@@ -147,16 +147,12 @@ def test_a_packed_batch_has_the_shapes_and_types_of_its_contract_at_every_step(t
         assert batch.cu_seqlens.dtype == torch.int32
         assert {tuple(t.shape) for t in (batch.input_ids, batch.labels, batch.position_ids)} == {(total,)}
         assert all(t.is_contiguous() for t in (batch.input_ids, batch.labels, batch.position_ids, batch.cu_seqlens))
-        assert batch.cu_seqlens.shape == batches[0].cu_seqlens.shape
         assert type(batch.max_seqlen) is int
         assert batch.max_seqlen == batches[0].max_seqlen >= int(batch.cu_seqlens.diff().max())
         bounds = batch.cu_seqlens.tolist()
         assert bounds[0] == 0
-        assert bounds == sorted(bounds)
         assert bounds[-1] == total
-        documents = bounds.index(total)
-        assert len(set(bounds[: documents + 1])) == documents + 1, "an empty document before the end"
-        assert set(bounds[documents:]) == {total}, "not padded with T"
+        assert bounds == sorted(set(bounds)), "an empty document"
         assert set(range(0, total, SEQ_LEN)) <= set(bounds), "a document reaches over the end of a row"
         expected = np.concatenate([np.arange(b - a) for a, b in pairwise(bounds)])
         assert batch.position_ids.tolist() == expected.tolist()
@@ -278,12 +274,11 @@ def test_the_rows_of_a_limit_are_the_first_ones(tmp_path, encoder):
 
 
 @kinds
-def test_rows_of_tiny_documents_fit_into_cu_seqlens(tmp_path, encoder, kind):
-    """More documents a row than cu_seqlens has room for: rows stay unfilled, nothing is lost, nothing breaks."""
+def test_rows_of_tiny_documents_are_rows_like_any_other(tmp_path, encoder, kind):
     corpus = Corpus([[token] for token in range(10, 400)])
     config = make_config(tmp_path, *corpus.sources(tmp_path, kind), context_len=8)
     batches = read(config, encoder, 4)[0][0]
-    assert {batch.cu_seqlens.shape for batch in batches} == {batches[0].cu_seqlens.shape}
+    assert max(len(batch.cu_seqlens) for batch in batches) > ROWS * SEQ_LEN // 8
     config = make_config(tmp_path, *corpus.sources(tmp_path, "map"), steps=None, epochs=1)
     rows = rows_in_order(read(config, encoder, rows_of_run(config, encoder) // ROWS)[0])
     assert Counter(label for _, labels, _ in rows for label in labels if label >= 0) == Counter({EOS: 390})
@@ -351,7 +346,6 @@ def test_context_len_grows_to_seq_len_over_the_warmup_steps(tmp_path, encoder, r
     for of_rank in batches:
         longest = [int(batch.cu_seqlens.diff().max()) for batch in of_rank]
         assert longest == [length for length in expected for _ in range(accumulation)]
-        assert {batch.cu_seqlens.shape for batch in of_rank} == {of_rank[0].cu_seqlens.shape}
     state = read(config, encoder, 2, ranks)[1]
     resumed = read(config, encoder, 4, ranks, state)[0]
     assert [int(batch.cu_seqlens.diff().max()) for batch in resumed[0]][::accumulation] == expected[2:]
@@ -727,14 +721,3 @@ def test_a_closed_loader_leaves_no_thread_behind(tmp_path, encoder):
         loader.next()
         loader.close()
     assert not [thread for thread in threading.enumerate() if thread not in before and thread.is_alive()]
-
-
-def test_collate_refuses_more_documents_than_it_has_room_for(tmp_path, encoder):
-    """Rather than a document less in cu_seqlens than there is: that would be attention across documents."""
-    config = make_config(tmp_path, *MANY.sources(tmp_path, "map"))
-    dataset = RowDataset(config, config.data.sources, encoder, 0, 1)
-    rows = [row for row, _ in zip(dataset, range(2), strict=False)]
-    documents = sum(len(row.starts) for row in rows)
-    assert loader_module.collate(rows, SEQ_LEN, documents).cu_seqlens.tolist()[-1] == 2 * SEQ_LEN
-    with pytest.raises(AssertionError):
-        loader_module.collate(rows, SEQ_LEN, documents - 1)

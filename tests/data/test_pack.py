@@ -22,12 +22,12 @@ def reference_split(lengths, seq_len) -> list[tuple[int, int, int]]:
     return pieces
 
 
-def reference_best_fit(lengths, seq_len, max_pieces) -> list[list[int]]:
+def reference_best_fit(lengths, seq_len) -> list[list[int]]:
     """Best-fit decreasing, slowly: the longest piece first, into the fullest row that has room (of equals: the one
     filled last)."""
     rows = []  # [free, time of the last piece, pieces]
     for time, piece in enumerate(sorted(range(len(lengths)), key=lambda i: -lengths[i])):
-        fitting = [row for row in rows if row[0] >= lengths[piece] and len(row[2]) < max_pieces]
+        fitting = [row for row in rows if row[0] >= lengths[piece]]
         if fitting:
             row = min(fitting, key=lambda row: (row[0], -row[1]))
         else:
@@ -60,27 +60,24 @@ def test_split_loses_and_repeats_no_token(case):
 
 def test_split_of_nothing_is_nothing():
     assert [len(part) for part in split_documents(np.asarray([], dtype=np.int64), 8)] == [0, 0, 0]
-    assert best_fit(np.asarray([], dtype=np.int64), 8, 16) == []
+    assert best_fit(np.asarray([], dtype=np.int64), 8) == []
 
 
-@pytest.mark.parametrize("max_pieces", [1, 2, 5, 16, 10**6])
 @pytest.mark.parametrize("seq_len", [8, 64, 333])
-def test_every_piece_is_in_exactly_one_row_and_no_row_is_overfilled(seq_len, max_pieces):
+def test_every_piece_is_in_exactly_one_row_and_no_row_is_overfilled(seq_len):
     lengths = split_documents(log_normal(400, seq_len, seq_len / 4), seq_len)[2]
-    rows = best_fit(lengths, seq_len, max_pieces)
+    rows = best_fit(lengths, seq_len)
     assert Counter(piece for row in rows for piece in row.tolist()) == Counter(range(len(lengths)))
     assert max(lengths[row].sum() for row in rows) <= seq_len
-    assert max(len(row) for row in rows) <= max_pieces
     assert min(len(row) for row in rows) >= 1
 
 
 @pytest.mark.parametrize("seed", range(8))
-@pytest.mark.parametrize("max_pieces", [2, 4, 10**6])
-def test_rows_are_those_of_slow_best_fit_decreasing(seed, max_pieces):
+def test_rows_are_those_of_slow_best_fit_decreasing(seed):
     rng = np.random.default_rng(seed)
     seq_len = int(rng.integers(8, 200))
     lengths = rng.integers(1, seq_len + 1, 250) if seed % 2 else rng.integers(1, seq_len // 2 + 1, 250)
-    fast, slow = best_fit(lengths, seq_len, max_pieces), reference_best_fit(lengths.tolist(), seq_len, max_pieces)
+    fast, slow = best_fit(lengths, seq_len), reference_best_fit(lengths.tolist(), seq_len)
     assert len(fast) == len(slow)
     contents = [Counter(tuple(sorted(lengths[list(row)].tolist())) for row in rows) for rows in (fast, slow)]
     assert contents[0] == contents[1]
@@ -89,7 +86,7 @@ def test_rows_are_those_of_slow_best_fit_decreasing(seed, max_pieces):
 def test_packing_is_deterministic_and_leaves_its_input_alone():
     lengths = log_normal(5000, 3).clip(max=2048)
     before = lengths.copy()
-    first, second = best_fit(lengths, 2048, 64), best_fit(lengths.copy(), 2048, 64)
+    first, second = best_fit(lengths, 2048), best_fit(lengths.copy(), 2048)
     assert (lengths == before).all()
     assert [row.tolist() for row in first] == [row.tolist() for row in second]
 
@@ -98,6 +95,6 @@ def test_packing_is_deterministic_and_leaves_its_input_alone():
 def test_20_000_log_normal_documents_fill_999_of_1000_slots(seq_len):
     documents = log_normal(20_000)
     lengths = split_documents(documents, seq_len)[2]
-    rows = best_fit(lengths, seq_len, max(16, seq_len // 32))
+    rows = best_fit(lengths, seq_len)
     assert sum(lengths[row].sum() for row in rows) == documents.sum()
     assert documents.sum() / (len(rows) * seq_len) >= 0.999

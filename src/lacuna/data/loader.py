@@ -45,12 +45,12 @@ class Row(NamedTuple):
 
 
 class PackedBatch(NamedTuple):
-    """One micro-batch: T = micro_batch_size * seq_len slots, the same shapes at every step."""
+    """One micro-batch: T = micro_batch_size * seq_len slots at every step."""
 
     input_ids: torch.Tensor  # int64 [T]
     labels: torch.Tensor  # int64 [T], already shifted inside each document; -100 trains nothing
     position_ids: torch.Tensor  # int64 [T], from 0 in every document
-    cu_seqlens: torch.Tensor  # int32 [N + 1], document boundaries, padded with T
+    cu_seqlens: torch.Tensor  # int32 [N + 1], boundaries of the N documents: the one shape that changes
     max_seqlen: int  # a constant
     trained_tokens: int
     tokens: int
@@ -110,7 +110,7 @@ class Stream:
             if len(self.ahead) == 1 and self.ahead[0].epoch >= next_epoch:
                 break  # a window ends with the epoch: no row mixes two
         which, start, length = split_documents(np.asarray(lengths), data.seq_len)
-        rows = best_fit(length, data.seq_len, data.max_pieces)
+        rows = best_fit(length, data.seq_len)
         order = np.random.default_rng([data.seed, self.stream, self.window]).permutation(len(rows))
         self.window += 1
         return [[(documents[which[p]], start[p], start[p] + length[p]) for p in rows[r]] for r in order]
@@ -122,8 +122,6 @@ class RowDataset(IterableDataset):
     def __init__(self, config: Config, sources: list, encoder, rank, ranks, epochs=None, limit=math.inf, share=(0, 1)):
         self.seed, self.seq_len, self.batch_rows = config.seed, config.train.seq_len, config.train.global_batch_size
         self.mask_boundary, self.filler = config.data.mask_boundary, encoder.eos
-        # A fixed bound, so that cu_seqlens never changes its shape; rows of tinier documents are filled up instead.
-        self.max_pieces = max(16, self.seq_len // 32)
         self.rank, self.ranks, self.epochs, self.limit = rank, ranks, epochs or math.inf, limit
         self.map_style = not any(source.streaming for source in sources)
         groups = [[source] for source in sources] if sources[0].weight else [sources]
@@ -177,21 +175,19 @@ class RowDataset(IterableDataset):
         return Row(ids, labels, np.asarray(starts), at, checksum, *facts)
 
 
-def collate(rows: list[Row], context_len: int, num_documents: int) -> PackedBatch:
-    """Lay rows end to end as one long sample, cutting documents to context_len; N = num_documents at most."""
+def collate(rows: list[Row], context_len: int) -> PackedBatch:
+    """Lay rows end to end as one long sample, cutting documents to context_len."""
     seq_len = len(rows[0].ids)
     total = len(rows) * seq_len
     labels = np.concatenate([row.labels for row in rows]).astype(np.int64)
     begins = np.concatenate([row.starts + i * seq_len for i, row in enumerate(rows)])
     document, start, lengths = split_documents(np.diff(begins, append=total), context_len)
     starts = begins[document] + start
-    assert len(starts) <= num_documents, "cu_seqlens is too short for these documents"
-    boundaries = np.pad(starts, (0, num_documents + 1 - len(starts)), constant_values=total)
     return PackedBatch(
         input_ids=torch.from_numpy(np.concatenate([row.ids for row in rows]).astype(np.int64)),
         labels=torch.from_numpy(labels),
         position_ids=torch.from_numpy(np.arange(total) - np.repeat(starts, lengths)),
-        cu_seqlens=torch.from_numpy(boundaries.astype(np.int32)),
+        cu_seqlens=torch.from_numpy(np.append(starts, total).astype(np.int32)),
         max_seqlen=seq_len,
         trained_tokens=int((labels != -100).sum()),
         tokens=sum(row.tokens for row in rows),
@@ -223,7 +219,6 @@ class Loader:
         spawn |= {"worker_init_fn": ignore_signals}
         self.rows = iter(DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=Row._make, **spawn))
         self.shortest = config.data.context_len or dataset.seq_len
-        self.num_documents = self.micro_batch_size * (dataset.max_pieces + 1 + dataset.seq_len // self.shortest)
         self.thread = ThreadPoolExecutor(max_workers=1)
         self.ready = deque(self.thread.submit(self.prepare) for _ in range(PREFETCH))
 
@@ -238,7 +233,7 @@ class Loader:
             rows = list(itertools.islice(self.rows, self.micro_batch_size))
         except ConfigError as error:  # a worker's comes with its traceback
             raise ConfigError(str(error).strip().rpartition("ConfigError: ")[2]) from None
-        batch = collate(rows, self.context_len(self.prepared["rows"]), self.num_documents)
+        batch = collate(rows, self.context_len(self.prepared["rows"]))
         streams = self.prepared["streams"] | {row.stream: row.state for row in rows if row.state}
         self.prepared = {"rows": self.prepared["rows"] + len(rows) * self.dataset.ranks, "streams": streams}
         return batch, self.prepared

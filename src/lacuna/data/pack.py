@@ -19,8 +19,8 @@ def split_documents(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.n
     return document, start, np.minimum(lengths[document] - start, seq_len)
 
 
-def best_fit(lengths: np.ndarray, seq_len: int, max_pieces: int) -> list[np.ndarray]:
-    """Assign pieces of these lengths [m], each in 1..seq_len, to rows of seq_len slots and at most max_pieces pieces.
+def best_fit(lengths: np.ndarray, seq_len: int) -> list[np.ndarray]:
+    """Assign pieces of these lengths [m], each in 1..seq_len, to rows of seq_len slots.
 
     Returns for each row the indices of its pieces. The result depends on nothing but the arguments.
     """
@@ -42,12 +42,12 @@ def best_fit(lengths: np.ndarray, seq_len: int, max_pieces: int) -> list[np.ndar
                 free, row = seq_len, len(used)
                 used.append(0)
             # what is left of the fullest fitting row is the fullest again: it takes all it can of this length
-            taken = min(count, free // length, max_pieces - used[row])
+            taken = min(count, free // length)
             row_of += [row] * taken
             count -= taken
             used[row] += taken
             free -= taken * length
-            if free and used[row] < max_pieces:
+            if free:
                 free_rows[free].append(row)
                 free_bits |= 1 << free
     row_of = np.asarray(row_of, dtype=np.int64)

@@ -1,0 +1,86 @@
+"""AdamW is torch's AdamW, in float64, of gradients that were clipped by the global norm of plain torch."""
+
+import copy
+
+import pytest
+import torch
+from conftest import model_config
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from lacuna.config import OptimConfig
+from lacuna.optim import AdamW
+from lacuna.parallel import gradient_norm
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def make(device):
+    """A small model, its layers, and a float64 twin with torch's optimizer, decaying what the design says."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(model_config("qwen3"), dtype=torch.float32).to(device)
+    twin = copy.deepcopy(model).double()
+    plain = [p for name, p in twin.named_parameters() if "embed" in name or "norm" in name or p.ndim < 2]
+    decay = [p for p in twin.parameters() if all(p is not other for other in plain)]
+    groups = [{"params": decay, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
+    reference = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), eps=1e-8)
+    return model, model.get_decoder().layers, twin, reference
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("device", DEVICES)
+def test_it_is_torchs_adamw_with_torchs_clipping(device, compiled):
+    model, layers, twin, reference = make(device)
+    optimizer = AdamW(model, layers, OptimConfig(lr=1e-2, weight_decay=0.1), compiled)
+    no, generator = torch.tensor(False, device=device), torch.Generator(device).manual_seed(1)
+    for step in range(6):
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            p.grad = torch.randn(p.shape, device=device, generator=generator) * 10 ** (step - 3)  # from tiny to clipped
+            q.grad = p.grad.double()
+        want = nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
+        norm, squares = gradient_norm(list(model.parameters()), None)
+        assert norm.item() == pytest.approx(want.item(), rel=1e-6) and len(squares) == len(list(model.parameters()))
+        for group in reference.param_groups:
+            group["lr"] = 1e-2 / (step + 1)
+        reference.step()
+        optimizer.step(1e-2 / (step + 1), (1.0 / (norm + 1e-6)).clamp(max=1).float(), no)
+        for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+            assert (p - q).abs().max() < 1e-6, (step, name)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_failed_step_changes_nothing_and_does_not_count(device, compiled):
+    model, layers, _, _ = make(device)
+    optimizer = AdamW(model, layers, OptimConfig(lr=1e-2), compiled)
+    scale, flags = torch.tensor(1.0, device=device), [torch.tensor(flag, device=device) for flag in (False, True)]
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step(1e-2, scale, flags[0])
+    everything = [*model.parameters(), *optimizer.averages.values(), *optimizer.squares.values(), optimizer.count]
+    before = [tensor.detach().clone() for tensor in everything]
+    for p in model.parameters():
+        p.grad = torch.full_like(p, float("nan"))
+    optimizer.step(1e-2, scale * float("nan"), flags[1])
+    assert all(torch.equal(a, b) for a, b in zip(before, everything, strict=True)) and optimizer.count == 1
+
+
+def test_parameters_that_are_not_float32_are_refused():
+    model = nn.Linear(4, 4, dtype=torch.bfloat16)
+    with pytest.raises(AssertionError, match="small updates"):
+        AdamW(model, [], OptimConfig(), False)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_another_learning_rate_compiles_nothing_again(compiled):
+    from torch._dynamo.utils import counters
+
+    model, layers, _, _ = make("cpu")
+    optimizer = AdamW(model, layers, OptimConfig(lr=1e-2), compiled)
+    graphs = []
+    for step in range(4):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step(1e-2 / (step + 1), torch.tensor(0.5 + step / 10), torch.tensor(False))
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[1:] == graphs[:-1]
