@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import model_config
 from torch import nn
+from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM
 
 from lacuna.config import OptimConfig
@@ -32,7 +33,7 @@ def make(device):
 def test_it_is_torchs_adamw_with_torchs_clipping(device, compiled):
     model, layers, twin, reference = make(device)
     optimizer = AdamW(model, layers, OptimConfig(lr=1e-2, weight_decay=0.1), compiled)
-    no, generator = torch.tensor(False, device=device), torch.Generator(device).manual_seed(1)
+    graphs, no, generator = [], torch.tensor(False, device=device), torch.Generator(device).manual_seed(1)
     for step in range(6):
         for p, q in zip(model.parameters(), twin.parameters(), strict=True):
             p.grad = torch.randn(p.shape, device=device, generator=generator) * 10 ** (step - 3)  # from tiny to clipped
@@ -46,10 +47,11 @@ def test_it_is_torchs_adamw_with_torchs_clipping(device, compiled):
         optimizer.step(1e-2 / (step + 1), (1.0 / (norm + 1e-6)).clamp(max=1).float(), no)
         for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
             assert (p - q).abs().max() < 1e-6, (step, name)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert len(set(graphs)) == 1  # another learning rate or scale compiles nothing again
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("device", "compiled"), [("cpu", False), pytest.param("cuda", True, marks=pytest.mark.gpu)])
 def test_a_failed_step_changes_nothing_and_does_not_count(device, compiled):
     model, layers, _, _ = make(device)
     optimizer = AdamW(model, layers, OptimConfig(lr=1e-2), compiled)
@@ -69,18 +71,3 @@ def test_parameters_that_are_not_float32_are_refused():
     model = nn.Linear(4, 4, dtype=torch.bfloat16)
     with pytest.raises(AssertionError, match="small updates"):
         AdamW(model, [], OptimConfig(), False)
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-def test_another_learning_rate_compiles_nothing_again(compiled):
-    from torch._dynamo.utils import counters
-
-    model, layers, _, _ = make("cpu")
-    optimizer = AdamW(model, layers, OptimConfig(lr=1e-2), compiled)
-    graphs = []
-    for step in range(4):
-        for p in model.parameters():
-            p.grad = torch.ones_like(p)
-        optimizer.step(1e-2 / (step + 1), torch.tensor(0.5 + step / 10), torch.tensor(False))
-        graphs.append(counters["stats"]["unique_graphs"])
-    assert graphs[1:] == graphs[:-1]

@@ -27,9 +27,10 @@ def test_a_run_leaves_a_trace_of_three_steps_and_a_table(model_folder, texts, tm
     assert "steps 11 to 13, 0 times the host waited for the GPU, 0 graphs compiled" in log
 
 
-def test_a_short_run_is_traced_too_and_one_without_the_key_is_not(model_folder, texts, tmp_path):  # noqa: F811
-    place = profiled(model_folder("llama"), texts, tmp_path, "--train.steps", "5")
-    assert "steps 2 to 4," in (place.parent / "log.txt").read_text()
+@pytest.mark.parametrize(("steps", "traced"), [("5", "2 to 4"), ("3", "2 to 3")])
+def test_a_short_run_is_traced_too_and_one_without_the_key_is_not(steps, traced, model_folder, texts, tmp_path):  # noqa: F811
+    place = profiled(model_folder("llama"), texts, tmp_path, "--train.steps", steps)
+    assert f"steps {traced}," in (place.parent / "log.txt").read_text()
     other = run(load_config(None, options(model_folder("llama"), texts, tmp_path, "--train.steps", "5", "--name", "b")))
     assert not (other / "profile").exists()
 

@@ -102,7 +102,7 @@ class Checkpoints:
         self.copying = self.writing = None
         # the thread's own group: two threads that use one could meet in different orders on different ranks
         timeout = timedelta(seconds=config.dist.timeout)
-        self.group = dist.new_group(backend="gloo", timeout=timeout) if ranks.world > 1 else None
+        self.group = dist.new_group(backend="gloo", timeout=timeout) if ranks.mesh is not None else None
         tensors = dict(self.model.named_parameters()) | optimizer_tensors(trainee, optimizer)
         # a sharded tensor is written by the first replica, any other by rank 0
         replica = ranks.mesh.get_coordinate()[0] if ranks.mesh is not None else 0
@@ -110,11 +110,14 @@ class Checkpoints:
         self.tensors = {name: tensor for name, tensor in mine if local(tensor).numel()}
         self.stream = torch.cuda.Stream() if ranks.device.type == "cuda" else None
         self.thread = ThreadPoolExecutor(max_workers=1)
-        self.allocating = self.thread.submit(self.allocate)
         match_eos(config, self.model, tokenizer)
 
+    def prepare(self):
+        """Begin to allocate. After the first step: beside compilation, 20 GB for a 1.7B model cost it 2 s."""
+        self.allocating = self.thread.submit(self.allocate)
+
     def allocate(self):
-        """Host memory for all saves: 20 GB for a 1.7B model take seconds, so while the first step is compiled."""
+        """Host memory for all saves."""
         self.buffer = torch.zeros(sum(local(tensor).numel() for tensor in self.tensors.values()))
         if self.stream:  # pinned, or else copied at a tenth of the speed
             torch.cuda.cudart().cudaHostRegister(self.buffer.data_ptr(), self.buffer.nbytes, 0)

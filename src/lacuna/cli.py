@@ -1,6 +1,7 @@
 """The `lacuna` command and `count_lines`. Imports no torch before it is needed: `--help` answers in under a second."""
 
 import errno
+import gc
 import os
 import sys
 import traceback
@@ -58,6 +59,7 @@ def main():
         else:
             launch(config, [task, path, *argv])
             Preemption()  # imports alone take seconds
+            gc.disable()  # until the first step: what imports and compilation make stays, and is looked through in vain
             from lacuna.train import run
         run(config)
         leave(0)

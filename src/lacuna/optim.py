@@ -18,8 +18,8 @@ class AdamW:
     """
 
     def __init__(self, model: nn.Module, layers: list[nn.Module], config: OptimConfig, compiled: bool):
+        self.config, self.update = config, torch.compile(adamw, dynamic=False) if compiled else adamw
         embeddings = {p for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
-        self.config, self.update = config, torch.compile(update, dynamic=False) if compiled else update
         groups = [list(layer.parameters()) for layer in layers]
         inside = {p for group in groups for p in group}
         self.groups = [*groups, [p for p in model.parameters() if p not in inside]]
@@ -36,24 +36,26 @@ class AdamW:
 
         Nothing here waits for the device: what changes from step to step is a tensor, so nothing is compiled again.
         """
-        (beta1, beta2), decay, eps = self.config.betas, self.config.weight_decay, self.config.eps
+        beta1, beta2 = self.config.betas
         self.count += ~failed
-        step_size = lr / (1 - beta1**self.count)
-        root = (1 - beta2**self.count).sqrt()
-        shrink = torch.full_like(self.count, 1 - lr * decay)
+        lr = torch.full_like(self.count, lr)
+        now = (lr, lr / (1 - beta1**self.count), (1 - beta2**self.count).sqrt(), scale, failed)
         for group, decays in zip(self.groups, self.decays, strict=True):
             tensors = [(p, p.grad, self.averages[p], self.squares[p]) for p in group]
             tensors = [tuple(local(tensor) for tensor in four) for four in tensors]
-            self.update(tensors, decays, step_size, root, shrink, scale, failed, beta1, beta2, eps)
+            self.update(tensors, decays, *now, beta1, beta2, self.config.eps, self.config.weight_decay)
 
 
-def update(tensors: list[tuple], decays: list[bool], step_size, root, shrink, scale, failed, beta1, beta2, eps):
-    """AdamW of (parameter, gradient, first moment, second moment) each, in place."""
-    for (parameter, grad, average, square), decay in zip(tensors, decays, strict=True):
+def adamw(tensors: list[tuple], decays: list[bool], lr, step_size, root, scale, failed, beta1, beta2, eps, decay):
+    """Update (parameter, gradient, first moment, second moment) each, in place; lr to failed are scalars on the device.
+
+    step_size is lr over the first moment's correction, root the square root of the second one's.
+    """
+    for (parameter, grad, average, square), decayed in zip(tensors, decays, strict=True):
         grad = grad * scale
         new_average = average.lerp(grad, 1 - beta1)
         new_square = square.lerp(grad * grad, 1 - beta2)
-        kept = parameter * shrink if decay else parameter
+        kept = parameter * (1 - lr * decay) if decayed else parameter
         new = kept - step_size * new_average / (new_square.sqrt() / root + eps)
         for old, value in ((parameter, new), (average, new_average), (square, new_square)):
             old.copy_(torch.where(failed, old, value))

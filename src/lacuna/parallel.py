@@ -1,8 +1,8 @@
 """Ranks, meshes, sharding, and the collectives of a step.
 
 Data parallelism is a 2-D mesh (dp_replicate, dp_shard): parameters are sharded over the second dimension (FSDP2) and
-copied over the first (HSDP). Where dp_shard is 1 there is nothing to shard, so no FSDP: its copies would cost 28 ms of
-a 433 ms step of a 1.7B model (H200). Each gradient is then summed over the copies while the backward goes on.
+copied over the first (HSDP). One rank alone has no process group and no FSDP: there is nothing to shard, and FSDP2's
+copies would cost 28 ms of a 433 ms step of a 1.7B model (H200).
 """
 
 import os
@@ -24,7 +24,7 @@ class Ranks(NamedTuple):
     rank: int
     world: int
     device: torch.device
-    mesh: DeviceMesh | None  # (dp_replicate, dp_shard); None where every rank has the whole model
+    mesh: DeviceMesh | None  # (dp_replicate, dp_shard); None where one rank is alone
 
 
 def join_slurm(environ: dict):
@@ -65,8 +65,6 @@ def start(config: DistConfig, train: TrainConfig) -> Ranks:
         return Ranks(rank, world, device, None)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout))
-    if shard == 1:
-        return Ranks(rank, world, device, None)
     mesh = init_device_mesh(device.type, (config.dp_replicate, shard), mesh_dim_names=("dp_replicate", "dp_shard"))
     for group in mesh.get_all_groups():  # HSDP's own groups would wait for 10 (NCCL) or 30 minutes (gloo)
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=config.timeout), group)
@@ -89,20 +87,6 @@ def shard_model(model: nn.Module, layers: list[nn.Module], mesh: DeviceMesh, dty
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a sharded tensor, or the tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def sum_gradients(model: nn.Module, loss: torch.Tensor):
-    """Backward of the last micro-batch of copies: each gradient is summed over ranks as soon as it is whole."""
-    sums = []
-    hooks = [
-        parameter.register_post_accumulate_grad_hook(lambda p: sums.append(dist.all_reduce(p.grad, async_op=True)))
-        for parameter in model.parameters()
-    ]
-    loss.backward()
-    for waiting in sums:
-        waiting.wait()
-    for hook in hooks:
-        hook.remove()
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:

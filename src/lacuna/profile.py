@@ -22,6 +22,7 @@ class Profile:
 
     def __init__(self, wanted: bool, ranks: Ranks, folder: Path, step: int, steps: int):
         self.first = min(step + 1 + WARMUP, max(step + 2, steps - STEPS)) if wanted else None
+        self.stop = min(self.first + STEPS, steps + 1) if wanted else None
         self.place, self.on_gpu = folder / "profile" / f"rank_{ranks.rank}", ranks.device.type == "cuda"
         self.trace = None
 
@@ -34,7 +35,7 @@ class Profile:
             activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if self.on_gpu else [ProfilerActivity.CPU]
             self.trace = profile(activities=activities, acc_events=True)  # else it warns
             self.trace.start()
-        if self.trace and step == self.first + STEPS:
+        if self.trace and step == self.stop:
             self.end(step - 1)
 
     def end(self, last: int):

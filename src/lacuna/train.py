@@ -18,7 +18,7 @@ from lacuna.data.tokenize import Encoder, load_tokenizer, token_bytes
 from lacuna.metrics import Report, log, start_logging
 from lacuna.model import Trainee, build_model, read_tensors
 from lacuna.optim import AdamW, learning_rate
-from lacuna.parallel import Ranks, gradient_norm, start, sum_gradients, sum_over_ranks
+from lacuna.parallel import Ranks, gradient_norm, start, sum_over_ranks
 from lacuna.preemption import Preemption
 from lacuna.profile import Profile
 
@@ -123,8 +123,11 @@ def run(config: Config) -> Path:
             report.evaluation(step, evaluate(trainee, config, held_out, ranks, sizes, preemption))
 
         if step == state["step"] + 1:
-            gc.collect()  # what is there now stays: looking through it takes half a second every few dozen steps
-            gc.freeze()
+            checkpoints.prepare()
+            if not gc.isenabled():  # lacuna's command line has switched it off
+                gc.collect()
+                gc.freeze()  # looking through what is there by now would take half a second every few dozen steps
+                gc.enable()
 
         # 5. Save.
         checkpoints.check()
@@ -167,14 +170,10 @@ def accumulate_gradients(trainee: Trainee, batches: list[PackedBatch], trained_t
     """
     total = torch.zeros((), device=ranks.device)
     for i, batch in enumerate(batches):
-        last = i == len(batches) - 1  # between copies of the model, one sum a step is enough
         if ranks.mesh is not None:
-            trainee.set_requires_all_reduce(last)
+            trainee.set_requires_all_reduce(i == len(batches) - 1)  # between replicas, once a step is enough
         loss = trainee(batch) / trained_tokens
-        if last and ranks.world > 1 and ranks.mesh is None:
-            sum_gradients(trainee, loss)
-        else:
-            loss.backward()
+        loss.backward()
         total += loss.detach()
     return total
 
