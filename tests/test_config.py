@@ -433,7 +433,7 @@ def test_help_shows_every_key_with_description_and_default():
     result = lacuna("-m", "lacuna", "pt", "--help")
     assert result.returncode == 0
     options = re.split(r"\n  (?=--)", result.stdout)
-    shown = {option.split()[0].removeprefix("--"): " ".join(option.split()) for option in options[1:]}
+    shown = {option.split()[0].strip("-,"): " ".join(option.split()) for option in options[1:]}
     fields = {key: Config.model_fields[key] for key in TOP_KEYS}
     fields |= {f"{n}.{key}": field for n, section in SECTIONS.items() for key, field in section.model_fields.items()}
     assert not set(fields) - set(shown)

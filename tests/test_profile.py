@@ -9,6 +9,7 @@ from test_train import options, texts  # noqa: F401  texts is a fixture
 
 from lacuna import train as train_module
 from lacuna.config import load_config
+from lacuna.profile import count_waits
 from lacuna.train import run
 
 
@@ -33,6 +34,11 @@ def test_a_short_run_is_traced_too_and_one_without_the_key_is_not(steps, traced,
     assert f"steps {traced}," in (place.parent / "log.txt").read_text()
     other = run(load_config(None, options(model_folder("llama"), texts, tmp_path, "--train.steps", "5", "--name", "b")))
     assert not (other / "profile").exists()
+
+
+def test_waits_of_the_host_are_counted_but_not_the_profilers_own():
+    names = ["cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaLaunchKernel", "cudaEventSynchronize", None]
+    assert count_waits([{"name": name} if name else {"ph": "M"} for name in names]) == 2
 
 
 @pytest.mark.gpu

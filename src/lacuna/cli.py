@@ -59,8 +59,11 @@ def main():
         else:
             launch(config, [task, path, *argv])
             Preemption()  # imports alone take seconds
-            gc.disable()  # until the first step: what imports and compilation make stays, and is looked through in vain
+            gc.disable()
             from lacuna.train import run
+
+            gc.freeze()  # what imports make stays: looking through it would take half a second every few dozen steps
+            gc.enable()
         run(config)
         leave(0)
     except (ConfigError, NonFinite, Preempted) as error:

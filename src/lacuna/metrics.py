@@ -102,10 +102,10 @@ class Report:
         if not isinstance(done, float) and not done.query():
             done.synchronize()
         train, world = self.config.train, self.ranks.world
-        loss, *bad_ranks = values[: 1 + world].tolist()
-        norm, *squares = values[1 + world :].tolist()
-        trained, tokens, pairs, checksum, dropped, stop = counts.tolist()
+        loss, stop, *bad_ranks = values[: 2 + world].tolist()
         self.stop_asked |= stop > 0
+        norm, *squares = values[2 + world :].tolist()
+        trained, tokens, pairs, checksum, dropped = counts.tolist()
         if not math.isfinite(loss) or not math.isfinite(norm):
             ranks = ", ".join(str(rank) for rank, bad in enumerate(bad_ranks) if bad)
             where = f"the loss on rank {ranks}" if ranks else "a gradient"

@@ -1,6 +1,5 @@
 """The run, top to bottom: set up, find a checkpoint, build, evaluate, loop, save, export."""
 
-import gc
 import math
 import time
 from collections import Counter
@@ -90,16 +89,17 @@ def run(config: Config) -> Path:
         begin = time.perf_counter()
         batches = [loader.next() for _ in range(accumulation)]
         data_seconds = time.perf_counter() - begin
-        counts = [[b.trained_tokens, b.tokens, b.pairs, b.checksum, b.dropped, preemption.asked] for b in batches]
-        counts = sum_over_ranks(torch.tensor(counts).sum(0).to(ranks.device, non_blocking=True))
+        counts = torch.tensor([[b.trained_tokens, b.tokens, b.pairs, b.checksum, b.dropped] for b in batches]).sum(0)
+        counts = sum_over_ranks(counts.to(ranks.device, non_blocking=True))
 
         # 2. Forward and backward; every trained token of the global batch weighs the same.
         loss = accumulate_gradients(trainee, batches, counts[0].clamp(min=1), ranks)
 
         # 3. Clip and step, unless something is not finite: then the device updates nothing, now or later.
         norm, squares = gradient_norm(parameters, ranks.mesh)
-        losses = torch.zeros(1 + ranks.world, device=ranks.device, dtype=torch.float64)
-        losses[0], losses[1 + ranks.rank] = loss, ~loss.isfinite()  # the mean, and a mark for each bad rank
+        losses = torch.zeros(2 + ranks.world, device=ranks.device, dtype=torch.float64)
+        losses[0], losses[2 + ranks.rank] = loss, ~loss.isfinite()  # the mean, and a mark for each bad rank
+        losses[1].fill_(preemption.asked)  # `losses[1] = ` would wait for the GPU: it copies a tensor of the host
         sum_over_ranks(losses)
         bad = ~(norm + losses[0]).isfinite()
         failed = bad if config.train.on_nonfinite == "skip" else failed | bad
@@ -122,14 +122,9 @@ def run(config: Config) -> Path:
         if evaluating and not report.stop_asked:
             report.evaluation(step, evaluate(trainee, config, held_out, ranks, sizes, preemption))
 
+        # 5. Save.
         if step == state["step"] + 1:
             checkpoints.prepare()
-            if not gc.isenabled():  # lacuna's command line has switched it off
-                gc.collect()
-                gc.freeze()  # looking through what is there by now would take half a second every few dozen steps
-                gc.enable()
-
-        # 5. Save.
         checkpoints.check()
         if saving or report.stop_asked:
             checkpoints.save(step, report.totals | {"inventory": inventory}, loader.state)
