@@ -28,7 +28,7 @@ def make(device):
     return model, model.get_decoder().layers, twin, reference
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("device", DEVICES)
 def test_it_is_torchs_adamw_with_torchs_clipping(device, compiled):
     model, layers, twin, reference = make(device)
