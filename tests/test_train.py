@@ -156,11 +156,12 @@ def test_two_runs_of_one_config_are_bit_identical_and_another_seed_is_not(model_
 def test_one_two_and_four_ranks_read_the_same_batches_and_lose_the_same(model_folder, texts, tmp_path):
     held_out = json.dumps([{"path": str(texts)}])
     # four ranks, but fewer rows to evaluate on than they take at once: nobody may wait for ever
-    more = ["--train.steps", "4", "--eval.sources", held_out, "--eval.rows", "5"]
+    more = ["--train.steps", "4", "--eval.sources", held_out, "--eval.rows", "5", "--eval.every", "2"]
     argv = options(model_folder("llama"), texts, tmp_path, *more)
     path = run(load_config(None, [*argv, "--name", "ranks1"]))
-    for ranks, copies in ((2, 1), (2, 2), (4, 1)):
+    for ranks, copies, reshard in ((2, 1, "true"), (2, 2, "true"), (4, 1, "false")):
         words = ["--name", f"ranks{ranks}x{copies}", "--dist.dp_replicate", str(copies)]
+        words += ["--dist.reshard_after_forward", reshard]
         done = torchrun(ranks, "-m", "lacuna", "pt", *no_config(tmp_path), *argv, *words)
         assert done.returncode == 0, done.stderr[-3000:]
         for one, many in zip(lines(path), lines(tmp_path / "runs" / words[1]), strict=True):

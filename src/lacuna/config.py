@@ -109,6 +109,9 @@ class OptimConfig(Section):
 class DistConfig(Section):
     dp_replicate: int = key(1, "copies of the sharded model (HSDP)", ge=1)
     dp_shard: int | None = key(None, "ranks that share one copy (FSDP2); default: all that are left", ge=1)
+    reshard_after_forward: Literal["auto"] | bool = key(
+        "auto", "free a layer's weights till its backward; auto: if large"
+    )
     timeout: int = key(600, "seconds after which a collective that hangs ends the run", ge=10)
     max_restarts: int = key(0, "times that torchrun starts all ranks again after one has died", ge=0)
 

@@ -69,7 +69,7 @@ def build_model(config: Config, ranks: Ranks, vocabulary: int, checkpoint: Path 
     backend = choose_backend(config.model.attention, ranks.device, dtype)
     trainee = Trainee(model, backend, {"head": config.model.head, "accum_dtype": accum_dtype, "compiled": compiled})
     if ranks.mesh is not None:
-        shard_model(trainee, layers, ranks.mesh, dtype)
+        shard_model(trainee, layers, ranks, config.dist, dtype)
     trainee.to_empty(device=ranks.device)
     model.tie_weights(recompute_mapping=False)  # to_empty gives each module a tensor of its own
     initialise(model, config.seed, buffers_only=folder is not None)

@@ -71,15 +71,20 @@ def start(config: DistConfig, train: TrainConfig) -> Ranks:
     return Ranks(rank, world, device, mesh)
 
 
-def shard_model(model: nn.Module, layers: list[nn.Module], mesh: DeviceMesh, dtype: torch.dtype):
+def shard_model(model: nn.Module, layers: list[nn.Module], ranks: Ranks, config: DistConfig, dtype: torch.dtype):
     """FSDP2 over every layer, then over the rest; compute in dtype, reduce gradients in float32.
 
-    A layer's parameters are dropped again after its forward; the root's are needed at once for the backward.
+    A large model's layers are freed again after their forward. One that takes less than a twentieth of the GPU stays
+    till its backward: half as much to gather. The root's parameters are needed at once for the backward, and stay.
     """
-    mesh = mesh if mesh["dp_replicate"].size() > 1 else mesh["dp_shard"]
+    mesh = ranks.mesh if ranks.mesh["dp_replicate"].size() > 1 else ranks.mesh["dp_shard"]
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    reshard = config.reshard_after_forward
+    if reshard == "auto":
+        memory = torch.cuda.get_device_properties(ranks.device).total_memory if ranks.device.type == "cuda" else 0
+        reshard = sum(p.numel() for p in model.parameters()) * dtype.itemsize > memory / 20
     for module in (*layers, model):
-        fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=module is not model)
+        fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard and module is not model)
         module.set_gradient_divide_factor(1.0)  # the loss is divided by the tokens of all ranks: gradients add up
         module.set_force_sum_reduction_for_comms(True)
 

@@ -198,8 +198,6 @@ def evaluate(trainee: Trainee, config: Config, dataset: RowDataset, ranks: Ranks
     nats, tokens, size = sum_over_ranks(sums).tolist()
     trainee.train()
     loader.close()
-    if ranks.mesh is not None:
-        trainee.reshard()  # the root stays gathered after a forward without a backward
     if stop:
         return None
     bits = nats / math.log(2) / max(size, 1)
