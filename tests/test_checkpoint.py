@@ -1,5 +1,6 @@
 """Checkpoints: what is in them, which are kept, what a run goes on from, and what else they are good for."""
 
+import ctypes
 import gc
 import json
 import os
@@ -436,3 +437,19 @@ def test_a_bfloat16_run_exports_bfloat16_and_its_checkpoint_keeps_float32(option
         assert {tensor.dtype for tensor in load_file(place / "model.safetensors").values()} == {torch.bfloat16}
         assert all(torch.equal(p, stored[name].bfloat16()) for name, p in model.named_parameters())
     assert not torch.equal(stored["model.norm.weight"], stored["model.norm.weight"].bfloat16().float())
+
+
+@pytest.mark.gpu
+def test_pinned_host_memory_is_given_back_with_the_run(options, monkeypatch):
+    places = []
+
+    def noting(self, real=Checkpoints.allocate):
+        real(self)
+        places.append((self.buffer.data_ptr(), self.buffer.is_pinned()))
+
+    monkeypatch.setattr(Checkpoints, "allocate", noting)
+    run(load_config(None, options()))
+    gc.collect()
+    [(place, pinned)] = places
+    now = torch.frombuffer((ctypes.c_char * 64).from_address(place), dtype=torch.uint8)
+    assert pinned and not now.is_pinned()

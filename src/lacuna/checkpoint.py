@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from datetime import timedelta
@@ -120,7 +121,10 @@ class Checkpoints:
         """Host memory for all saves."""
         self.buffer = torch.zeros(sum(local(tensor).numel() for tensor in self.tensors.values()))
         if self.stream:  # pinned, or else copied at a tenth of the speed
-            torch.cuda.cudart().cudaHostRegister(self.buffer.data_ptr(), self.buffer.nbytes, 0)
+            place = self.buffer.data_ptr()
+            torch.cuda.cudart().cudaHostRegister(place, self.buffer.nbytes, 0)
+            # or else, in a process that lives on, copies from what lies there next would read the old memory
+            weakref.finalize(self.buffer, torch.cuda.cudart().cudaHostUnregister, place).atexit = False
 
     def save(self, step: int, facts: dict, data: dict):
         """Begin to save the run as it stands after `step`; facts: counters, data: this rank's Loader.state."""
