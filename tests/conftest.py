@@ -1,5 +1,6 @@
 """Shared by all tests: small models made on the spot, and the data that ships with the repository."""
 
+import importlib
 import os
 
 os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")  # read at import: no request to the Hub for local files
@@ -20,6 +21,14 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(autouse=True)
+def transformers_own_functions(monkeypatch):
+    """Liger's kernels replace a function of transformers' module for the whole process: put it back after each test."""
+    for name in ("llama", "qwen2", "qwen3", "mistral") if torch.cuda.is_available() else ():
+        module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+        monkeypatch.setattr(module, "apply_rotary_pos_emb", module.apply_rotary_pos_emb)
 
 
 @pytest.fixture
