@@ -7,6 +7,7 @@ line. Unknown keys are errors that name the nearest key; contradictions name the
 import difflib
 import tomllib
 from argparse import ArgumentParser
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -109,9 +110,7 @@ class OptimConfig(Section):
 class DistConfig(Section):
     dp_replicate: int = key(1, "copies of the sharded model (HSDP)", ge=1)
     dp_shard: int | None = key(None, "ranks that share one copy (FSDP2); default: all that are left", ge=1)
-    reshard_after_forward: Literal["auto"] | bool = key(
-        "auto", "free a layer's weights till its backward; auto: if large"
-    )
+    reshard_after_forward: Literal["auto"] | bool = key("auto", "free layers till their backward; auto: if large")
     timeout: int = key(600, "seconds after which a collective that hangs ends the run", ge=10)
     max_restarts: int = key(0, "times that torchrun starts all ranks again after one has died", ge=0)
 
@@ -251,16 +250,21 @@ def load_config(path: str | None, argv: list[str], task: str = "pt") -> Config:
     try:
         return Config.model_validate(merged)
     except ValidationError as error:
-        raise ConfigError("\n".join(problem(e) for e in error.errors())) from None
+        raise ConfigError("\n".join(problem(k, list(e)) for k, e in groupby(error.errors(), key_of))) from None
 
 
-def problem(error: dict) -> str:
-    """One pydantic error as one sentence that names the key as it is written in TOML."""
-    key = ".".join(str(part) for part in error["loc"] if isinstance(part, int) or part.isidentifier())
-    if error["type"] == "extra_forbidden":
+def key_of(error: dict) -> str:
+    """The key that a pydantic error is about, as it is written in TOML: without the kinds that a value may have."""
+    kinds = ("bool", "int", "float", "str")
+    return ".".join(str(p) for p in error["loc"] if isinstance(p, int) or (p.isidentifier() and p not in kinds))
+
+
+def problem(key: str, errors: list[dict]) -> str:
+    """The pydantic errors of one key as one sentence; a key that takes several kinds of values has one for each."""
+    if errors[0]["type"] == "extra_forbidden":
         return unknown_key(".".join(part for part in key.split(".") if not part.isdigit()))
-    message = error["msg"].removeprefix("Value error, ")
-    return f"{key}: {message}, not {error['input']!r}" if key else message
+    message = " or ".join(error["msg"].removeprefix("Value error, ") for error in errors)
+    return f"{key}: {message.replace(' or Input should be', ' or')}, not {errors[0]['input']!r}" if key else message
 
 
 def to_toml(config: Config) -> str:
