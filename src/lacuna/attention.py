@@ -28,14 +28,14 @@ os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", f"{cache_dir()}/fa4"
 GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
-def choose_backend(asked: str, device: torch.device, dtype: torch.dtype) -> str:
+def choose_backend(asked: str | None, device: torch.device, dtype: torch.dtype) -> str:
     """The backend for `model.attention`; ConfigError where this machine cannot run the one asked for."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     half = dtype == torch.bfloat16
     has_fa4 = importlib.util.find_spec("flash_attn") and importlib.util.find_spec("flash_attn.cute")
     can = {"fa4": half and capability >= (9, 0) and has_fa4, "varlen": half and capability >= (8, 0), "sdpa": True}
     possible = [backend for backend in can if can[backend]]
-    if asked == "auto":
+    if asked is None:
         return possible[0]
     if asked not in possible:
         needs = "varlen needs bfloat16 and an Ampere GPU or later, fa4 a Hopper GPU or later and the extra fa4"

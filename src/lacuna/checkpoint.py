@@ -33,24 +33,24 @@ from lacuna.parallel import Ranks, local
 
 # What may change when a run goes on: where things are, how they are reported, on what hardware. All else changes rows
 # or losses.
-FREE = ("name", "out", "slurm.", "log.", "checkpoint.", "dist.", "eval.every", "eval.rows", "eval.sources")
+FREE = ("name", "out", "log.", "checkpoint.", "dist.", "eval.every", "eval.rows", "eval.sources")
 FREE += ("data.workers", "data.cache", "train.micro_batch_size", "train.activation_checkpointing")
-FREE += ("train.deterministic", "train.on_nonfinite", "train.max_skipped")
+FREE += ("train.deterministic",)
 
 
 def find_checkpoint(config: Config, folder: Path, rank: int) -> Path | None:
     """Where this run goes on from, the same on all ranks. What a killed save left is removed."""
-    found, checkpoints, given = [None], folder / "checkpoints", Path(config.checkpoint.resume)
+    found, checkpoints, given = [None], folder / "checkpoints", Path(config.checkpoint.resume or "")
     restarted = any(int(os.environ.get(key, 0)) for key in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
     if rank == 0:
         for leftover in checkpoints.glob(".*step_*"):
             shutil.rmtree(leftover)
         found = in_order(checkpoints)[-1:] or [None]
-        if config.checkpoint.resume != "auto" and not restarted:  # a run that began at `given` has its own by now
+        if config.checkpoint.resume and not restarted:  # a run that began at `given` has its own by now
             if not (given / "state.json").exists():
                 raise ConfigError(f"checkpoint.resume {given} is no checkpoint; here are {in_order(checkpoints)}")
             if found[0] and step_of(found[0]) > step_of(given):
-                cure = f"remove those to go back to {given}, set checkpoint.resume = auto, or another name"
+                cure = f"remove those to go back to {given}, leave checkpoint.resume out, or set another name"
                 raise ConfigError(f"{checkpoints} has later checkpoints, such as {found[0].name}: {cure}")
             found = [given]
     if dist.is_initialized():
@@ -69,7 +69,7 @@ def in_order(checkpoints: Path) -> list[Path]:
 def read_state(checkpoint: Path | None, config: Config) -> dict:
     """Step, counters and place in the data. ConfigError where the run that goes on would be another one."""
     if checkpoint is None:
-        return {"step": 0, "tokens": 0, "trained_tokens": 0, "skipped": 0, "data": None}
+        return {"step": 0, "tokens": 0, "trained_tokens": 0, "data": None}
     state = json.loads((checkpoint / "state.json").read_text())
     state["data"]["streams"] = {int(stream): place for stream, place in state["data"]["streams"].items()}
     old, new = flat(state["config"]), flat(config.model_dump(mode="json"))

@@ -8,7 +8,7 @@ import traceback
 from glob import glob
 from pathlib import Path
 
-from lacuna.config import Config, ConfigError, NonFinite, Preempted, load_config
+from lacuna.config import ConfigError, NonFinite, Preempted, load_config
 from lacuna.preemption import REQUEUE, SIGNALS, Preemption
 
 USAGE = """usage: lacuna pt [CONFIG.toml] [--section.key VALUE ...]             train on text: every token
@@ -16,7 +16,6 @@ USAGE = """usage: lacuna pt [CONFIG.toml] [--section.key VALUE ...]             
        lacuna explain pt|sft [CONFIG.toml] [--section.key VALUE ...] show the first rows that this would train on
        lacuna chat FOLDER                                            talk to the model of a run
        lacuna export CHECKPOINT FOLDER                               make a Hugging Face folder of a checkpoint
-       lacuna slurm pt|sft CONFIG.toml [--submit] [--section.key ..] write, and submit, a job for Slurm
 
 `lacuna pt --help` shows every key with its meaning, unit and default. Without a config, configs/pt.toml or
 configs/sft.toml is used: a small model and data that ship with the repository."""
@@ -37,10 +36,7 @@ def main():
             from lacuna.checkpoint import export
 
             return export(Path(argv[0]), Path(argv[1]))
-        submit = command == "slurm" and "--submit" in argv
-        if submit:
-            argv.remove("--submit")
-        task = argv.pop(0) if command in ("explain", "slurm") and argv else command
+        task = argv.pop(0) if command == "explain" and argv else command
         if task not in ("pt", "sft"):
             raise ConfigError(f"unknown command {' '.join(sys.argv[1:])}\n{USAGE}")
         path = argv.pop(0) if argv and not argv[0].startswith("-") else None
@@ -50,14 +46,10 @@ def main():
             if not Path(path).exists():
                 raise ConfigError(f"no config given, and no {path} here: give one, or run in a clone of lacuna")
         config = load_config(path, argv, task)
-        if command == "slurm":
-            from lacuna.slurm import slurm
-
-            return slurm(config, [task, path, *argv], submit)
         if command == "explain":
             from lacuna.explain import explain as run
         else:
-            launch(config, [task, path, *argv])
+            launch([task, path, *argv])
             Preemption()  # imports alone take seconds
             gc.disable()
             from lacuna.train import run
@@ -105,7 +97,7 @@ def leave(status: int):
     (os._exit if status or "RANK" in os.environ else sys.exit)(status)
 
 
-def launch(config: Config, argv: list[str]):
+def launch(argv: list[str]):
     """Become torchrun over all local GPUs, unless there is one at most, or torchrun or Slurm started this process."""
     in_slurm = "SLURM_STEP_ID" in os.environ and os.environ["SLURM_NTASKS"] != "1"
     started = "RANK" in os.environ or in_slurm
@@ -113,15 +105,12 @@ def launch(config: Config, argv: list[str]):
     gpus = len(glob("/dev/nvidia[0-9]*")) if visible is None else len([d for d in visible.split(",") if d])
     tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1").partition("(")[0]  # such as 4(x2)
     set_threads(int(os.environ.get("LOCAL_WORLD_SIZE", tasks)) if started else max(1, gpus))
-    restarts = config.dist.max_restarts
-    if not started and (gpus > 1 or restarts):
+    if not started and gpus > 1:
         from torch.distributed.elastic.multiprocessing import SignalException
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
         from torch.distributed.run import main as torchrun
 
-        # torch's issue 135712: in a store that outlives the ranks, those that start again find where the dead ones were
-        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-        options = ["--standalone", "--nproc-per-node", str(max(1, gpus)), "--max-restarts", str(restarts)]
+        options = ["--standalone", "--nproc-per-node", str(gpus)]
         options += ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
         try:
             torchrun([*options, "-m", "lacuna", *argv])

@@ -2,17 +2,18 @@
 
 Nothing here imports torch, so that `--help` and a wrong key answer at once. Later sources win: defaults, file, command
 line. Unknown keys are errors that name the nearest key; contradictions name the keys and the values that would work.
+None always means "choose for me".
 """
 
 import difflib
 import tomllib
 from argparse import ArgumentParser
-from itertools import groupby
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, CliImplicitFlag, CliSettingsSource
 
 
@@ -40,23 +41,27 @@ class Section(BaseModel):
 class ModelConfig(Section):
     name: str = key("examples/tiny", "Hub id, or local folder with config.json (and *.safetensors)")
     from_scratch: bool = key(False, "initialise the weights from `seed` instead of reading them")
-    overrides: dict[str, int | float | str | bool] = key({}, "fields of the model's config to replace")
+    overrides: dict[str, Any] = key({}, "fields of the model's config to replace")
     tokenizer: str | None = key(None, "Hub id or folder of the tokenizer, if not the model's own")
-    dtype: Literal["auto", "bfloat16", "float32"] = key("auto", "of computation alone; auto: bfloat16 on GPUs")
+    patch: str | None = key(None, "file.py:function, called with the model before all else is done to it")
+    dtype: Literal["bfloat16", "float32"] | None = key(None, "of computation alone; default: bfloat16 on GPUs")
     fp8: bool = key(False, "matrix products of the layers in fp8 (extra fp8), on Hopper GPUs and later")
-    attention: Literal["auto", "varlen", "fa4", "sdpa"] = key("auto", "fa4: extra fa4, fastest; sdpa: on any device")
-    kernels: Literal["auto", "none", "liger", "hub"] = key("auto", "auto: liger on a GPU without compile, else none")
-    kernel_mapping: dict[str, str] = key({}, "for hub: layer -> owner/repo:Layer@version or folder:Layer")
+    attention: Literal["varlen", "fa4", "sdpa"] | None = key(None, "default: fa4 (extra fa4), varlen, sdpa: what runs")
+    kernels: Literal["none", "liger"] | None = key(None, "default: liger on a GPU without compile, else none")
     head: Literal["chunked", "liger"] = key("chunked", "LM head and loss without full logits: lacuna's, or Liger's")
     accum_dtype: Literal["float32", "model"] = key("float32", "of the sum of the head's gradient over chunks")
     trust_remote_code: bool = key(False, "run Python code that comes with the model")
+
+
+def one_or_several(value):
+    return [value] if isinstance(value, str) else value
 
 
 class Source(Section):
     path: str = key(..., "Hub id, folder, or file, glob or URL (https://, s3://) of .parquet, .jsonl or .txt")
     name: str | None = key(None, "configuration of a Hub dataset")
     split: str = key("train", "split, slices allowed: train[:1000]")
-    data_files: str | list[str] | None = key(None, "files inside `path`, globs allowed")
+    data_files: Annotated[list[str] | None, BeforeValidator(one_or_several)] = key(None, "files in `path`, or globs")
     streaming: bool = key(False, "read while training instead of tokenising everything first")
     weight: float | None = key(None, "share of the mixture's tokens; none: all data once an epoch", gt=0)
     column: str = key("text", "pt: column that holds the text")
@@ -83,13 +88,11 @@ class TrainConfig(Section):
     global_batch_size: int = key(8, "rows an optimizer step, over all devices and micro-batches", ge=1)
     steps: int | None = key(None, "optimizer steps (this or train.epochs)", ge=1)
     epochs: int | None = key(None, "passes over map-style data (this or train.steps)", ge=1)
-    compile: Literal["auto"] | bool = key("auto", "torch.compile each layer; auto: on a GPU")
-    activation_checkpointing: Literal["none", "full", "selective"] | Annotated[int, Field(ge=1)] = key(
-        "none", "recompute in the backward: all layers, cheap operators only (selective), or every n-th layer (n)"
+    compile: bool | None = key(None, "torch.compile each layer; default: on a GPU")
+    activation_checkpointing: Literal["none", "full", "selective"] = key(
+        "none", "recompute in the backward: everything (full), or cheap operators only (selective)"
     )
     max_grad_norm: float = key(1.0, "gradients are scaled down to this global L2 norm", gt=0)
-    on_nonfinite: Literal["stop", "skip"] = key("stop", "what a loss or gradient that is not finite does to a step")
-    max_skipped: int = key(10, "steps that may be skipped in a run before it stops after all", ge=0)
     deterministic: bool = key(False, "deterministic GPU kernels, where they exist (slower)")
 
 
@@ -110,23 +113,15 @@ class OptimConfig(Section):
 class DistConfig(Section):
     dp_replicate: int = key(1, "copies of the sharded model (HSDP)", ge=1)
     dp_shard: int | None = key(None, "ranks that share one copy (FSDP2); default: all that are left", ge=1)
-    reshard_after_forward: Literal["auto"] | bool = key("auto", "free layers till their backward; auto: if large")
+    reshard_after_forward: bool | None = key(None, "free layers till their backward; default: if the model is large")
     timeout: int = key(600, "seconds after which a collective that hangs ends the run", ge=10)
-    max_restarts: int = key(0, "times that torchrun starts all ranks again after one has died", ge=0)
 
 
 class CheckpointConfig(Section):
     every: int = key(500, "steps between checkpoints; there is one at the end in any case", ge=1)
     keep: int = key(2, "newest checkpoints that are kept", ge=1)
-    resume: str = key("auto", "auto: go on from the run folder's newest checkpoint; or the folder of one")
+    resume: str | None = key(None, "checkpoint to go on from; default: the newest in the run's folder")
     resume_changed: bool = key(False, "go on even if the config has changed in a way that changes the run")
-
-
-class SlurmConfig(Section):
-    nodes: int = key(1, "nodes of the job", ge=1)
-    gpus: int = key(8, "GPUs a node, one rank each; 0: one rank a node, on its CPUs", ge=0)
-    options: dict[str, str] = key({}, "more options of sbatch, such as partition, account, time, cpus-per-task")
-    grace: int = key(120, "seconds before the time limit at which the run saves and is queued again", ge=1)
 
 
 class LogConfig(Section):
@@ -155,45 +150,74 @@ class Config(Section):
     optim: OptimConfig = key(OptimConfig(), "AdamW and its learning rate")
     dist: DistConfig = key(DistConfig(), "over which devices")
     checkpoint: CheckpointConfig = key(CheckpointConfig(), "what survives")
-    slurm: SlurmConfig = key(SlurmConfig(), "what lacuna slurm asks for")
     log: LogConfig = key(LogConfig(), "what is reported")
     eval: EvalConfig = key(EvalConfig(), "on what it is measured")
 
     @model_validator(mode="after")
     def check(self):
-        """Refuse what contradicts itself: the first rule that is broken."""
-        train, data, model, held_out = self.train, self.data, self.model, self.eval.sources
-        rows, micro, context = train.global_batch_size, train.micro_batch_size, data.context_len or 0
-        weights, streams = [source.weight for source in data.sources], any(s.streaming for s in data.sources)
-        fraction = self.eval.fraction
-        sft, sizes = self.task == "sft", f"train.global_batch_size {rows}, train.micro_batch_size {micro}"
-        near = nearest_multiple(rows, micro)
-        flash = model.attention in ("varlen", "fa4") and model.dtype == "float32"
-        for broken, message in [
-            (not data.sources, "data.sources is empty: add a [[data.sources]] table with a path"),
-            ((train.steps is None) == (train.epochs is None), "give exactly one of train.steps and train.epochs"),
-            (train.epochs and streams, "train.epochs needs data of known size: set train.steps, or streaming = false"),
-            (train.epochs and any(weights), "train.epochs of a weighted mixture: set train.steps, or drop the weights"),
-            (any(weights) and not all(weights), "data.sources: give every source a weight, or none"),
-            (streams and len(weights) > 1 and not all(weights), "data.sources: a mixture that streams needs weights"),
-            (rows % micro, f"{sizes}: the first must be a multiple of the second; the nearest is {near}"),
-            (context > train.seq_len, f"data.context_len {context} is over train.seq_len {train.seq_len}: lower it"),
-            (data.context_warmup_steps and not context, "data.context_warmup_steps needs data.context_len"),
-            (sft and context, "data.context_len would cut conversations apart: it belongs to lacuna pt"),
-            (not sft and data.chat_template, "data.chat_template belongs to lacuna sft: text has no template"),
-            (self.optim.decay_steps and self.optim.schedule != "wsd", 'optim.decay_steps needs optim.schedule = "wsd"'),
-            (model.kernel_mapping and model.kernels != "hub", 'model.kernel_mapping needs model.kernels = "hub"'),
-            (flash, f'model.attention = "{model.attention}" needs model.dtype = "bfloat16"; or use "sdpa"'),
-            (any(s.weight for s in held_out), "eval.sources have no weight: all of their data counts"),
-            (fraction and held_out, "give eval.sources or eval.fraction, not both"),
-            (fraction and (streams or any(weights)), "eval.fraction: data streams or has weights: name eval.sources"),
-            (self.eval.every and not (held_out or fraction), "eval.every needs eval.sources or eval.fraction"),
-            (len(held_out) > 1 and any(s.streaming for s in held_out), "eval.sources: what streams must stand alone"),
-        ]:
-            if broken:
-                raise ValueError(message)
-        self.optim.lr = self.optim.lr or (2e-5 if sft else 3e-4)
+        for contradiction in contradictions(self):
+            raise ValueError(contradiction)
+        if self.optim.lr is None:
+            self.optim.lr = {"pt": 3e-4, "sft": 2e-5}[self.task]
         return self
+
+
+def contradictions(config: Config) -> Iterator[str]:
+    """What sections say against each other, a sentence each; the first is the one that the user reads."""
+    model, data, train, evaluation = config.model, config.data, config.train, config.eval
+    streams = any(source.streaming for source in data.sources)
+    weights = [source.weight for source in data.sources if source.weight]
+    if not data.sources:
+        yield "data.sources is empty: add a [[data.sources]] table with a path"
+    if (train.steps is None) == (train.epochs is None):
+        yield "give exactly one of train.steps and train.epochs"
+    if train.epochs and streams:
+        yield "train.epochs needs data of known size: set train.steps, or streaming = false"
+    if train.epochs and weights:
+        yield "train.epochs of a weighted mixture: set train.steps, or drop the weights"
+    if weights and len(weights) < len(data.sources):
+        yield "data.sources: give every source a weight, or none"
+    if streams and len(data.sources) > 1 and not weights:
+        yield "data.sources: a mixture that streams needs weights"
+    if train.global_batch_size % train.micro_batch_size:
+        yield uneven_batch(train)
+    if data.context_len and data.context_len > train.seq_len:
+        yield f"data.context_len {data.context_len} is over train.seq_len {train.seq_len}: lower it"
+    if data.context_warmup_steps and not data.context_len:
+        yield "data.context_warmup_steps needs data.context_len"
+    if config.task == "sft" and data.context_len:
+        yield "data.context_len would cut conversations apart: it belongs to lacuna pt"
+    if config.task == "pt" and data.chat_template:
+        yield "data.chat_template belongs to lacuna sft: text has no template"
+    if config.optim.decay_steps and config.optim.schedule != "wsd":
+        yield 'optim.decay_steps needs optim.schedule = "wsd"'
+    if model.attention in ("varlen", "fa4") and model.dtype == "float32":
+        yield f'model.attention = "{model.attention}" needs model.dtype = "bfloat16"; or use "sdpa"'
+    if any(source.weight for source in evaluation.sources):
+        yield "eval.sources have no weight: all of their data counts"
+    if len(evaluation.sources) > 1 and any(source.streaming for source in evaluation.sources):
+        yield "eval.sources: what streams must stand alone"
+    if evaluation.fraction and evaluation.sources:
+        yield "give eval.sources or eval.fraction, not both"
+    if evaluation.fraction and (streams or weights):
+        yield "eval.fraction: data streams or has weights: name eval.sources"
+    if evaluation.every and not (evaluation.sources or evaluation.fraction):
+        yield "eval.every needs eval.sources or eval.fraction"
+
+
+def uneven_batch(train: TrainConfig, ranks: int = 1) -> str:
+    """A sentence for a global batch that does not divide into the micro-batches of all ranks."""
+    near = nearest_multiple(train.global_batch_size, train.micro_batch_size * ranks)
+    return (
+        f"train.global_batch_size {train.global_batch_size} is no multiple of train.micro_batch_size "
+        f"{train.micro_batch_size} x {ranks} rank(s): use {near}"
+    )
+
+
+def nearest_multiple(n: int, of: int) -> str:
+    """The multiples of `of` on both sides of n, as words."""
+    below = n // of * of
+    return f"{below} or {below + of}" if below else str(of)
 
 
 class CommandLine(Config, BaseSettings):
@@ -217,13 +241,9 @@ def unknown_key(key: str) -> str:
         known += [f"{name}.sources.{k}" for k in Source.model_fields if "sources" in inner]
     same_word = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
     near = same_word or difflib.get_close_matches(key, known, 1)
-    return f"unknown key {key}" + (f": did you mean {near[0]}?" if near else "; `lacuna pt --help` lists all keys")
-
-
-def nearest_multiple(n: int, of: int) -> str:
-    """The multiples of `of` on both sides of n, as words."""
-    below, above = n // of * of, -(-n // of) * of
-    return f"{below} or {above}" if 0 < below < above else str(above)
+    if not near:
+        return f"unknown key {key}; `lacuna pt --help` lists all keys"
+    return f"unknown key {key}: did you mean {near[0]}?"
 
 
 def load_config(path: str | None, argv: list[str], task: str = "pt") -> Config:
@@ -233,38 +253,35 @@ def load_config(path: str | None, argv: list[str], task: str = "pt") -> Config:
     """
     parser = Parser(usage=f"lacuna {task} [CONFIG.toml] [--section.key VALUE ...]", allow_abbrev=False)
     given = CliSettingsSource(CommandLine, None, argv, root_parser=parser, parse_args_method=Parser.parse_args)()
-    merged = {}
-    if path is not None:
-        try:
-            merged = tomllib.loads(Path(path).read_text())
-        except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read config {path} as TOML: {error}") from None
+    merged = read_toml(path) if path else {}
     if len({"steps", "epochs"} & set(given.get("train", {}))) == 1 and isinstance(merged.get("train"), dict):
         # they exclude each other: the one on the command line replaces the one in the file
         merged["train"] = {k: v for k, v in merged["train"].items() if k not in ("steps", "epochs")}
-    for key, value in given.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = merged[key] | value if both else value
+    for section, value in given.items():
+        both = isinstance(value, dict) and isinstance(merged.get(section), dict)
+        merged[section] = merged[section] | value if both else value
     if merged.setdefault("task", task) != task:
         raise ConfigError(f"{path or 'the command line'} has task = {merged['task']!r}: run lacuna {merged['task']}")
     try:
         return Config.model_validate(merged)
     except ValidationError as error:
-        raise ConfigError("\n".join(problem(k, list(e)) for k, e in groupby(error.errors(), key_of))) from None
+        raise ConfigError("\n".join(sentence(problem) for problem in error.errors())) from None
 
 
-def key_of(error: dict) -> str:
-    """The key that a pydantic error is about, as it is written in TOML: without the kinds that a value may have."""
-    kinds = ("bool", "int", "float", "str")
-    return ".".join(str(p) for p in error["loc"] if isinstance(p, int) or (p.isidentifier() and p not in kinds))
+def read_toml(path: str) -> dict:
+    try:
+        return tomllib.loads(Path(path).read_text())
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read config {path} as TOML: {error}") from None
 
 
-def problem(key: str, errors: list[dict]) -> str:
-    """The pydantic errors of one key as one sentence; a key that takes several kinds of values has one for each."""
-    if errors[0]["type"] == "extra_forbidden":
-        return unknown_key(".".join(part for part in key.split(".") if not part.isdigit()))
-    message = " or ".join(error["msg"].removeprefix("Value error, ") for error in errors)
-    return f"{key}: {message.replace(' or Input should be', ' or')}, not {errors[0]['input']!r}" if key else message
+def sentence(problem: dict) -> str:
+    """An error of pydantic's as a sentence, with the key as it is written in TOML."""
+    place = [str(part) for part in problem["loc"]]
+    if problem["type"] == "extra_forbidden":
+        return unknown_key(".".join(part for part in place if not part.isdigit()))
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{'.'.join(place)}: {message}, not {problem['input']!r}" if place else message
 
 
 def to_toml(config: Config) -> str:

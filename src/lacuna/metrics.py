@@ -57,7 +57,7 @@ class Report:
         self.config, self.ranks, self.steps = config, ranks, steps
         self.names = [name.removeprefix("model.") for name, _ in trainee.named_parameters()]
         self.work = Work(trainee.model, ranks.device)
-        self.totals = {key: state[key] for key in ("tokens", "trained_tokens", "skipped")}  # since the run began
+        self.totals = {key: state[key] for key in ("tokens", "trained_tokens")}  # since the run began
         self.trackers, self.file, self.waiting, self.stop_asked = [], None, [], False
         if ranks.rank != 0:
             return
@@ -112,11 +112,7 @@ class Report:
             bad = [name for name, square in zip(self.names, squares, strict=True) if not math.isfinite(square)]
             what = f"step {facts['step']}: {where} is not finite (loss {loss}, grad norm {norm}, first bad gradient: "
             what += f"{(bad or ['none'])[0]})"
-            self.totals["skipped"] += 1
-            if train.on_nonfinite == "stop" or self.totals["skipped"] > train.max_skipped:
-                raise NonFinite(f"{what}; it updated nothing. Lower optim.lr, or look at the data")
-            log.warning("%s; skipped, the %d. of at most %d", what, self.totals["skipped"], train.max_skipped)
-            loss = norm = None
+            raise NonFinite(f"{what}; it updated nothing. Lower optim.lr, or look at the data")
         if dropped:
             log.warning("step %d: %d documents dropped: no text, too long, or nothing to train", facts["step"], dropped)
         self.totals["tokens"] += tokens
@@ -138,7 +134,7 @@ class Report:
         self.write(metrics)
         share = "" if mfu is None else f" | mfu {mfu:.1%}"
         rates = f"{speed:,.0f} tokens/s{share} | {metrics['peak_memory_gib']:.1f} GiB"
-        text = rates if loss is None else f"loss {loss:.4f} | grad norm {norm:.2f} | {rates}"
+        text = f"loss {loss:.4f} | grad norm {norm:.2f} | {rates}"
         left = timedelta(seconds=round((self.steps - facts["step"]) * metrics["step_seconds"]))
         log.info("step %d/%d | %s | %s left", facts["step"], self.steps, text, left)
 

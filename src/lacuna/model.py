@@ -50,9 +50,8 @@ class Trainee(nn.Module):
 def build_model(config: Config, ranks: Ranks, vocabulary: int, checkpoint: Path | None = None) -> Trainee:
     """The model of `config.model`, sharded over ranks.mesh, ready to train, with its own weights or a checkpoint's."""
     on_gpu = ranks.device.type == "cuda"
-    auto = "bfloat16" if on_gpu else "float32"
-    dtype = getattr(torch, auto if config.model.dtype == "auto" else config.model.dtype)
-    compiled = on_gpu if config.train.compile == "auto" else config.train.compile
+    dtype = getattr(torch, config.model.dtype or ("bfloat16" if on_gpu else "float32"))
+    compiled = on_gpu if config.train.compile is None else config.train.compile
     model, folder = empty_model(config.model, vocabulary, checkpoint)
     layers = list(model.get_decoder().layers)
     apply_kernels(model, config.model, on_gpu, compiled)
@@ -127,39 +126,13 @@ def refuse_unfit(model: PreTrainedModel):
 def apply_kernels(model: PreTrainedModel, config: ModelConfig, on_gpu: bool, compiled: bool):
     """Fused layers. Under compile Inductor fuses better: Liger's norms and SwiGLU cost 3,500 of 40,000 tokens/s."""
     auto = "liger" if on_gpu and not compiled else "none"
-    kernels = auto if config.kernels == "auto" else config.kernels
+    kernels = config.kernels or auto
     if kernels == "liger":
         from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
 
         if not on_gpu:
             raise ConfigError('model.kernels = "liger" needs a GPU; use "none"')
         _apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=False, cross_entropy=False)
-    if kernels == "hub":
-        kernelize_from_hub(model, config.kernel_mapping, "cuda" if on_gpu else "cpu", compiled)
-
-
-def kernelize_from_hub(model: PreTrainedModel, mapping: dict[str, str], device: str, compiled: bool):
-    """Replace the layers that transformers marks by kernels of the Hub, or of local folders."""
-    try:
-        from kernels import LayerRepository, LocalLayerRepository, Mode, kernelize, use_kernel_mapping
-    except ImportError:
-        raise ConfigError('model.kernels = "hub" needs the extra: uv sync --extra kernels') from None
-    layers, marked = {}, {getattr(module, "kernel_layer_name", None) for module in model.modules()} - {None}
-    for name, place in mapping.items():
-        if name not in marked:
-            known = f"{type(model).__name__} marks {sorted(marked) or 'no layer: is kernels a version it knows?'}"
-            raise ConfigError(f"model.kernel_mapping.{name}: {known}")
-        repository, _, layer = place.rpartition(":")
-        layer, _, version = layer.partition("@")
-        if Path(repository).is_dir():
-            layers[name] = {device: LocalLayerRepository(Path(repository).absolute(), layer_name=layer)}
-        elif version:
-            layers[name] = {device: LayerRepository(repository, layer_name=layer, version=int(version))}
-        else:
-            raise ConfigError(f"model.kernel_mapping.{name} = {place}: write owner/repo:Layer@version or folder:Layer")
-    mode = Mode.TRAINING | Mode.TORCH_COMPILE if compiled else Mode.TRAINING
-    with use_kernel_mapping(layers):
-        kernelize(model, mode=mode, device=device)
 
 
 def compute_in_fp8(layers: list[nn.Module], device: torch.device, dtype: torch.dtype):
@@ -222,12 +195,11 @@ SAVED_OPS = [
 ]
 
 
-def checkpoint_activations(layers: list[nn.Module], how: str | int):
-    """Recompute in the backward pass: every layer (full), every n-th (n), or all but the dear operators (selective)."""
-    every = 1 if isinstance(how, str) else how
+def checkpoint_activations(layers: list[nn.Module], how: str):
+    """Recompute in the backward pass: everything (full), or all but the dear operators (selective)."""
     contexts = functools.partial(create_selective_checkpoint_contexts, SAVED_OPS)
     options = {"context_fn": contexts} if how == "selective" else {}
-    for layer in layers[::every] if how != "none" else []:
+    for layer in layers if how != "none" else []:
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, **options)
 
 

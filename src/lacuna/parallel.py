@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from lacuna.config import ConfigError, DistConfig, TrainConfig, nearest_multiple
+from lacuna.config import ConfigError, DistConfig, TrainConfig, uneven_batch
 
 
 class Ranks(NamedTuple):
@@ -49,11 +49,8 @@ def start(config: DistConfig, train: TrainConfig) -> Ranks:
     shard = config.dp_shard or max(1, world // config.dp_replicate)
     if config.dp_replicate * shard != world:
         raise ConfigError(f"dist.dp_replicate {config.dp_replicate} x dist.dp_shard {shard} is not the {world} ranks")
-    rows = train.micro_batch_size * world
-    if train.global_batch_size % rows:
-        sizes = f"train.global_batch_size {train.global_batch_size}, train.micro_batch_size {train.micro_batch_size}"
-        near = nearest_multiple(train.global_batch_size, rows)
-        raise ConfigError(f"{sizes}, {world} ranks: the first must be a multiple of the others' product; use {near}")
+    if train.global_batch_size % (train.micro_batch_size * world):
+        raise ConfigError(uneven_batch(train, world))
     device = torch.device("cpu")
     if torch.cuda.is_available():  # with srun --gpus-per-task, a task sees one device only
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
@@ -80,7 +77,7 @@ def shard_model(model: nn.Module, layers: list[nn.Module], ranks: Ranks, config:
     mesh = ranks.mesh if ranks.mesh["dp_replicate"].size() > 1 else ranks.mesh["dp_shard"]
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     reshard = config.reshard_after_forward
-    if reshard == "auto":
+    if reshard is None:
         memory = torch.cuda.get_device_properties(ranks.device).total_memory if ranks.device.type == "cuda" else 0
         reshard = sum(p.numel() for p in model.parameters()) * dtype.itemsize > memory / 20
     for module in (*layers, model):

@@ -101,8 +101,7 @@ def run(config: Config) -> Path:
         losses[0], losses[2 + ranks.rank] = loss, ~loss.isfinite()  # the mean, and a mark for each bad rank
         losses[1].fill_(preemption.asked)  # `losses[1] = ` would wait for the GPU: it copies a tensor of the host
         sum_over_ranks(losses)
-        bad = ~(norm + losses[0]).isfinite()
-        failed = bad if config.train.on_nonfinite == "skip" else failed | bad
+        failed |= ~(norm + losses[0]).isfinite()
         lr = learning_rate(config.optim, step - 1, steps)
         checkpoints.wait_for_copy()
         optimizer.step(lr, (config.train.max_grad_norm / (norm + 1e-6)).clamp(max=1).float(), failed)

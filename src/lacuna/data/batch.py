@@ -1,0 +1,91 @@
+"""The contract between data and training: a document, a row, a micro-batch. Imports numpy and torch only.
+
+A document's loss mask travels in the sign of its ids, from the encoder through the token cache into a row: `hide` puts
+it there and `reveal` takes it out. So it cannot be lost, or shifted against the ids, on the way.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from lacuna.data.pack import split_documents
+
+IGNORE = -100  # a label that trains nothing, as in torch and transformers
+
+
+class Tokens(NamedTuple):
+    """A document as an encoder makes it."""
+
+    ids: np.ndarray  # int32 [n], the complement ~id where a token is context only
+    note: str = ""  # why it was cut, or dropped: then n is 0
+
+
+def hide(ids: np.ndarray, trained: np.ndarray) -> np.ndarray:
+    """Ids [n] with their loss mask [n] in the sign: ~id is -id - 1, so that token 0 has one too."""
+    return np.where(trained, ids, ~ids)
+
+
+def reveal(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Ids [n] as the tokenizer knows them, and which of them are trained, bool [n]."""
+    return np.where(ids < 0, ~ids, ids), ids >= 0
+
+
+class Row(NamedTuple):
+    """One row of the run, S = seq_len slots, with the state of its stream."""
+
+    ids: np.ndarray  # int32 [S]
+    labels: np.ndarray  # int32 [S]
+    starts: np.ndarray  # int64 [documents]: where each document (or what is left over) begins
+    tokens: int  # slots that hold a document's token
+    checksum: int  # crc32 of ids and labels, begun at the row's place in the global batch
+    epoch: float
+    dropped: int  # documents without text met since the stream's last row
+    stream: int
+    state: dict | None  # None past the end of the data
+
+
+class PackedBatch(NamedTuple):
+    """One micro-batch: T = micro_batch_size * seq_len slots at every step.
+
+    A tensor of floats would be rounded on the way: FSDP2 casts those among its inputs to bf16.
+    """
+
+    input_ids: torch.Tensor  # int64 [T]
+    labels: torch.Tensor  # int64 [T], already shifted inside each document; IGNORE trains nothing
+    position_ids: torch.Tensor  # int64 [T], from 0 in every document
+    cu_seqlens: torch.Tensor  # int32 [N + 1], boundaries of the N documents: the one shape that changes
+    max_seqlen: int  # a constant
+    epoch: float
+    counts: dict[str, int]  # by name, to be added over micro-batches and ranks: see `collate`
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        tensors = {key: value for key, value in self._asdict().items() if isinstance(value, torch.Tensor)}
+        if device.type == "cuda":
+            tensors = {key: value.pin_memory().to(device, non_blocking=True) for key, value in tensors.items()}
+        return self._replace(**tensors)
+
+
+def collate(rows: list[Row], context_len: int) -> PackedBatch:
+    """Lay rows end to end as one long sample, cutting documents to context_len."""
+    seq_len = len(rows[0].ids)
+    total = len(rows) * seq_len
+    labels = np.concatenate([row.labels for row in rows]).astype(np.int64)
+    begins = np.concatenate([row.starts + i * seq_len for i, row in enumerate(rows)])
+    document, start, lengths = split_documents(np.diff(begins, append=total), context_len)
+    starts = begins[document] + start
+    return PackedBatch(
+        input_ids=torch.from_numpy(np.concatenate([row.ids for row in rows]).astype(np.int64)),
+        labels=torch.from_numpy(labels),
+        position_ids=torch.from_numpy(np.arange(total) - np.repeat(starts, lengths)),
+        cu_seqlens=torch.from_numpy(np.append(starts, total).astype(np.int32)),
+        max_seqlen=seq_len,
+        epoch=max(row.epoch for row in rows),
+        counts={
+            "trained_tokens": int((labels != IGNORE).sum()),
+            "tokens": sum(row.tokens for row in rows),
+            "pairs": int((lengths**2).sum()),  # squared document lengths: what attention computes
+            "checksum": sum(row.checksum for row in rows),
+            "dropped": sum(row.dropped for row in rows),
+        },
+    )
