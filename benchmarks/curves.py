@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from lacuna.config import load_config
 from lacuna.data.loader import Loader, RowDataset
-from lacuna.data.tokenize import Encoder, load_tokenizer
+from lacuna.data.tokenize import TextEncoder, load_tokenizer
 from lacuna.optim import learning_rate
 
 
@@ -24,8 +24,8 @@ def main():
     path, out, *argv = sys.argv[1:]
     config = load_config(path, argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dataset = RowDataset(config, config.data.sources, Encoder(load_tokenizer(config.model)), 0, 1)
-    loader = Loader(config, dataset, device)
+    dataset = RowDataset(config, config.data.sources, TextEncoder(load_tokenizer(config.model)), rank=0, ranks=1)
+    loader = Loader(dataset, device, micro_batch_size=config.train.micro_batch_size)
     model = AutoModelForCausalLM.from_pretrained(config.model.name, dtype=torch.float32).to(device)
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     decay = [p for p in model.parameters() if p.ndim > 1 and id(p) not in embeddings]

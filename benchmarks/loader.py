@@ -34,7 +34,7 @@ from transformers import AutoTokenizer  # noqa: E402
 
 from lacuna.config import Config  # noqa: E402
 from lacuna.data.loader import STREAM_WINDOW, Loader, RowDataset  # noqa: E402
-from lacuna.data.tokenize import Encoder  # noqa: E402
+from lacuna.data.tokenize import TextEncoder  # noqa: E402
 
 REPOSITORY = Path(__file__).parents[1]
 BATCH = 1000  # texts in one call of the tokenizer alone
@@ -97,7 +97,8 @@ def main():
         return time_tokens(tokenizer_alone(lambda batch: tokenizer(batch)["input_ids"], texts), tokens // 4, tokens)
 
     def load(workers: int) -> float:
-        sizes = {"micro_batch_size": arguments.micro_batch_size, "global_batch_size": arguments.micro_batch_size}
+        size = arguments.micro_batch_size
+        sizes = {"micro_batch_size": size, "global_batch_size": size}
         source = {"path": str(folder / "*.parquet"), "streaming": True}
         config = Config.model_validate(
             {
@@ -105,8 +106,9 @@ def main():
                 "train": {"steps": 10**9, "seq_len": arguments.seq_len, **sizes},
             }
         )
-        loader = Loader(config, RowDataset(config, config.data.sources, Encoder(tokenizer), 0, 1), torch.device("cpu"))
-        speed = time_tokens(lambda: int(loader.next().tokens), warmup, tokens)
+        dataset = RowDataset(config, config.data.sources, TextEncoder(tokenizer), rank=0, ranks=1)
+        loader = Loader(dataset, torch.device("cpu"), micro_batch_size=size, workers=workers)
+        speed = time_tokens(lambda: loader.next().counts["tokens"], warmup, tokens)
         loader.close()
         return speed
 

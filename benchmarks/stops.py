@@ -19,7 +19,8 @@ folder = Path(sys.argv[1])
 prompts, limit = (int(word) for word in [*sys.argv[2:], "20", "1024"][:2])
 config = load_config(str(folder / "config.toml"), [], "sft")
 encoder = ChatEncoder(load_tokenizer(config.model), config)
-held_out = RowDataset(config, config.data.sources, encoder, 0, 1, 1, share=(0, config.eval.fraction)).sources[0]
+share = (0, config.eval.fraction)
+held_out = RowDataset(config, config.data.sources, encoder, rank=0, ranks=1, share=share).sources[0]
 tokenizer = AutoTokenizer.from_pretrained(folder / "hf", padding_side="left")
 device = "cuda" if torch.cuda.is_available() else "cpu"
 model = AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32).to(device)

@@ -509,6 +509,23 @@ def test_what_is_prefetched_does_not_count_as_consumed(tmp_path, encoder):
     assert (batch.input_ids != first.input_ids).any()
 
 
+def test_a_state_of_the_form_before_is_refused_in_one_sentence(tmp_path, encoder):
+    config = make_config(tmp_path, *LONG.sources(tmp_path, "map"))
+    old = {"sources": [{"epoch": 0, "taken": 0}], "drawn": [0], "window": 0, "row": 0}
+    with pytest.raises(ConfigError, match="older lacuna"):
+        open_loader(config, encoder, state={"rows": 8, "streams": {"0": old}})
+
+
+def test_a_step_is_its_micro_batches(tmp_path, encoder):
+    config = make_config(tmp_path, *LONG.sources(tmp_path, "map"), workers=0)
+    dataset = RowDataset(config, config.data.sources, encoder, rank=0, ranks=1)
+    by_steps = Loader(dataset, CPU, micro_batch_size=2, accumulation=4)
+    found = [batch.input_ids.tolist() for _ in range(2) for batch in by_steps.step()]
+    by_steps.close()
+    assert found == [batch.input_ids.tolist() for batch in read(config, encoder, 2)[0][0]]
+    assert by_steps.state["rows"] == 16
+
+
 def test_the_end_of_map_style_data_resumes_as_the_end(tmp_path, encoder):
     config = make_config(tmp_path, *LONG.sources(tmp_path, "map"), steps=None, epochs=1)
     steps = rows_of_run(config, encoder) // ROWS

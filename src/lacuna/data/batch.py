@@ -54,7 +54,7 @@ def assemble(pieces: list[tuple], seq_len: int, *, filler: int, mask_boundary: b
     ids = np.full(seq_len, filler, dtype=np.int32)
     labels = np.full(seq_len, IGNORE, dtype=np.int32)
     starts = []
-    at = 0
+    at = 0  # the next free slot
     for document, start, end in pieces:
         # One token more than the piece: where a document is cut, the next piece's first is the last one's target.
         tokens, trained = reveal(document[start : end + 1])

@@ -28,7 +28,7 @@ FORMATS = {  # recognised by these columns
     "token ids": ["input_ids"],
 }
 OPTIONAL = ["tools", "system", "input", "labels", "assistant_masks", "completion_mask"]
-# Names of speakers in `from` that are no roles.
+# Speakers of ShareGPT's `from`; other names are roles already.
 ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
 TEMPLATES = Path(__file__).parent / "templates"
 MARKS = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
@@ -48,7 +48,7 @@ def make_encoder(config: Config, tokenizer) -> Encoder:
 
 
 class ChatEncoder:
-    """Conversations, of which the assistant's turns are trained."""
+    """The Encoder of conversations: what the assistant says is trained."""
 
     def __init__(self, tokenizer, config: Config):
         self.tokenizer = copy.deepcopy(tokenizer)
@@ -114,10 +114,11 @@ class ChatEncoder:
             if message["role"] == "assistant":
                 flags.append(flag)
         ids, mask = self.render(messages, template, row.get("tools") or None)
-        # where a run of marked tokens begins and where it ends, [turns, 2]
+        # Marked tokens come in runs, one a turn: where each begins and ends, [turns, 2].
         turns = np.flatnonzero(np.diff(mask, prepend=False, append=False)).reshape(-1, 2)
         if len(turns) != len(flags) or not set(flags) <= {0, 1}:
             raise ValueError(f"{len(turns)} of {len(flags)} assistant turns are marked, with weights {flags} (0 or 1)")
+        # Each turn has one stop token, and it is the last one: else the model would learn to go on after it.
         stops = np.flatnonzero(mask & (ids == self.eos))
         if stops.tolist() != [end - 1 for _, end in turns]:
             return Tokens(NO_IDS, "dropped: a stop token inside a turn, or none at its end")

@@ -104,12 +104,14 @@ class Stream:
     def draw_documents(self) -> list[tuple]:
         """(source, key, length) of the next window's documents, each from the source furthest behind its weight."""
         documents = []
+        # A stream's window has so many tokens, one of indices so many documents.
         full = math.inf
         if not self.data.map_style:
             rows = min(STREAM_WINDOW[0] << self.window, STREAM_WINDOW[1])
             full = sum(self.drawn) + rows * self.data.seq_len
         next_epoch = int(self.lookahead[0].epoch) + 1
         while len(documents) < self.data.window_documents and sum(self.drawn) < full:
+            # No randomness: shares are exact at any time, and the state is a few numbers.
             source = min(range(len(self.drawn)), key=lambda i: self.drawn[i] / self.data.weights[i])
             document = self.lookahead[source]
             documents.append((source, document.key, document.length))
@@ -132,13 +134,13 @@ class RowDataset(IterableDataset):
         self.seed = config.seed
         self.seq_len = config.train.seq_len
         self.batch_rows = config.train.global_batch_size
-        self.options = {"filler": encoder.eos, "mask_boundary": config.data.mask_boundary}
+        self.packing = {"filler": encoder.eos, "mask_boundary": config.data.mask_boundary}  # for `assemble`
         self.rank = rank
         self.ranks = ranks
         self.epochs = epochs or math.inf
         self.limit = limit
         self.state = {"rows": 0, "streams": {}}  # see Loader
-        # without weights all sources are one
+        # Without weights all sources are one: each of their documents once an epoch.
         groups = [[source] for source in sources] if sources[0].weight else [sources]
         self.weights = [group[0].weight or 1.0 for group in groups]
         self.sources = []
@@ -194,11 +196,12 @@ class RowDataset(IterableDataset):
             row, number = divmod(position, self.num_streams)
             if number not in streams:
                 streams[number] = iter(Stream(self, number, self.state["streams"].get(str(number))))
+            # Skipping plans costs little where they are indices; where data streams, its tokens are made all the same.
             plan = RowPlan()
             if position < self.limit:
                 plan = skip_to(row, streams[number])
             pieces = [(self.sources[source].load(key), start, end) for source, key, start, end in plan.pieces]
-            packed = assemble(pieces, self.seq_len, place=position % self.batch_rows, **self.options)
+            packed = assemble(pieces, self.seq_len, place=position % self.batch_rows, **self.packing)
             yield packed._replace(epoch=plan.epoch, dropped=plan.dropped, stream=number, state=plan.state)
 
 
@@ -242,8 +245,10 @@ class Loader:
             problem = f"{dataset.num_streams} virtual streams do not divide over {readers} readers (ranks x workers)"
             times = readers // math.gcd(dataset.num_streams, readers)
             log.warning("data: %s, so each is read %d times; a multiple of %d would be fast", problem, times, readers)
-        # Rows of the run that are consumed, and of each stream the window that its last one is from; JSON.
+        # JSON: the rows of the run that are consumed, and each stream's state (by its number, as text).
         self.state = state or {"rows": 0, "streams": {}}
+        if any("cursors" not in stream for stream in self.state["streams"].values()):
+            raise ConfigError("this checkpoint's place in the data was written by an older lacuna: begin a new run")
         self.prepared = self.state  # by the thread, so ahead of it
         options = {"batch_size": None, "num_workers": workers, "worker_init_fn": ignore_signals}
         if workers:

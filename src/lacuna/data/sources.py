@@ -22,7 +22,7 @@ from lacuna.config import ConfigError, Source, log
 from lacuna.data.tokenize import Encoder, digest
 
 READ_CHUNK = 128  # documents tokenised in one call: enough for the tokenizer to use every core
-FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text", ".csv": "csv"}
+BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text", ".csv": "csv"}
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 CACHED = datasets.Features({"ids": datasets.List(datasets.Value("int32")), "note": datasets.Value("string")})
 # Where a connection breaks, datasets tries again 8 times, 5 s apart (its own: 20), and silence is at most 10 s (300).
@@ -130,6 +130,7 @@ class StreamSource:
         shards = len(range(stream, self.num_shards, num_streams))
         dropped = 0
         last_epoch = cursor.epoch  # with text; the first may have begun behind its last document
+        # From coarse to fine: epochs, chunks of their shards, documents; the cursor says where each of them begins.
         for epoch in itertools.count(cursor.epoch):
             if epoch > last_epoch + 1:
                 raise ConfigError(f"data.sources {self.source.path}: stream {stream} finds no text")
@@ -176,23 +177,23 @@ def open_dataset(source: Source, encoder: Encoder) -> datasets.Dataset | dataset
     """The dataset that a source names, with the columns that are read; ConfigError where it cannot be opened."""
     path = Path(source.path)
     endings = [ending for ending in path.suffixes if ending not in COMPRESSED]
-    file_format = FORMATS.get(endings[-1]) if endings and not path.is_dir() else None
+    builder = BUILDERS.get(endings[-1]) if endings and not path.is_dir() else None
     files = {"path": source.path, "name": source.name, "data_files": source.data_files}
-    if file_format and (source.name or source.data_files):
+    if builder and (source.name or source.data_files):
         raise ConfigError(f"data.sources: {source.path} is a file, so name and data_files have no meaning: remove them")
-    if file_format:
-        files = {"path": file_format, "data_files": source.path}
+    if builder:
+        files = {"path": builder, "data_files": source.path}
     remote = {"storage_options": {"http": SILENCE, "https": SILENCE}}
     options = {"split": source.split, "streaming": source.streaming} | (remote if source.streaming else {})
-    if file_format == "text" or {file.suffix for file in path.glob("*")} & set(FORMATS) == {".txt"}:
+    if builder == "text" or {file.suffix for file in path.glob("*")} & set(BUILDERS) == {".txt"}:
         options["sample_by"] = "document"
     try:
-        if file_format == "parquet":
+        if builder == "parquet":
             # the schema first: then only columns that are needed are read from disk or network
             schema = datasets.load_dataset(**files, split="train", streaming=True, **remote)
             options["columns"] = columns = encoder.columns(schema.column_names, source)
         dataset = datasets.load_dataset(**files, **options)
-        if file_format != "parquet":
+        if builder != "parquet":
             columns = encoder.columns(dataset.column_names or list(next(iter(dataset), {})), source)
     except ConfigError:
         raise

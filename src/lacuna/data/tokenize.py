@@ -37,7 +37,7 @@ class Encoder(Protocol):
 
 
 class TextEncoder:
-    """Plain text, of which every token is trained."""
+    """The Encoder of plain text: every token is trained."""
 
     def __init__(self, tokenizer):
         if tokenizer.eos_token_id is None:
