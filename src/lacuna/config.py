@@ -6,6 +6,7 @@ None always means "choose for me".
 """
 
 import difflib
+import logging
 import tomllib
 from argparse import ArgumentParser
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, CliImplicitFlag, CliSettingsSource
+
+log = logging.getLogger("lacuna")
 
 
 class ConfigError(Exception):
