@@ -30,7 +30,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         else:
             constant.append(parameter)
     groups = [{"params": decaying, "weight_decay": config.weight_decay}, {"params": constant, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.betas), eps=config.eps, fused=True)
+    optimizer = torch.optim.AdamW(groups, betas=tuple(config.betas), eps=config.eps, fused=True)
     for parameter in [*decaying, *constant]:
         optimizer.state[parameter] = {
             "step": torch.zeros((), device=parameter.device),
