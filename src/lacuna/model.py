@@ -63,23 +63,16 @@ class Trainee(nn.Module):
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         """The sum of the batch's losses, nats."""
-        return head_loss(
-            self.hidden(batch),
-            self.model.get_output_embeddings().weight,
-            batch.labels,
-            batch.counts["trained_tokens"],
-            head=self.plan.head,
-            accum_dtype=self.plan.accum_dtype,
-            compiled=self.plan.compiled,
-        )
+        plan = self.plan
+        how = {"head": plan.head, "accum_dtype": plan.accum_dtype, "compiled": plan.compiled}
+        weight = self.model.get_output_embeddings().weight
+        return head_loss(self.hidden(batch), weight, batch.labels, batch.counts["trained_tokens"], **how)
 
     def hidden(self, batch: PackedBatch) -> torch.Tensor:
         """The decoder's last hidden states [T, H]."""
-        ids = batch.input_ids[None]  # transformers wants a batch: ours is one long sample
-        positions = batch.position_ids[None]
-        limits = boundaries(batch, self.plan.backend)
-        decoder = self.model.get_decoder()
-        return decoder(input_ids=ids, position_ids=positions, use_cache=False, **limits).last_hidden_state[0]
+        # transformers wants a batch: ours is one long sample
+        inputs = {"input_ids": batch.input_ids[None], "position_ids": batch.position_ids[None], "use_cache": False}
+        return self.model.get_decoder()(**inputs, **boundaries(batch, self.plan.backend)).last_hidden_state[0]
 
 
 def build_model(config: Config, ranks: Ranks, vocabulary: int, checkpoint: Path | None = None) -> Trainee:
@@ -94,13 +87,16 @@ def assemble(config: Config, ranks: Ranks, vocabulary: int) -> Trainee:
     plan = make_plan(config, ranks.device)
     model = empty_model(config.model, vocabulary)
     layers = list(model.get_decoder().layers)
-    apply_patch(model, config.model.patch)
-    apply_kernels(model, plan.kernels, ranks.device)
+    if config.model.patch:
+        apply_patch(model, config.model.patch)
+    if plan.kernels == "liger":
+        apply_liger(model, ranks.device)
     if config.model.fp8:
         compute_in_fp8(layers, ranks.device, plan.dtype)
     if ranks.mesh is None and plan.dtype != torch.float32:
         cast_in_forward(model, layers, plan.dtype)
-    checkpoint_activations(layers, config.train.activation_checkpointing)
+    if config.train.activation_checkpointing != "none":
+        checkpoint_activations(layers, config.train.activation_checkpointing)
     if plan.compiled:
         compile_layers(layers)
     trainee = Trainee(model, plan)
@@ -178,14 +174,12 @@ def refuse_unfit(model: PreTrainedModel):
         raise ConfigError("model.overrides.attention_dropout must be 0: packed attention has no dropout")
 
 
-def apply_patch(model: PreTrainedModel, place: str | None):
+def apply_patch(model: PreTrainedModel, place: str):
     """Call the user's `file.py:function` with the model: other kernels, other layers, anything that is not here."""
-    if place is None:
-        return
     file, _, function = place.rpartition(":")
+    if not Path(file).is_file():
+        raise ConfigError(f"model.patch {place}: there is no file {file!r}; write file.py:function")
     spec = importlib.util.spec_from_file_location("lacuna_patch", file)
-    if spec is None or not Path(file).is_file():
-        raise ConfigError(f"model.patch {place}: there is no such Python file; write file.py:function")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, function):
@@ -193,10 +187,8 @@ def apply_patch(model: PreTrainedModel, place: str | None):
     getattr(module, function)(model)
 
 
-def apply_kernels(model: PreTrainedModel, kernels: str, device: torch.device):
+def apply_liger(model: PreTrainedModel, device: torch.device):
     """Liger's fused norms, rotary embeddings and MLPs, in place."""
-    if kernels == "none":
-        return
     from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
 
     if device.type != "cuda":
@@ -249,13 +241,10 @@ SAVED_OPS = [
 
 def checkpoint_activations(layers: list[nn.Module], how: str):
     """Recompute in the backward pass: everything (full), or all but the dear operators (selective)."""
-    if how == "none":
-        return
-    options = {"use_reentrant": False}
-    if how == "selective":
-        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, SAVED_OPS)
+    contexts = functools.partial(create_selective_checkpoint_contexts, SAVED_OPS)
+    options = {"context_fn": contexts} if how == "selective" else {}
     for layer in layers:
-        layer.forward = functools.partial(checkpoint, layer.forward, **options)
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, **options)
 
 
 def compile_layers(layers: list[nn.Module]):
