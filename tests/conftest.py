@@ -84,7 +84,7 @@ def model_folder(tmp_path, tokenizer):
 
 def pack(rows: list[list[list[int]]], seq_len: int, trained=lambda document, position: True):
     """A PackedBatch of these rows of documents (token ids), made without lacuna's loader; T = len(rows) * seq_len."""
-    from lacuna.data.loader import PackedBatch
+    from lacuna.data.batch import PackedBatch
 
     ids, labels, positions, starts = [], [], [], []
     for row in rows:
@@ -102,12 +102,8 @@ def pack(rows: list[list[list[int]]], seq_len: int, trained=lambda document, pos
         *(torch.tensor(x) for x in (ids, labels, positions)),
         cu_seqlens=torch.tensor([*starts, total], dtype=torch.int32),
         max_seqlen=seq_len,
-        trained_tokens=sum(label >= 0 for label in labels),
-        tokens=0,
-        pairs=0,
-        checksum=0,
-        dropped=0,
         epoch=0.0,
+        counts={"trained_tokens": sum(label >= 0 for label in labels)},
     )
 
 

@@ -18,6 +18,8 @@ from pydantic_settings import CliImplicitFlag, CliSettingsSource
 
 log = logging.getLogger("lacuna")
 
+log = logging.getLogger("lacuna")
+
 
 class ConfigError(Exception):
     """What the user asked for cannot be done; the message names the key and what would be right."""

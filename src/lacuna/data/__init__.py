@@ -1,1 +1,1 @@
-"""From text to `PackedBatch`: sources -> tokenize -> pack -> loader, in this order and never back."""
+"""From text to `PackedBatch`, in this order: batch (the contract), tokenize, conversations, sources, loader."""

@@ -4,6 +4,7 @@ A document's loss mask travels in the sign of its ids, from the encoder through 
 it there and `reveal` takes it out. So it cannot be lost, or shifted against the ids, on the way.
 """
 
+import zlib
 from typing import NamedTuple
 
 import numpy as np
@@ -32,17 +33,44 @@ def reveal(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Row(NamedTuple):
-    """One row of the run, S = seq_len slots, with the state of its stream."""
+    """One row of the run, S = seq_len slots, and (but for what `assemble` knows) where the run stands with it."""
 
     ids: np.ndarray  # int32 [S]
     labels: np.ndarray  # int32 [S]
     starts: np.ndarray  # int64 [documents]: where each document (or what is left over) begins
     tokens: int  # slots that hold a document's token
     checksum: int  # crc32 of ids and labels, begun at the row's place in the global batch
-    epoch: float
-    dropped: int  # documents without text met since the stream's last row
-    stream: int
-    state: dict | None  # None past the end of the data
+    epoch: float = 0.0
+    dropped: int = 0  # documents without text met since the stream's last row
+    stream: int = 0
+    state: tuple | None = None  # StreamState of the loader; None past the end of the data
+
+
+def assemble(
+    pieces: list[tuple[np.ndarray, int, int]], seq_len: int, *, filler: int, mask_boundary: bool, place: int
+) -> Row:
+    """A row of these pieces: tokens start to end of a document, its mask in the sign.
+
+    What is left over is a document of its own, of `filler`, that trains nothing. place is that in the global batch.
+    """
+    ids = np.full(seq_len, filler, dtype=np.int32)
+    labels = np.full(seq_len, IGNORE, dtype=np.int32)
+    starts = []
+    at = 0
+    for document, start, end in pieces:
+        length = end - start
+        # One token more than the piece: where a document is cut, the next piece's first is the last one's target.
+        tokens, trained = reveal(document[start : end + 1])
+        ids[at : at + length] = tokens[:length]
+        labels[at : at + len(tokens) - 1] = np.where(trained, tokens, IGNORE)[1:]
+        if at and trained[0] and not mask_boundary:
+            labels[at - 1] = tokens[0]
+        starts.append(at)
+        at += length
+    if at < seq_len:
+        starts.append(at)
+    checksum = zlib.crc32(labels, zlib.crc32(ids, place))
+    return Row(ids, labels, np.asarray(starts), at, checksum)
 
 
 class PackedBatch(NamedTuple):
@@ -60,6 +88,7 @@ class PackedBatch(NamedTuple):
     counts: dict[str, int]  # by name, to be added over micro-batches and ranks: see `collate`
 
     def to(self, device: torch.device) -> "PackedBatch":
+        """The same on a device; nothing waits for it."""
         tensors = {key: value for key, value in self._asdict().items() if isinstance(value, torch.Tensor)}
         if device.type == "cuda":
             tensors = {key: value.pin_memory().to(device, non_blocking=True) for key, value in tensors.items()}
@@ -74,6 +103,13 @@ def collate(rows: list[Row], context_len: int) -> PackedBatch:
     begins = np.concatenate([row.starts + i * seq_len for i, row in enumerate(rows)])
     document, start, lengths = split_documents(np.diff(begins, append=total), context_len)
     starts = begins[document] + start
+    counts = {
+        "trained_tokens": int((labels != IGNORE).sum()),
+        "tokens": sum(row.tokens for row in rows),
+        "pairs": int((lengths**2).sum()),  # squared document lengths: what attention computes
+        "checksum": sum(row.checksum for row in rows),  # below 2**32 a row: sums stay exact in float64
+        "dropped": sum(row.dropped for row in rows),
+    }
     return PackedBatch(
         input_ids=torch.from_numpy(np.concatenate([row.ids for row in rows]).astype(np.int64)),
         labels=torch.from_numpy(labels),
@@ -81,11 +117,5 @@ def collate(rows: list[Row], context_len: int) -> PackedBatch:
         cu_seqlens=torch.from_numpy(np.append(starts, total).astype(np.int32)),
         max_seqlen=seq_len,
         epoch=max(row.epoch for row in rows),
-        counts={
-            "trained_tokens": int((labels != IGNORE).sum()),
-            "tokens": sum(row.tokens for row in rows),
-            "pairs": int((lengths**2).sum()),  # squared document lengths: what attention computes
-            "checksum": sum(row.checksum for row in rows),
-            "dropped": sum(row.dropped for row in rows),
-        },
+        counts=counts,
     )

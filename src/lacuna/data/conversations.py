@@ -6,9 +6,9 @@ for headers or stop tokens in ids. Only then is it checked that every turn ends 
 """
 
 import copy
-import hashlib
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from threading import Lock
 
@@ -17,12 +17,19 @@ import numpy as np
 import transformers
 from tokenizers.processors import ByteLevel
 
-from lacuna.config import Config, ConfigError, Source
-from lacuna.data.tokenize import adds_bos, log
+from lacuna.config import Config, ConfigError, Source, log
+from lacuna.data.batch import Tokens, hide
+from lacuna.data.tokenize import Encoder, TextEncoder, adds_bos, digest
 
 TEMPLATES = Path(__file__).parent / "templates"
 MARKS = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
 CURE = "put {% generation %} before and {% endgeneration %} after what the assistant writes, its stop token included"
+RENDERING = Lock()  # transformers keeps the mask that it is making in the template: one at a time
+# A prompt and a completion that are plain text go through the same machinery, as the simplest of chats.
+PLAIN = (
+    "{{ messages[0].content }}{% generation %}{{ messages[1].content }}"
+    "{% if not messages[1].content.endswith(eos_token) %}{{ eos_token }}{% endif %}{% endgeneration %}"
+)
 FORMATS = {  # recognised by these columns
     "messages": ["messages"],
     "conversations": ["conversations"],
@@ -31,179 +38,256 @@ FORMATS = {  # recognised by these columns
     "token ids": ["input_ids"],
 }
 OPTIONAL = ["tools", "system", "input", "labels", "assistant_masks", "completion_mask"]
+# Who speaks in ShareGPT's `from`; other names are roles already.
 ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
-NO_IDS = np.empty(0, dtype=np.int32)  # of a row that is dropped
-RENDERING = Lock()  # transformers keeps the mask that it is making in the template: one at a time
-# A prompt and a completion that are plain text go through the same machinery, as the simplest of chats.
-PLAIN = (
-    "{{ messages[0].content }}{% generation %}{{ messages[1].content }}"
-    "{% if not messages[1].content.endswith(eos_token) %}{{ eos_token }}{% endif %}{% endgeneration %}"
-)
+
+
+def make_encoder(config: Config, tokenizer) -> Encoder:
+    """The encoder of the run's task."""
+    if config.task == "sft":
+        return ChatEncoder(tokenizer, config)
+    return TextEncoder(tokenizer)
 
 
 class ChatEncoder:
-    """Encodes conversations. Picklable, so that loader workers can have their own."""
+    """The Encoder of conversations: of what it makes, only the assistant's turns are trained."""
 
     def __init__(self, tokenizer, config: Config):
         self.tokenizer = copy.deepcopy(tokenizer)
         # some leave the space before a word out of its token's place, and transformers' mask ends at such a turn
         self.tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=False)
-        self.overlong, self.seq_len = config.data.overlong, config.train.seq_len
+        self.overlong = config.data.overlong
+        self.seq_len = config.train.seq_len
         self.bos = tokenizer.bos_token if adds_bos(tokenizer) else ""
         self.given = config.data.chat_template
+        self.template = None
         try:
             self.template = training_template(tokenizer, self.given)
             self.tokenizer.eos_token = self.stop_token()
-        except LookupError as error:  # no template: token ids, and prompts and completions of plain text, need none
-            self.template, self.problem = None, error
+        except LookupError as error:  # token ids, and prompts and completions of plain text, need no template
+            self.problem = error
         self.eos = self.tokenizer.eos_token_id
 
     def stop_token(self) -> str:
         """What ends the turns that the template marks; ConfigError where the tokenizer has it not as one token."""
+        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "yes"}]
         try:
-            messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "yes"}]
             ids, mask = self.render(messages, self.template)
         except jinja2.TemplateError as error:
             raise ConfigError(f"data.chat_template: {error}") from None
         stop = int(ids[mask][-1]) if mask.any() else None
         if stop not in self.tokenizer.added_tokens_decoder:
-            why = f"do not end with a stop token that {self.tokenizer.name_or_path} has as one token"
-            raise ConfigError(f"the turns that the chat template marks {why}: {CURE}")
+            problem = f"do not end with a stop token that {self.tokenizer.name_or_path} has as one token"
+            raise ConfigError(f"the turns that the chat template marks {problem}: {CURE}")
         return self.tokenizer.convert_ids_to_tokens(stop)
 
     def columns(self, columns: list[str], source: Source) -> list[str]:
-        """Those columns that are read; ConfigError where they fit no format."""
-        form = recognise(columns, source)
-        log.info("%s is read as %s", source.path, form)
-        return [name for name in columns if name in FORMATS[form] + OPTIONAL]
+        row_format = recognise(columns, source)
+        log.info("%s is read as %s", source.path, row_format)
+        return [name for name in columns if name in FORMATS[row_format] + OPTIONAL]
 
-    def documents(self, batch: dict[str, list], source: Source, numbers) -> list[tuple[np.ndarray, str]]:
-        """Of each row: its token ids, int32 [n], as the complement ~id where nothing is trained, and a note: empty, or
-        why the row was cut or dropped (then it has no ids). ConfigError with the number of a row that fits no format.
-        """
-        form, documents = recognise(list(batch), source), []
+    def documents(self, batch: dict[str, list], source: Source, numbers: Sequence[int]) -> list[Tokens]:
+        row_format = recognise(list(batch), source)
+        documents = []
         for number, *values in zip(numbers, *batch.values(), strict=True):
             row = without_nulls(dict(zip(batch, values, strict=True)))
             try:
-                documents.append(self.fit(*given_ids(row)) if form == "token ids" else self.conversation(row, form))
+                documents.append(self.document(row, row_format))
             except ConfigError:
                 raise
             except Exception as error:  # whatever the shape of a row, or a template, brings about
-                what = f"{source.path}, row {number} with {', '.join(batch)}, does not fit {form}"
+                place = f"{source.path}, row {number} with {', '.join(batch)}"
                 kind = "missing or null" if isinstance(error, KeyError) else type(error).__name__
-                raise ConfigError(f"{what}: {kind}: {error}. Formats: {', '.join(FORMATS)}") from None
+                problem = f"does not fit {row_format}: {kind}: {error}"
+                raise ConfigError(f"{place}, {problem}. Formats: {', '.join(FORMATS)}") from None
         return documents
 
-    def conversation(self, row: dict, form: str) -> tuple[np.ndarray, str]:
-        """The document of a row, and a note."""
-        messages, tools, template = to_messages(row, form), row.get("tools"), self.template
-        plain = isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str)
-        if plain and not row.get("system"):
-            messages[0]["content"], template = self.bos + row["prompt"].removeprefix(self.bos), PLAIN
-        flags = [m.pop("train", True) and m.pop("weight", 1) for m in messages if m["role"] == "assistant"]
-        tools = json.loads(tools or "null") if isinstance(tools, str) else tools
-        ids, mask = self.render(messages, template, tools or None)
-        for key, used in {"tools": tools, "tool_calls": any("tool_calls" in m for m in messages)}.items():
-            if used and key not in template:
-                raise ValueError(f"the chat template knows no {key}, which would be lost")
-        turns = np.flatnonzero(np.diff(mask, prepend=False, append=False)).reshape(-1, 2)
+    def document(self, row: dict, row_format: str) -> Tokens:
+        """The document of a row, or an empty one with the reason why it is dropped."""
+        if row_format == "token ids":
+            ids, mask = read_ids(row)
+            return self.fit(ids, mask)
+        messages = read_messages(row, row_format)
+        template = self.template
+        if is_plain(row):
+            messages[0]["content"] = self.bos + row["prompt"].removeprefix(self.bos)
+            template = PLAIN
+        flags = [take_flag(message) for message in messages if message["role"] == "assistant"]
+        ids, mask = self.render(messages, template, read_tools(row))
+        turns = runs(mask)
         if len(turns) != len(flags) or not set(flags) <= {0, 1}:
             raise ValueError(f"{len(turns)} of {len(flags)} assistant turns are marked, with weights {flags} (0 or 1)")
-        if np.flatnonzero(mask & (ids == self.eos)).tolist() != [end - 1 for _, end in turns]:
-            return NO_IDS, "dropped: a stop token inside a turn, or none at its end"
+        stops = np.flatnonzero(mask & (ids == self.eos))
+        if stops.tolist() != [end - 1 for _, end in turns]:
+            return dropped("a stop token inside a turn, or none at its end")
         for (begin, end), flag in zip(turns, flags, strict=True):
             mask[begin:end] = flag
         return self.fit(ids, mask)
-
-    def fit(self, ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, str]:
-        """The document that is trained of these ids [n], where mask [n] says so, and a note."""
-        note = ""
-        if len(ids) > self.seq_len:
-            if self.overlong == "error":
-                raise ValueError(f"{len(ids)} tokens, over train.seq_len {self.seq_len}; or set data.overlong")
-            if self.overlong == "drop":
-                return NO_IDS, "dropped: longer than train.seq_len"
-            ids, mask, note = ids[: self.seq_len], mask[: self.seq_len], "truncated to train.seq_len"
-        if not mask[1:].any():
-            return NO_IDS, "dropped: without a trained token"
-        return np.where(mask, ids, ~ids), note
 
     def render(self, messages: list[dict], template: str | None, tools: list | None = None):
         """Token ids [n] of the whole conversation, and what of them the template marks, bool [n]."""
         if template is None:
             raise ConfigError(self.problem)
-        options = {"chat_template": template, "return_dict": True, "return_assistant_tokens_mask": True}
+        used = {"tools": tools, "tool_calls": any("tool_calls" in message for message in messages)}
+        for key in used:
+            if used[key] and key not in template:
+                raise ValueError(f"the chat template knows no {key}, which would be lost")
         with RENDERING:
-            out = self.tokenizer.apply_chat_template(messages, tools=tools, **options)
+            out = self.tokenizer.apply_chat_template(
+                messages, tools=tools, chat_template=template, return_dict=True, return_assistant_tokens_mask=True
+            )
         return np.asarray(out["input_ids"], dtype=np.int32), np.asarray(out["assistant_masks"], dtype=bool)
 
+    def fit(self, ids: np.ndarray, mask: np.ndarray) -> Tokens:
+        """The document of these ids [n] that are trained where mask [n] says so, if it is at most seq_len long."""
+        note = ""
+        if len(ids) > self.seq_len:
+            if self.overlong == "error":
+                raise ValueError(f"{len(ids)} tokens, over train.seq_len {self.seq_len}; or set data.overlong")
+            if self.overlong == "drop":
+                return dropped("longer than train.seq_len")
+            ids = ids[: self.seq_len]
+            mask = mask[: self.seq_len]
+            note = "truncated to train.seq_len"
+        if not mask[1:].any():  # nothing predicts a first token
+            return dropped("without a trained token")
+        return Tokens(hide(ids, mask), note)
+
     def fingerprint(self) -> str:
-        """Changes with anything that could change a token or a mask."""
-        parts = [self.tokenizer.backend_tokenizer.to_str(), self.template, self.bos, self.tokenizer.special_tokens_map]
-        parts += [self.overlong, self.seq_len, transformers.__version__, Path(__file__).read_text()]
-        return hashlib.sha256(repr(parts).encode()).hexdigest()
+        tokenizer = self.tokenizer.backend_tokenizer.to_str()
+        settings = [self.template, self.bos, self.tokenizer.special_tokens_map, self.overlong, self.seq_len]
+        return digest(tokenizer, settings, transformers.__version__, Path(__file__).read_text())
 
     def adapt(self, tokenizer):
-        """Make the model's own tokenizer end turns, and render chats, as in training."""
+        """End turns, and render chats, as in training."""
         tokenizer.eos_token = self.tokenizer.eos_token
         if self.given:  # plain Jinja, for programs that do not know the marks
-            plain = {None: "if true", "end": "endif"}
-            tokenizer.chat_template = MARKS.sub(lambda m: m[1] + plain[m[2]] + m[3], self.template)
+            plain = re.sub(MARKS, lambda mark: mark[1] + ("endif" if mark[2] else "if true") + mark[3], self.template)
+            tokenizer.chat_template = plain
+
+
+def dropped(reason: str) -> Tokens:
+    return Tokens(np.empty(0, dtype=np.int32), f"dropped: {reason}")
+
+
+def runs(mask: np.ndarray) -> np.ndarray:
+    """Where each run of trues in a mask [n] begins and ends, int [runs, 2]."""
+    edges = np.diff(mask, prepend=False, append=False)  # [n + 1], true where a run begins, and behind its end
+    return np.flatnonzero(edges).reshape(-1, 2)
+
+
+# Rows: which format, and from it to messages or ids
 
 
 def recognise(columns: list[str], source: Source) -> str:
-    for form, required in FORMATS.items():
+    for row_format, required in FORMATS.items():
         if set(required) <= set(columns):
-            return form
+            return row_format
     raise ConfigError(f"data.sources {source.path} has {', '.join(columns)}: no format. Formats: {', '.join(FORMATS)}")
-
-
-def given_ids(row: dict) -> tuple[np.ndarray, np.ndarray]:
-    """Ids [n] and mask [n] of a row that is tokenised, with labels (-100: not trained), or a mask, or neither."""
-    ids = np.asarray(row["input_ids"], dtype=np.int32)
-    labels = np.asarray(row.get("labels", ids))
-    mask = np.asarray(row.get("assistant_masks", row.get("completion_mask", labels != -100)), dtype=bool)
-    if len(mask) != len(ids) or ((labels != ids) & (labels != -100)).any():
-        raise ValueError("a mask of another length, or a label that is neither -100 nor the token at its own place")
-    return ids, mask
-
-
-def to_messages(row: dict, form: str) -> list[dict]:
-    """A row as OpenAI's messages, text in one piece, arguments of tool calls as objects."""
-    if form in ("messages", "conversations"):
-        turns = row[form]
-    else:
-        asked = row["prompt"] if "prompt" in row else "\n\n".join(filter(None, [row["instruction"], row.get("input")]))
-        answer = row["completion"] if "completion" in row else row["output"]
-        asked = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
-        answer = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
-        turns = [turn | {"train": False} for turn in asked] + answer
-    if row.get("system"):
-        turns = [{"role": "system", "content": row["system"]}, *turns]
-    messages = []
-    for turn in turns:
-        if "from" in turn:
-            speaker, text = turn.pop("from"), turn.pop("value")
-            turn |= {"role": ROLES.get(speaker, speaker), "content": text}
-            if speaker == "function_call":
-                calls = json.loads(text)
-                calls = calls if isinstance(calls, list) else [calls]
-                turn |= {"content": "", "tool_calls": [{"type": "function", "function": call} for call in calls]}
-        content, calls = turn.pop("content", ""), turn.pop("tool_calls", [])
-        content = content if isinstance(content, str) else "".join(part["text"] for part in content)
-        for call in calls:
-            function = call.get("function", call)
-            if isinstance(function["arguments"], str):  # else a template would quote it a second time
-                function["arguments"] = json.loads(function["arguments"] or "{}")
-        messages.append(turn | {"content": content} | ({"tool_calls": calls} if calls else {}))
-    return messages
 
 
 def without_nulls(value):
     """A copy without the nulls that Arrow puts into structs whose keys differ from row to row."""
     if isinstance(value, dict):
         return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [without_nulls(inner) for inner in value]
+    return value
+
+
+def read_messages(row: dict, row_format: str) -> list[dict]:
+    """A row as OpenAI's messages, text in one piece, arguments of tool calls as objects."""
+    if row_format == "prompt and completion":
+        turns = read_prompt(row)
+    elif row_format == "instruction and output":
+        turns = read_instruction(row)
+    else:
+        turns = row[row_format]
+    if row.get("system"):
+        turns = [{"role": "system", "content": row["system"]}, *turns]
+    return [read_turn(turn) for turn in turns]
+
+
+def read_prompt(row: dict) -> list[dict]:
+    """Prompt and completion, each of them text or messages; only the completion is trained."""
+    prompt = row["prompt"]
+    completion = row["completion"]
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if isinstance(completion, str):
+        completion = [{"role": "assistant", "content": completion}]
+    return [turn | {"train": False} for turn in prompt] + completion
+
+
+def is_plain(row: dict) -> bool:
+    """Whether a row is a prompt and a completion that no chat template is meant for."""
+    return isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str) and not row.get("system")
+
+
+def read_instruction(row: dict) -> list[dict]:
+    """Alpaca's instruction and input, with an empty line between them, and its output."""
+    asked = row["instruction"]
+    if row.get("input"):
+        asked = f"{asked}\n\n{row['input']}"
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": row["output"]}]
+
+
+def read_turn(turn: dict) -> dict:
+    """A turn in ShareGPT's words or OpenAI's, as one of OpenAI's messages."""
+    if "from" in turn:
+        turn = read_shared(turn)
+    content = turn.pop("content", "")
+    if not isinstance(content, str):
+        content = "".join(part["text"] for part in content)
+    calls = turn.pop("tool_calls", [])
+    for call in calls:
+        function = call.get("function", call)
+        if isinstance(function["arguments"], str):  # else a template would quote it a second time
+            function["arguments"] = json.loads(function["arguments"] or "{}")
+    message = turn | {"content": content}
+    return message | {"tool_calls": calls} if calls else message
+
+
+def read_shared(turn: dict) -> dict:
+    """A turn of ShareGPT's in OpenAI's words."""
+    speaker = turn.pop("from")
+    text = turn.pop("value")
+    turn["role"] = ROLES.get(speaker, speaker)
+    if speaker != "function_call":
+        return turn | {"content": text}
+    calls = json.loads(text)
+    if not isinstance(calls, list):
+        calls = [calls]
+    return turn | {"tool_calls": [{"type": "function", "function": call} for call in calls]}
+
+
+def read_tools(row: dict) -> list | None:
+    """The tools of a row, which may be JSON; None where there is none."""
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        tools = json.loads(tools or "null")
+    return tools or None
+
+
+def take_flag(message: dict) -> float:
+    """What a message says of its training, which no template should see: 1, or 0 where it is only context."""
+    trained = message.pop("train", True)
+    weight = message.pop("weight", 1)
+    return weight if trained else 0
+
+
+def read_ids(row: dict) -> tuple[np.ndarray, np.ndarray]:
+    """Ids [n] and mask [n] of a row that is tokenised, with labels (-100: not trained), or a mask, or neither."""
+    ids = np.asarray(row["input_ids"], dtype=np.int32)
+    labels = np.asarray(row.get("labels", ids))
+    mask = row.get("assistant_masks", row.get("completion_mask", labels != -100))
+    mask = np.asarray(mask, dtype=bool)
+    if len(mask) != len(ids) or ((labels != ids) & (labels != -100)).any():
+        raise ValueError("a mask of another length, or a label that is neither -100 nor the token at its own place")
+    return ids, mask
+
+
+# Templates
 
 
 def training_template(tokenizer, given: str | None) -> str:
@@ -213,12 +297,7 @@ def training_template(tokenizer, given: str | None) -> str:
     """
     shipped = {file.stem: file.read_text() for file in sorted(TEMPLATES.glob("*.jinja"))}
     if given is not None:
-        if "{" not in given and given not in shipped and not Path(given).is_file():
-            raise ConfigError(f"data.chat_template {given}: no such file, no Jinja text, none of {', '.join(shipped)}")
-        template = given if "{" in given else shipped.get(given) or Path(given).read_text()
-        if not MARKS.search(template):
-            raise ConfigError(f"data.chat_template has no marks: {CURE}")
-        return template
+        return read_template(given, shipped)
     name = tokenizer.name_or_path
     if not tokenizer.chat_template:
         raise LookupError(f"{name} has no chat template: set data.chat_template to a file or one of {list(shipped)}")
@@ -229,13 +308,30 @@ def training_template(tokenizer, given: str | None) -> str:
     for template in shipped.values():
         if all(rendered(tokenizer, template, probe) == rendered(tokenizer, own, probe) for probe in probes):
             return template
-    what = f"{name}'s chat template has no marks, and none of lacuna's ({', '.join(shipped)}) renders the same"
-    raise LookupError(f"{what}: copy it to a file, {CURE}, and set data.chat_template to that file")
+    problem = f"{name}'s chat template has no marks, and none of lacuna's ({', '.join(shipped)}) renders the same"
+    raise LookupError(f"{problem}: copy it to a file, {CURE}, and set data.chat_template to that file")
+
+
+def read_template(given: str, shipped: dict[str, str]) -> str:
+    """The user's template: Jinja text, the name of one that ships, or a file."""
+    if "{" in given:
+        template = given
+    elif given in shipped:
+        template = shipped[given]
+    elif Path(given).is_file():
+        template = Path(given).read_text()
+    else:
+        raise ConfigError(f"data.chat_template {given}: no such file, no Jinja text, none of {', '.join(shipped)}")
+    if not MARKS.search(template):
+        raise ConfigError(f"data.chat_template has no marks: {CURE}")
+    return template
 
 
 def rendered(tokenizer, template: str, probe: dict) -> str | None:
+    """The text of a probe, or None where a template refuses it: tools, or a system turn."""
     try:
-        options = {"tools": probe.get("tools"), "chat_template": template}
-        return tokenizer.apply_chat_template(probe["messages"], tokenize=False, **options)
-    except Exception:  # a template may refuse a probe: tools, or a system turn
+        return tokenizer.apply_chat_template(
+            probe["messages"], tools=probe.get("tools"), chat_template=template, tokenize=False
+        )
+    except Exception:
         return None

@@ -7,11 +7,11 @@ everyone plans and nobody reads twice. The state of a stream is where its window
 what is prefetched never counts as consumed, and how many of the window's rows are gone follows from the row's number.
 """
 
+import copy
 import itertools
 import math
-import zlib
-from collections import deque
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -19,236 +19,359 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from lacuna.config import Config, ConfigError, nearest_multiple
+from lacuna.config import Config, ConfigError, Source, log, nearest_multiple
+from lacuna.data.batch import PackedBatch, Row, assemble, collate
 from lacuna.data.pack import best_fit, split_documents
-from lacuna.data.sources import MapSource, StreamSource, log
+from lacuna.data.sources import Cursor, MapSource, StreamSource
+from lacuna.data.tokenize import Encoder
 from lacuna.preemption import ignore_signals
 
 MAP_WINDOW = 131_072  # documents packed together where they are indices only: fill .9999 in 0.1 to 0.3 s
-PREFETCH = 3  # micro-batches made ahead
-NOTHING = ([], (0.0, 0, 0, None))  # what a row past the end of the data is made of: it trains nothing
 STREAM_WINDOW = (8, 512)  # rows in a stream's first and largest windows: starts at once, then fill .998
+PREFETCH = 3  # micro-batches made ahead
 
 
-class Row(NamedTuple):
-    """One row of the run, S = seq_len slots, with the state of its stream."""
+class StreamState(NamedTuple):
+    """Where a window of a virtual stream begins: what it takes to draw it again, on any number of ranks."""
 
-    ids: np.ndarray  # int32 [S]
-    labels: np.ndarray  # int32 [S]
-    starts: np.ndarray  # int64 [documents]: where each document (or what is left over) begins
-    tokens: int  # slots that hold a document's token
-    checksum: int
-    epoch: float
-    dropped: int  # documents without text met since the stream's last row
-    stream: int
-    state: dict | None  # None past the end of the data
+    cursors: list[Cursor]  # one a source
+    drawn: list[int]  # tokens drawn from each source, which decides whose turn it is in a mixture
+    window: int  # its number, which seeds its shuffle
+    row: int  # rows of the stream before it
 
 
-class PackedBatch(NamedTuple):
-    """One micro-batch: T = micro_batch_size * seq_len slots at every step."""
+class Progress(NamedTuple):
+    """What of a run is consumed."""
 
-    input_ids: torch.Tensor  # int64 [T]
-    labels: torch.Tensor  # int64 [T], already shifted inside each document; -100 trains nothing
-    position_ids: torch.Tensor  # int64 [T], from 0 in every document
-    cu_seqlens: torch.Tensor  # int32 [N + 1], boundaries of the N documents: the one shape that changes
-    max_seqlen: int  # a constant
-    trained_tokens: int
-    tokens: int
-    pairs: int  # sum of squared document lengths: what attention computes
-    checksum: int  # of ids and labels with their place in the global batch; summed over ranks it is layout-free
-    dropped: int
-    epoch: float
+    rows: int  # of all ranks
+    streams: dict[int, StreamState]  # of each stream the window that its last row came from
 
-    def to(self, device: torch.device) -> "PackedBatch":
-        tensors = {key: value for key, value in self._asdict().items() if isinstance(value, torch.Tensor)}
-        if device.type == "cuda":
-            tensors = {key: value.pin_memory().to(device, non_blocking=True) for key, value in tensors.items()}
-        return self._replace(**tensors)
+    def to_json(self) -> dict:
+        """As it stands in a checkpoint."""
+        streams = {}
+        for number, state in self.streams.items():
+            cursors = [cursor._asdict() for cursor in state.cursors]
+            streams[str(number)] = state._asdict() | {"cursors": cursors}
+        return {"rows": self.rows, "streams": streams}
+
+    @classmethod
+    def from_json(cls, saved: dict) -> "Progress":
+        """What `to_json` made, also of several ranks (`merge_states`)."""
+        streams = {}
+        for number, state in saved["streams"].items():
+            cursors = [Cursor(**cursor) for cursor in state["cursors"]]
+            streams[int(number)] = StreamState(**state | {"cursors": cursors})
+        return cls(saved["rows"], streams)
+
+
+def merge_states(states: list[dict]) -> dict:
+    """One `Loader.state` of those of all ranks: of each stream the latest window, since a reader skips ahead in it."""
+    latest = {}
+    for state in states:
+        for number, stream in state["streams"].items():
+            if number not in latest or stream["row"] > latest[number]["row"]:
+                latest[number] = stream
+    return {"rows": states[0]["rows"], "streams": latest}
+
+
+class Piece(NamedTuple):
+    """Tokens start to end of a document."""
+
+    source: int
+    key: int | np.ndarray  # of the document in its source
+    start: int
+    end: int
+
+
+class RowPlan(NamedTuple):
+    """What a row will be made of, before any token is loaded. The default is a row past the end of the data."""
+
+    row: int = -1  # its number in the stream
+    pieces: Sequence[Piece] = ()
+    epoch: float = 0.0
+    dropped: int = 0
+    stream: int = 0
+    state: StreamState | None = None
 
 
 class Stream:
-    """One virtual stream: the plans of its rows, and the state to begin again at any of them."""
+    """One virtual stream: it draws documents, packs them, and says of what its rows will be made."""
 
-    def __init__(self, data: "RowDataset", stream: int, state: dict | None):
-        self.data, self.stream, sources = data, stream, len(data.sources)
-        state = state or {"sources": [{}] * sources, "drawn": [0] * sources, "window": 0, "row": 0}
-        self.drawn, self.window, self.row = list(state["drawn"]), state["window"], state["row"]
-        pairs = zip(data.sources, state["sources"], strict=True)
-        self.readers = [source.read(stream, data.num_streams, **where) for source, where in pairs]
-        self.ahead = [next(reader) for reader in self.readers]  # the next document of each source
+    def __init__(self, data: "RowDataset", number: int, state: StreamState | None):
+        if state is None:
+            sources = len(data.sources)
+            state = StreamState([Cursor()] * sources, [0] * sources, window=0, row=0)
+        self.data = data
+        self.number = number
+        self.drawn = list(state.drawn)
+        self.window = state.window
+        self.row = state.row
+        pairs = zip(data.sources, state.cursors, strict=True)
+        self.readers = [source.read(number, data.num_streams, cursor) for source, cursor in pairs]
+        self.lookahead = [next(reader) for reader in self.readers]  # the next document of each source
 
-    def __iter__(self) -> Iterator[tuple[int, list, tuple]]:
-        """Number, document pieces and last fields of each `Row`, up to the last epoch's end; no token is loaded."""
-        counted = 0  # also where a run goes on: the first row of a window, which has its `dropped`, is consumed by then
-        while min(document.epoch for document in self.ahead) < self.data.epochs:
-            sources = [document.place | {"taken": document.taken} for document in self.ahead]
-            state = {"sources": sources, "drawn": list(self.drawn), "window": self.window, "row": self.row}
-            begin = max(document.epoch for document in self.ahead)
+    def __iter__(self) -> Iterator[RowPlan]:
+        """The rows in order, up to the last epoch's end. The first is that of `state.row`."""
+        counted = 0  # documents without text
+        while min(document.epoch for document in self.lookahead) < self.data.epochs:
+            cursors = [document.cursor for document in self.lookahead]
+            state = StreamState(cursors, list(self.drawn), self.window, self.row)
+            begin = max(document.epoch for document in self.lookahead)
             rows = self.draw_window()
-            end = max(document.epoch for document in self.ahead)
+            end = max(document.epoch for document in self.lookahead)
+            # The window's first row has the documents without text met since the last window. Nothing is counted twice
+            # where a run goes on: then the first row is consumed already.
+            dropped = sum(document.dropped for document in self.lookahead) - counted
+            counted += dropped
             for i, pieces in enumerate(rows, 1):
-                before, counted = counted, sum(document.dropped for document in self.ahead)
                 epoch = begin + (end - begin) * i / len(rows)
-                yield self.row, pieces, (epoch, counted - before, self.stream, state)
+                yield RowPlan(self.row, pieces, epoch, dropped, self.number, state)
                 self.row += 1
+                dropped = 0
 
-    def draw_window(self) -> list[list]:
-        """The rows of the next window, as pieces ((source, key), start, end) of documents.
-
-        A document is always drawn from the source that is furthest behind its weight.
-        """
-        data, documents, lengths = self.data, [], []
-        full = sum(self.drawn) + data.seq_len * min(STREAM_WINDOW[0] << self.window, STREAM_WINDOW[1])
-        next_epoch = int(self.ahead[0].epoch) + 1
-        while len(documents) < data.map_window if data.map_style else sum(self.drawn) < full:
-            behind = min(range(len(self.drawn)), key=lambda i: self.drawn[i] / data.weights[i])
-            document = self.ahead[behind]
-            self.ahead[behind] = next(self.readers[behind])
-            self.drawn[behind] += document.length
-            documents.append((behind, document.key))
-            lengths.append(document.length)
-            if len(self.ahead) == 1 and self.ahead[0].epoch >= next_epoch:
-                break  # a window ends with the epoch: no row mixes two
-        which, start, length = split_documents(np.asarray(lengths), data.seq_len)
-        rows = best_fit(length, data.seq_len)
-        order = np.random.default_rng([data.seed, self.stream, self.window]).permutation(len(rows))
+    def draw_window(self) -> list[list[Piece]]:
+        """The rows of the next window."""
+        sources, keys, lengths = self.draw_documents()
+        document, start, length = split_documents(np.asarray(lengths), self.data.seq_len)
+        pieces = []
+        for d, begin, end in zip(document.tolist(), start.tolist(), (start + length).tolist(), strict=True):
+            pieces.append(Piece(sources[d], keys[d], begin, end))
+        rows = best_fit(length, self.data.seq_len)
+        order = np.random.default_rng([self.data.seed, self.number, self.window]).permutation(len(rows))
         self.window += 1
-        return [[(documents[which[p]], start[p], start[p] + length[p]) for p in rows[r]] for r in order]
+        shuffled = []
+        for row in order:
+            shuffled.append([pieces[p] for p in rows[row]])
+        return shuffled
+
+    def draw_documents(self) -> tuple[list[int], list, list[int]]:
+        """Source, key and length of the next window's documents: always from the source furthest behind its weight."""
+        sources = []
+        keys = []
+        lengths = []
+        tokens = math.inf
+        if not self.data.map_style:
+            rows = min(STREAM_WINDOW[0] << self.window, STREAM_WINDOW[1])
+            tokens = sum(self.drawn) + rows * self.data.seq_len
+        next_epoch = int(self.lookahead[0].epoch) + 1
+        while len(keys) < self.data.window_documents and sum(self.drawn) < tokens:
+            source = min(range(len(self.drawn)), key=lambda i: self.drawn[i] / self.data.weights[i])
+            document = self.lookahead[source]
+            self.lookahead[source] = next(self.readers[source])
+            self.drawn[source] += document.length
+            sources.append(source)
+            keys.append(document.key)
+            lengths.append(document.length)
+            if len(self.lookahead) == 1 and self.lookahead[0].epoch >= next_epoch:
+                break  # a window ends with the epoch: no row mixes two
+        return sources, keys, lengths
 
 
 class RowDataset(IterableDataset):
-    """The rows of one rank, split over its loader workers: row p for p = first + rank, first + rank + ranks, …"""
+    """The rows of one rank, split over its loader workers: row p for p = rows + rank, rows + rank + ranks, …
 
-    def __init__(self, config: Config, sources: list, encoder, rank, ranks, epochs=None, limit=math.inf, share=(0, 1)):
-        self.seed, self.seq_len, self.batch_rows = config.seed, config.train.seq_len, config.train.global_batch_size
-        self.mask_boundary, self.filler = config.data.mask_boundary, encoder.eos
-        self.rank, self.ranks, self.epochs, self.limit = rank, ranks, epochs or math.inf, limit
+    epochs, limit: after so many epochs or rows come rows that train nothing. share: see MapSource.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        sources: list[Source],
+        encoder: Encoder,
+        *,
+        rank: int,
+        ranks: int,
+        epochs: int | None = None,
+        limit: float = math.inf,
+        share: tuple[float, float] = (0.0, 1.0),
+    ):
+        self.seed = config.seed
+        self.seq_len = config.train.seq_len
+        self.batch_rows = config.train.global_batch_size
+        self.mask_boundary = config.data.mask_boundary
+        self.filler = encoder.eos
+        self.rank = rank
+        self.ranks = ranks
+        self.epochs = epochs or math.inf
+        self.limit = limit
+        self.progress = Progress(0, {})
         self.map_style = not any(source.streaming for source in sources)
         groups = [[source] for source in sources] if sources[0].weight else [sources]
         self.weights = [group[0].weight or 1.0 for group in groups]
-        self.sources = [
-            StreamSource(group[0], encoder, [self.seed, i])
-            if group[0].streaming
-            else MapSource(group, encoder, [self.seed, i], config.data.cache, share)
-            for i, group in enumerate(groups)
-        ]
-        if self.map_style:  # at most about an epoch: rows are shuffled inside a window, documents must not wait long
-            self.map_window = min(MAP_WINDOW, sum(len(source.documents) for source in self.sources))
-        shards = [source.num_shards for source in self.sources if isinstance(source, StreamSource)]
-        self.num_streams = 1 if self.map_style else config.data.num_streams or min(64, *shards)
-        self.first, self.states = 0, {}  # set by Loader, to resume
+        self.sources = []
+        for i, group in enumerate(groups):
+            seed = [self.seed, i]
+            if group[0].streaming:
+                self.sources.append(StreamSource(group[0], encoder, seed=seed))
+            else:
+                self.sources.append(MapSource(group, encoder, seed=seed, cache=config.data.cache, share=share))
+        self.window_documents = math.inf
+        self.num_streams = 1
+        if self.map_style:  # at most about an epoch: rows are shuffled in a window, and documents must not wait long
+            self.window_documents = min(MAP_WINDOW, sum(len(source.documents) for source in self.sources))
+        else:
+            asked = config.data.num_streams
+            most = min(source.most_streams for source in self.sources)
+            if asked and asked > most and sources == config.data.sources:
+                few = min(self.sources, key=lambda source: source.most_streams).inventory
+                raise ConfigError(f"data.num_streams {asked} is too many for a source of {few}: use at most {most}")
+            self.num_streams = min(asked or 64, most)
 
-    def __iter__(self) -> Iterator[Row]:
-        info = get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        streams = {}
-        for position in itertools.count(self.first + self.rank + self.ranks * worker, self.ranks * workers):
-            row, stream = divmod(position, self.num_streams)
-            if stream not in streams:
-                streams[stream] = iter(Stream(self, stream, self.states.get(stream)))
-            mine = ((pieces, facts) for number, pieces, facts in streams[stream] if number == row)
-            pieces, facts = next(mine, NOTHING) if position < self.limit else NOTHING
-            yield self.assemble(pieces, position, facts)
+    @property
+    def inventory(self) -> list[str]:
+        """What a run that goes on must find again."""
+        return [source.inventory for source in self.sources]
+
+    @property
+    def notes(self) -> Counter:
+        """Documents by what became of them, as far as is known."""
+        return sum((source.notes for source in self.sources), Counter())
 
     def count_rows(self) -> int:
         """Rows of all epochs of map-style data, from the lengths alone."""
         return sum(1 for _ in Stream(self, 0, None))
 
-    def assemble(self, pieces: list, position: int, facts: tuple) -> Row:
-        """Copy document pieces into one row. What is left over is a document of its own that trains nothing."""
-        ids = np.full(self.seq_len, self.filler, dtype=np.int32)
-        labels = np.full(self.seq_len, -100, dtype=np.int32)
-        starts, at = [], 0
-        for (source, key), start, end in pieces:
-            tokens = self.sources[source].load(key)
-            # a cut document goes on in its next piece: its first token there is still the target of the last one here
-            piece, targets = tokens[start:end], tokens[start + 1 : end + 1]
-            ids[at : at + end - start] = np.where(piece < 0, ~piece, piece)  # ~id is a token that is not trained
-            labels[at : at + len(targets)] = np.where(targets < 0, -100, targets)
-            starts.append(at)
-            if at and not self.mask_boundary and piece[0] >= 0:
-                labels[at - 1] = ids[at]
-            at += end - start
-        if at < self.seq_len:
-            starts.append(at)
-        checksum = zlib.crc32(labels.tobytes(), zlib.crc32(ids.tobytes())) * (position % self.batch_rows + 1)
-        return Row(ids, labels, np.asarray(starts), at, checksum, *facts)
+    def resumed(self, progress: Progress) -> "RowDataset":
+        """The same rows, without those that are consumed."""
+        dataset = copy.copy(self)
+        dataset.progress = progress
+        return dataset
+
+    def __iter__(self) -> Iterator[Row]:
+        worker = 0
+        workers = 1
+        info = get_worker_info()
+        if info is not None:
+            worker = info.id
+            workers = info.num_workers
+        streams = {}
+        first = self.progress.rows + self.rank + self.ranks * worker
+        for position in itertools.count(first, self.ranks * workers):
+            row, number = divmod(position, self.num_streams)
+            if number not in streams:
+                streams[number] = iter(Stream(self, number, self.progress.streams.get(number)))
+            plan = RowPlan()
+            if position < self.limit:
+                plan = skip_to(row, streams[number])
+            yield self.load(plan, position)
+
+    def load(self, plan: RowPlan, position: int) -> Row:
+        """The row of a plan, at this position of the run."""
+        pieces = []
+        for piece in plan.pieces:
+            pieces.append((self.sources[piece.source].load(piece.key), piece.start, piece.end))
+        row = assemble(
+            pieces,
+            self.seq_len,
+            filler=self.filler,
+            mask_boundary=self.mask_boundary,
+            place=position % self.batch_rows,
+        )
+        return row._replace(epoch=plan.epoch, dropped=plan.dropped, stream=plan.stream, state=plan.state)
 
 
-def collate(rows: list[Row], context_len: int) -> PackedBatch:
-    """Lay rows end to end as one long sample, cutting documents to context_len."""
-    seq_len = len(rows[0].ids)
-    total = len(rows) * seq_len
-    labels = np.concatenate([row.labels for row in rows]).astype(np.int64)
-    begins = np.concatenate([row.starts + i * seq_len for i, row in enumerate(rows)])
-    document, start, lengths = split_documents(np.diff(begins, append=total), context_len)
-    starts = begins[document] + start
-    return PackedBatch(
-        input_ids=torch.from_numpy(np.concatenate([row.ids for row in rows]).astype(np.int64)),
-        labels=torch.from_numpy(labels),
-        position_ids=torch.from_numpy(np.arange(total) - np.repeat(starts, lengths)),
-        cu_seqlens=torch.from_numpy(np.append(starts, total).astype(np.int32)),
-        max_seqlen=seq_len,
-        trained_tokens=int((labels != -100).sum()),
-        tokens=sum(row.tokens for row in rows),
-        pairs=int((lengths**2).sum()),
-        checksum=sum(row.checksum for row in rows),
-        dropped=sum(row.dropped for row in rows),
-        epoch=max(row.epoch for row in rows),
-    )
+def skip_to(row: int, plans: Iterator[RowPlan]) -> RowPlan:
+    """The plan of a stream's row. Those before it are other readers', or consumed."""
+    for plan in plans:
+        if plan.row == row:
+            return plan
+    return RowPlan()  # past the end of the data
 
 
 class Loader:
-    """The micro-batches of one rank, prepared ahead by a thread (and by worker processes, if data.workers says so)."""
+    """The micro-batches of one rank, prepared ahead by a thread (and by worker processes, if there are to be any).
 
-    def __init__(self, config: Config, dataset: RowDataset, device: torch.device, state: dict | None = None):
-        self.config, self.dataset, self.device = config, dataset, device
-        self.micro_batch_size = config.train.micro_batch_size
-        workers = config.data.workers if config.data.workers is not None else int(not dataset.map_style)
-        readers, streams = dataset.ranks * max(1, workers), dataset.num_streams
-        if not dataset.map_style and streams % readers and dataset.rank == 0:
-            times, near = readers // math.gcd(streams, readers), nearest_multiple(streams, readers)
-            fast = streams // readers * readers or math.lcm(streams, readers)
-            what = f"{streams} virtual streams do not divide over {readers} readers (ranks x workers)"
-            cure = f"num_shards of {near} would divide, data.num_streams = {fast} would be fast"
-            log.warning("data: %s, so each is read %d times; %s", what, times, cure)
-        # What this rank has consumed, and what the thread has made. `merge_states` of all ranks' is the run's state.
-        self.state = self.prepared = state or {"rows": 0, "streams": {}}
-        dataset.first, dataset.states = self.state["rows"], self.state["streams"]
-        spawn = {"multiprocessing_context": "spawn", "prefetch_factor": 2 * self.micro_batch_size} if workers else {}
-        spawn |= {"worker_init_fn": ignore_signals}
-        self.rows = iter(DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=Row._make, **spawn))
-        self.shortest = config.data.context_len or dataset.seq_len
+    state: begin after what that of `merge_states` says. context_len: longest piece that attention sees; it grows to
+    seq_len over context_warmup_steps.
+    """
+
+    def __init__(
+        self,
+        dataset: RowDataset,
+        device: torch.device,
+        *,
+        micro_batch_size: int,
+        accumulation: int = 1,
+        workers: int | None = None,
+        context_len: int | None = None,
+        context_warmup_steps: int = 0,
+        state: dict | None = None,
+    ):
+        self.dataset = dataset
+        self.device = device
+        self.micro_batch_size = micro_batch_size
+        self.accumulation = accumulation
+        self.shortest = context_len or dataset.seq_len
+        self.warmup = context_warmup_steps
+        if workers is None:
+            workers = 0 if dataset.map_style else 1
+        warn_of_double_work(dataset, workers)
+        self.consumed = Progress.from_json(state) if state else Progress(0, {})
+        self.prepared = self.consumed  # by the thread, so ahead of what is consumed
+        options = {}
+        if workers:
+            options = {"multiprocessing_context": "spawn", "prefetch_factor": 2 * micro_batch_size}
+        rows = DataLoader(
+            dataset.resumed(self.consumed),
+            batch_size=None,
+            num_workers=workers,
+            collate_fn=Row._make,  # a row as it is: torch's own would make tensors of its arrays
+            worker_init_fn=ignore_signals,
+            **options,
+        )
+        self.rows = iter(rows)
         self.thread = ThreadPoolExecutor(max_workers=1)
         self.ready = deque(self.thread.submit(self.prepare) for _ in range(PREFETCH))
 
-    def context_len(self, rows: int) -> int:
-        """Longest document piece at the step that begins after `rows` rows of the run (arXiv 2503.15450)."""
-        step, warmup = rows // self.config.train.global_batch_size, self.config.data.context_warmup_steps
-        grown = min(1, step / warmup) if warmup else 0
-        return self.shortest + int((self.dataset.seq_len - self.shortest) * grown)
+    @property
+    def state(self) -> dict:
+        """Where this rank stands after what was handed out, as JSON. `merge_states` makes the run's of all ranks'."""
+        return self.consumed.to_json()
 
-    def prepare(self) -> tuple[PackedBatch, dict]:
+    def step(self) -> list[PackedBatch]:
+        """This rank's micro-batches of the next optimizer step, on the device."""
+        return [self.next() for _ in range(self.accumulation)]
+
+    def next(self) -> PackedBatch:
+        """The next micro-batch on the device. Raises what went wrong in the thread or a worker."""
+        batch, self.consumed = self.ready.popleft().result()
+        self.ready.append(self.thread.submit(self.prepare))
+        return batch.to(self.device)
+
+    def prepare(self) -> tuple[PackedBatch, Progress]:
+        """In the thread: the next micro-batch, and what is consumed with it."""
         try:
             rows = list(itertools.islice(self.rows, self.micro_batch_size))
         except ConfigError as error:  # a worker's comes with its traceback
             raise ConfigError(str(error).strip().rpartition("ConfigError: ")[2]) from None
-        batch = collate(rows, self.context_len(self.prepared["rows"]))
-        streams = self.prepared["streams"] | {row.stream: row.state for row in rows if row.state}
-        self.prepared = {"rows": self.prepared["rows"] + len(rows) * self.dataset.ranks, "streams": streams}
+        batch = collate(rows, self.context_len(self.prepared.rows))
+        streams = dict(self.prepared.streams)
+        for row in rows:
+            if row.state is not None:
+                streams[row.stream] = row.state
+        self.prepared = Progress(self.prepared.rows + len(rows) * self.dataset.ranks, streams)
         return batch, self.prepared
 
-    def next(self) -> PackedBatch:
-        """The next micro-batch on the device. Raises what went wrong in the thread or a worker."""
-        batch, self.state = self.ready.popleft().result()
-        self.ready.append(self.thread.submit(self.prepare))
-        return batch.to(self.device)
+    def context_len(self, rows: int) -> int:
+        """Longest document piece at the step that begins after `rows` rows of the run (arXiv 2503.15450)."""
+        grown = 0.0
+        if self.warmup:
+            grown = min(1, rows // self.dataset.batch_rows / self.warmup)
+        return self.shortest + int((self.dataset.seq_len - self.shortest) * grown)
 
     def close(self):
         self.thread.shutdown(cancel_futures=True)
 
 
-def merge_states(states: list[dict]) -> dict:
-    """One state from those of all ranks: of each stream the latest window, since a reader skips ahead inside it."""
-    streams = [item for state in states for item in state["streams"].items()]
-    return {"rows": states[0]["rows"], "streams": dict(sorted(streams, key=lambda item: item[1]["row"]))}
+def warn_of_double_work(dataset: RowDataset, workers: int):
+    """Say once where streams do not divide over the readers: then some are read several times."""
+    readers = dataset.ranks * max(1, workers)
+    streams = dataset.num_streams
+    if dataset.map_style or dataset.rank > 0 or streams % readers == 0:
+        return
+    times = readers // math.gcd(streams, readers)
+    cure = f"num_shards of {nearest_multiple(streams, readers)} would divide"
+    if streams > readers:
+        cure += f", data.num_streams = {streams // readers * readers} would be fast"
+    problem = f"{streams} virtual streams do not divide over {readers} readers (ranks x workers)"
+    log.warning("data: %s, so each is read %d times; %s", problem, times, cure)

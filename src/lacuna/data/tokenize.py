@@ -6,16 +6,80 @@ tokenizer adds it to plain text. Special tokens spelled out in the text stay tex
 
 import copy
 import hashlib
-import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from transformers import AutoTokenizer
 
 from lacuna.config import ConfigError, ModelConfig, Source
+from lacuna.data.batch import Tokens
 
-log = logging.getLogger("lacuna")
+
+class Encoder(Protocol):
+    """What makes documents of a dataset's rows. Picklable, so that loader workers can have their own."""
+
+    eos: int  # ends documents or turns; also fills what is left of a row
+
+    def columns(self, columns: list[str], source: Source) -> list[str]:
+        """Those columns that it reads; ConfigError where it can read none."""
+
+    def documents(self, batch: dict[str, list], source: Source, numbers: Sequence[int]) -> list[Tokens]:
+        """The document of each row. ConfigError with the row's number where it cannot be read."""
+
+    def fingerprint(self) -> str:
+        """Changes with anything that could change a token or its mask: part of the token cache's key."""
+
+    def adapt(self, tokenizer):
+        """Make the model's own tokenizer, which is exported, end documents or turns as in training."""
+
+
+class TextEncoder:
+    """The Encoder of plain text: every token is trained."""
+
+    def __init__(self, tokenizer):
+        if tokenizer.eos_token_id is None:
+            raise ConfigError(f"model.tokenizer {tokenizer.name_or_path} has no EOS token: set one in its folder")
+        self.eos = tokenizer.eos_token_id
+        self.bos = tokenizer.bos_token_id if adds_bos(tokenizer) else None
+        # a copy: the tokenizer given keeps its truncation and padding
+        self.backend = copy.deepcopy(tokenizer).backend_tokenizer
+        self.backend.no_truncation()
+        self.backend.no_padding()
+
+    def encode(self, texts: list[str]) -> list[np.ndarray]:
+        """Token ids, int32 [n], of each text; a text without any token gives an empty array."""
+        self.backend.encode_special_tokens = True  # at every call: a copy in a worker has lost it
+        # twice the speed of the tokenizer's own call: no offsets, no masks
+        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        head = [] if self.bos is None else [self.bos]
+        documents = []
+        for encoding in encodings:
+            ids = encoding.ids
+            documents.append(np.asarray([*head, *ids, self.eos] if ids else [], dtype=np.int32))
+        return documents
+
+    def columns(self, columns: list[str], source: Source) -> list[str]:
+        if source.column not in columns:
+            raise ConfigError(f"data.sources {source.path} has no column {source.column!r}, only {', '.join(columns)}")
+        return [source.column]
+
+    def documents(self, batch: dict[str, list], source: Source, numbers: Sequence[int]) -> list[Tokens]:
+        values = batch[source.column]
+        for number, value in zip(numbers, values, strict=True):
+            if not isinstance(value, str | None):
+                found = f"row {number} of {source.column!r} holds {type(value).__name__}"
+                raise ConfigError(f"data.sources {source.path}: {found}, not text")
+        documents = self.encode([value or "" for value in values])
+        return [Tokens(ids) if len(ids) else Tokens(ids, "dropped: no text") for ids in documents]
+
+    def fingerprint(self) -> str:
+        return digest(self.backend.to_str(), self.bos, self.eos, Path(__file__).read_text())
+
+    def adapt(self, tokenizer):
+        """Nothing to do: documents end with the tokenizer's own EOS."""
 
 
 def load_tokenizer(model: ModelConfig):
@@ -30,52 +94,14 @@ def load_tokenizer(model: ModelConfig):
     return tokenizer
 
 
-class Encoder:
-    """Encodes whole documents. Picklable, so that loader workers can have their own."""
-
-    def __init__(self, tokenizer):
-        if tokenizer.eos_token_id is None:
-            raise ConfigError(f"model.tokenizer {tokenizer.name_or_path} has no EOS token: set one in its folder")
-        self.tokenizer = copy.deepcopy(tokenizer)
-        self.eos = tokenizer.eos_token_id
-        self.bos = tokenizer.bos_token_id if adds_bos(tokenizer) else None
-        self.backend = self.tokenizer.backend_tokenizer
-        self.backend.no_truncation()
-        self.backend.no_padding()
-
-    def __call__(self, texts: list[str]) -> list[np.ndarray]:
-        """Token ids, int32 [n], of each text; a text without any token gives an empty array."""
-        self.backend.encode_special_tokens = True  # at every call: a copy in a worker has lost it
-        # twice the speed of the tokenizer's own call: no offsets, no masks
-        encoded = [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
-        head = [] if self.bos is None else [self.bos]
-        return [np.asarray([*head, *ids, self.eos] if ids else [], dtype=np.int32) for ids in encoded]
-
-    def columns(self, columns: list[str], source: Source) -> list[str]:
-        """Those columns that are read."""
-        if source.column not in columns:
-            raise ConfigError(f"data.sources {source.path} has no column {source.column!r}, only {', '.join(columns)}")
-        return [source.column]
-
-    def documents(self, batch: dict[str, list], source: Source, numbers) -> list[tuple[np.ndarray, str]]:
-        """Of each row of a dataset: its tokens, and a note where it has none."""
-        values = batch[source.column]
-        for number, value in zip(numbers, values, strict=True):
-            if not isinstance(value, str | None):
-                what = f"row {number} of {source.column!r} holds {type(value).__name__}, not text"
-                raise ConfigError(f"data.sources {source.path}: {what}")
-        return [(ids, "" if len(ids) else "dropped: no text") for ids in self([value or "" for value in values])]
-
-    def fingerprint(self) -> str:
-        """Changes with anything that could change a token: the tokenizer's content, its settings, this code."""
-        return hashlib.sha256(
-            f"{self.backend.to_str()}{self.bos} {self.eos}{Path(__file__).read_text()}".encode()
-        ).hexdigest()
-
-
 def adds_bos(tokenizer) -> bool:
     """Whether the tokenizer begins a text with BOS: some have one and do not use it."""
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+
+def digest(*parts) -> str:
+    """A hash of everything that could change a token."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def token_bytes(tokenizer) -> np.ndarray:
@@ -90,7 +116,9 @@ def token_bytes(tokenizer) -> np.ndarray:
     for token, index in vocabulary.items():
         if byte_level and index not in tokenizer.added_tokens_decoder:
             sizes[index] = len(token)  # byte-level BPE writes each byte as one character
-        else:  # SentencePiece: ▁ is a space, <0x0A> is one byte
-            sizes[index] = 1 if re.fullmatch(r"<0x[0-9A-F]{2}>", token) else len(token.replace("▁", " ").encode())
+        elif re.fullmatch(r"<0x[0-9A-F]{2}>", token):
+            sizes[index] = 1  # SentencePiece: one byte
+        else:
+            sizes[index] = len(token.replace("▁", " ").encode())  # SentencePiece: ▁ is a space
     sizes[tokenizer.all_special_ids] = 0
     return sizes
