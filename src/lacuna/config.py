@@ -1,7 +1,7 @@
 """Every knob of a run: strict pydantic models, read from a TOML file and from `--section.key value`.
 
-Nothing here imports torch, so that `--help` and a wrong key answer at once. Later ones win: defaults, file, words.
-A wrong key names the nearest one, a contradiction names keys and cure. None, a key left out, means "choose for me".
+Nothing here imports torch, so that `--help` and a wrong key answer at once. The command line wins over the file, and
+that over the defaults. None, which is a key left out, always means "choose for me".
 """
 
 import difflib
@@ -18,11 +18,9 @@ from pydantic_settings import CliImplicitFlag, CliSettingsSource
 
 log = logging.getLogger("lacuna")
 
-log = logging.getLogger("lacuna")
-
 
 class ConfigError(Exception):
-    """What the user asked for cannot be done; the message names the key and what would be right."""
+    """What the user asked for cannot be done; the message names key and cure."""
 
 
 class NonFinite(Exception):
@@ -49,10 +47,10 @@ class ModelConfig(Section):
     tokenizer: str | None = key(None, "Hub id or folder; default: the model's own")
     patch: str | None = key(None, "file.py:function, called with the empty model before all else")
     dtype: Literal["bfloat16", "float32"] | None = key(None, "of computation; default: bfloat16 on GPUs")
-    fp8: bool = key(False, "matrix products of layers in fp8 (extra fp8), on Hopper GPUs or later")
-    attention: Literal["varlen", "fa4", "sdpa"] | None = key(None, "default: the first of fa4, varlen, sdpa that runs")
-    kernels: Literal["none", "liger"] | None = key(None, "default: liger on GPUs without compile, or none")
-    head: Literal["chunked", "liger"] = key("chunked", "head and loss without full logits: lacuna's, or Liger's")
+    fp8: bool = key(False, "the layers' products in fp8 (extra fp8), from Hopper GPUs on")
+    attention: Literal["varlen", "fa4", "sdpa"] | None = key(None, "default: fa4, varlen or sdpa, what runs")
+    kernels: Literal["none", "liger"] | None = key(None, "default: liger on GPUs if not compiled")
+    head: Literal["chunked", "liger"] = key("chunked", "loss without full logits: lacuna's, or Liger's")
     accum_dtype: Literal["float32", "model"] = key("float32", "of the head's gradient, summed over chunks")
     trust_remote_code: bool = key(False, "run Python code that comes with the model")
 
@@ -62,12 +60,12 @@ Rate = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Source(Section):
-    path: str = key(..., "Hub id, folder, or file, glob, URL (https://, s3://) of .parquet, .jsonl, .txt")
+    path: str = key(..., "Hub id, folder, or .parquet, .jsonl, .txt: file, glob, URL (https://, s3://)")
     name: str | None = key(None, "configuration of a Hub dataset")
     split: str = key("train", "split, slices allowed: train[:1000]")
     data_files: Annotated[list[str] | None, OneOrSeveral] = key(None, "files in `path`, or globs")
     streaming: bool = key(False, "read while training instead of tokenising all of it first")
-    weight: float | None = key(None, "share of the mixture's tokens; default: all data once an epoch", gt=0)
+    weight: float | None = key(None, "share of the tokens; default: all data once an epoch", gt=0)
     column: str = key("text", "pt: column that holds the text")
 
 
@@ -76,7 +74,7 @@ SOURCE = "; ".join(f"{name} ({field.description})" for name, field in Source.mod
 
 class DataConfig(Section):
     sources: list[Source] = key([], "[[data.sources]] in TOML, JSON here; keys: " + SOURCE)
-    chat_template: str | None = key(None, "sft: Jinja file, text or name; default: the tokenizer's own")
+    chat_template: str | None = key(None, "sft: file, text or name; default: the tokenizer's")
     overlong: Literal["drop", "truncate", "error"] = key("drop", "sft: conversations over seq_len")
     mask_boundary: bool = key(True, "a document does not predict the next one's first token")
     num_streams: int | None = key(None, "virtual streams; default: one a shard, at most 64", ge=1)
@@ -108,13 +106,13 @@ class OptimConfig(Section):
     schedule: Literal["constant", "linear", "cosine", "wsd"] = key("cosine", "wsd: constant, then linear")
     warmup_steps: int = key(0, "steps of linear warmup from 0", ge=0)
     decay_steps: int | None = key(None, "wsd: steps of decay at the end; default: a tenth", ge=1)
-    min_lr_ratio: float = key(0.1, "last learning rate over the peak (linear, cosine, wsd)", ge=0, le=1)
+    min_lr_ratio: float = key(0.1, "last learning rate over the peak", ge=0, le=1)
 
 
 class DistConfig(Section):
     dp_replicate: int = key(1, "copies of the sharded model (HSDP)", ge=1)
-    dp_shard: int | None = key(None, "ranks that share a copy (FSDP2); default: all that are left", ge=1)
-    reshard_after_forward: bool | None = key(None, "free layers till their backward; default: large models")
+    dp_shard: int | None = key(None, "ranks that share a copy (FSDP2); default: all left", ge=1)
+    reshard_after_forward: bool | None = key(None, "free layers till backward; default: large models")
     timeout: int = key(600, "seconds after which a collective that hangs ends the run", ge=10)
 
 
@@ -127,7 +125,7 @@ class CheckpointConfig(Section):
 
 class LogConfig(Section):
     every: int = key(10, "steps between two lines of metrics", ge=1)
-    profile: CliImplicitFlag[bool] = key(False, "trace three steps and their memory into the run folder")
+    profile: CliImplicitFlag[bool] = key(False, "trace three steps into the run folder")
     show: int = key(2, "rows that lacuna explain prints", ge=1)
     show_ids: bool = key(False, "lacuna explain: token ids too")
     trackers: list[Literal["wandb", "tensorboard", "trackio"]] = key([], "where else metrics go")
@@ -175,7 +173,7 @@ def contradictions(config: Config) -> Iterator[str]:
     if (train.steps is None) == (train.epochs is None):
         yield "give exactly one of train.steps and train.epochs"
     if train.epochs and (streams or weights):
-        yield "train.epochs needs data of known size: set train.steps, or streaming = false and no weights"
+        yield "train.epochs of a stream or of weights: set train.steps, or streaming = false and no weights"
     if weights and len(weights) < len(data.sources):
         yield "data.sources: give every source a weight, or none"
     if streams and len(data.sources) > 1 and not weights:
@@ -211,8 +209,8 @@ def contradictions(config: Config) -> Iterator[str]:
 def uneven_batch(train: TrainConfig, ranks: int = 1) -> str:
     """A sentence for a global batch that does not divide into the micro-batches of all ranks."""
     near = nearest_multiple(train.global_batch_size, train.micro_batch_size * ranks)
-    sizes = f"train.global_batch_size {train.global_batch_size}, train.micro_batch_size {train.micro_batch_size}"
-    return f"{sizes}, ranks {ranks}: the first must be a multiple of the others' product; use {near}"
+    rows = f"train.micro_batch_size {train.micro_batch_size} x {ranks} rank(s)"
+    return f"train.global_batch_size {train.global_batch_size} is no multiple of {rows}: use {near}"
 
 
 def nearest_multiple(n: int, of: int) -> str:
@@ -245,11 +243,11 @@ def unknown_key(wrong: str) -> str:
 
 
 def load_config(path: str | None, argv: list[str], task: str = "pt") -> Config:
-    """The config of a task from a TOML file and the words of a command line; exits if they ask for help."""
+    """The config from a TOML file and a command line's words; exits if they ask for help."""
     parser = Parser(usage=f"lacuna {task} [CONFIG.toml] [--section.key VALUE ...]", allow_abbrev=False)
     given = CliSettingsSource(Config, None, argv, root_parser=parser, parse_args_method=Parser.parse_args)()
     if {"steps", "epochs"} & set(given.get("train", {})):
-        # they exclude each other: the one on the command line takes the other one of the file back
+        # they exclude each other: one on the command line takes back the file's
         given["train"] = {"steps": None, "epochs": None} | given["train"]
     try:
         merged = tomllib.loads(Path(path).read_text()) if path else {}
@@ -280,5 +278,5 @@ def sentence(problem: dict) -> str:
 
 
 def to_toml(config: Config) -> str:
-    """The whole config as TOML text: enough to repeat the run. None is left out, and is the default."""
+    """The config as TOML, enough to repeat the run. What is None is left out."""
     return tomli_w.dumps(config.model_dump(exclude_none=True))
