@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from lacuna.config import OptimConfig
-from lacuna.optim import build_optimizer, optimizer_tensors, trained, update
+from lacuna.optim import AdamW, trained
 from lacuna.parallel import gradient_norm
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

@@ -7,13 +7,15 @@ the model's config and the tokenizer, so `model.name = …/step_N` begins a new 
 while training goes on, and renamed once every rank's file is on disk: what is named step_N is whole.
 """
 
+import itertools
 import json
+import mmap
 import os
 import shutil
 import time
 import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -32,7 +34,8 @@ from lacuna.data.loader import merge_states
 from lacuna.model import read_tensors
 from lacuna.parallel import Ranks, local
 
-FORMAT = 2  # of a checkpoint's names and state: counted up when older ones cannot be gone on from
+FORMAT = 2  # of names and state in a checkpoint: counted up when no run can go on from those of before
+PIECE = 2**26  # float32 values, 256 MiB: so much host memory is pinned at once
 # What may change when a run goes on: where things are, how they are reported, on what hardware. All else changes rows
 # or losses.
 FREE = ("name", "out", "log.", "checkpoint.", "dist.", "eval.every", "eval.rows", "eval.sources", "data.workers")
@@ -102,6 +105,35 @@ def flat(config: dict) -> dict:
     return keys
 
 
+class HostMemory:
+    """Room on the host for the float32 tensors of a checkpoint, pinned for a GPU: else copies take ten times as long.
+
+    While the driver pins memory, launches of kernels wait: .8 s for 20 GB at once, and up to 8 s were seen. In pieces
+    of huge pages none waits longer than 8 ms (H100). A copy may not cross from one piece to the next.
+    """
+
+    def __init__(self, sizes: list[int], pinned: bool):
+        spans = [-(-size // mmap.PAGESIZE) * mmap.PAGESIZE for size in sizes]  # no two pieces on one page
+        pages = mmap.mmap(-1, 4 * max(sum(spans), 1), mmap.MAP_PRIVATE)  # shared memory would have small pages only
+        with suppress(OSError):  # a kernel without huge pages
+            pages.madvise(mmap.MADV_HUGEPAGE)
+        spans = torch.frombuffer(pages, dtype=torch.float32).split(spans)
+        self.places = [span[:size].zero_() for span, size in zip(spans, sizes, strict=True)]  # flat
+        if not pinned:
+            return
+        cuda = torch.cuda.cudart()
+        for piece in itertools.chain(*(place.split(PIECE) for place in self.places)):
+            cuda.cudaHostRegister(piece.data_ptr(), piece.nbytes, 0)
+            # or else, in a process that lives on, copies from what lies there next would read the old memory
+            weakref.finalize(self, cuda.cudaHostUnregister, piece.data_ptr()).atexit = False
+            time.sleep(0.02)  # what has waited goes first
+
+    def fill(self, tensors: list[torch.Tensor]):
+        for place, tensor in zip(self.places, tensors, strict=True):
+            for piece, part in zip(place.split(PIECE), tensor.flatten().split(PIECE), strict=True):
+                piece.copy_(part, non_blocking=True)
+
+
 class Save(NamedTuple):
     """A checkpoint on its way to the disk."""
 
@@ -121,21 +153,22 @@ class Checkpoints:
         self.tokenizer = tokenizer
         self.tensors = {name: tensor for name, tensor in tensors.items() if writes(ranks, tensor)}
         self.thread = ThreadPoolExecutor(max_workers=1)
-        self.buffer = None  # Future of the host memory
-        self.save_under_way = None
+        self.memory = None  # Future of HostMemory
+        self.under_way = None  # the last Save
         self.group = None
         if ranks.mesh is not None:
             # the thread's own: two threads that use one group could meet in different orders on different ranks
             self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.dist.timeout))
 
     def after_step(self):
-        """To be called after every step: says at once that a save has failed, and after the first one allocates.
+        """After every step: says at once that a save has failed. After the first, begins to allocate.
 
         Not before it: beside compilation, 20 GB for a 1.7B model cost that 2 s.
         """
-        if self.buffer is None:
-            self.buffer = self.thread.submit(host_memory, self.tensors, self.ranks.device)
-        if self.save_under_way and self.save_under_way.written.done():
+        if self.memory is None:
+            sizes = [local(tensor).numel() for tensor in self.tensors.values()]
+            self.memory = self.thread.submit(HostMemory, sizes, self.ranks.device.type == "cuda")
+        if self.under_way and self.under_way.written.done():
             self.finish()
 
     def save(self, step: int, facts: dict, data: dict):
@@ -149,27 +182,25 @@ class Checkpoints:
         # taken here, since FSDP2 may give a parameter other memory at its first use
         shares = [local(tensor).detach() for tensor in self.tensors.values()]
         copied = self.thread.submit(self.copy, shares)
-        written = self.thread.submit(self.write, step, state, copied)
-        self.save_under_way = Save(copied, written)
+        self.under_way = Save(copied, self.thread.submit(self.write, step, state, copied))
 
     def wait_for_copy(self):
         """Before parameters change: whatever is being saved must be on the host."""
-        if self.save_under_way:
-            self.save_under_way.copied.result()
+        if self.under_way:
+            self.under_way.copied.result()
 
     def finish(self):
         """Wait until what is being saved is whole. ConfigError where it cannot be."""
-        if self.save_under_way:
-            self.save_under_way.written.result()
+        if self.under_way:
+            self.under_way.written.result()
 
     def copy(self, shares: list[torch.Tensor]) -> tuple[float, float]:
         """Copy this rank's shares to the host, beside the computation of the next step; returns begin and end."""
-        places = self.buffer.result()
+        memory = self.memory.result()
         begin = time.perf_counter()
         stream = torch.cuda.Stream() if self.ranks.device.type == "cuda" else None
-        with torch.cuda.stream(stream) if stream else nullcontext():
-            for place, share in zip(places.values(), shares, strict=True):
-                place.copy_(share, non_blocking=True)
+        with torch.cuda.stream(stream):  # does nothing without a stream
+            memory.fill(shares)
         if stream:
             stream.synchronize()
         return begin, time.perf_counter()
@@ -204,9 +235,12 @@ class Checkpoints:
         Not by torch's own writer: it joins all bytes in memory once more and holds the interpreter's lock, up to 3 s a
         GB (measured on a CPU), in which training stands still.
         """
-        offsets = {name: {"saved_offsets": offsets_of(tensor)} for name, tensor in self.tensors.items()}
-        metadata = {"format": "pt", "DCP_SHARDING_INFO": json.dumps(offsets)}
-        save_file(self.buffer.result(), file, metadata)
+        shares = {}
+        offsets = {}
+        for (name, tensor), place in zip(self.tensors.items(), self.memory.result().places, strict=True):
+            shares[name] = place.view(local(tensor).shape)
+            offsets[name] = {"saved_offsets": offsets_of(tensor)}
+        save_file(shares, file, {"format": "pt", "DCP_SHARDING_INFO": json.dumps(offsets)})
         sync(file)
 
     def publish(self, path: Path, state: dict):
@@ -233,19 +267,6 @@ def writes(ranks: Ranks, tensor: torch.Tensor) -> bool:
     if isinstance(tensor, DTensor):
         return ranks.mesh.get_coordinate()[0] == 0
     return ranks.rank == 0
-
-
-def host_memory(tensors: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    """Room on the host for this rank's part of every tensor, for all saves."""
-    shares = {name: local(tensor) for name, tensor in tensors.items()}
-    buffer = torch.zeros(sum(share.numel() for share in shares.values()))
-    if device.type == "cuda":  # pinned, or else copied at a tenth of the speed
-        address = buffer.data_ptr()
-        torch.cuda.cudart().cudaHostRegister(address, buffer.nbytes, 0)
-        # or else, in a process that lives on, copies from what lies there next would read the old memory
-        weakref.finalize(buffer, torch.cuda.cudart().cudaHostUnregister, address).atexit = False
-    places = buffer.split([share.numel() for share in shares.values()])
-    return {name: place.view(share.shape) for (name, share), place in zip(shares.items(), places, strict=True)}
 
 
 def sync(file: Path):

@@ -48,6 +48,8 @@ def make_plan(config: Config, device: torch.device) -> Plan:
     compiled = on_gpu if config.train.compile is None else config.train.compile
     # under compile Inductor fuses better: Liger's norms and SwiGLU cost 3,500 of 40,000 tokens/s
     kernels = config.model.kernels or ("liger" if on_gpu and not compiled else "none")
+    if kernels == "liger" and not on_gpu:
+        raise ConfigError('model.kernels = "liger" needs a GPU; use "none"')
     backend = choose_backend(config.model.attention, device, dtype)
     accum_dtype = torch.float32 if config.model.accum_dtype == "float32" else dtype
     return Plan(dtype, compiled, kernels, backend, config.model.head, accum_dtype)
@@ -86,13 +88,11 @@ def assemble(config: Config, ranks: Ranks, vocabulary: int) -> Trainee:
     """The recipe, on the meta device: nothing is allocated yet."""
     plan = make_plan(config, ranks.device)
     model = empty_model(config.model, vocabulary)
-    layers = list(model.get_decoder().layers)
+    layers = decoder_layers(model)
     if config.model.patch:
         apply_patch(model, config.model.patch)
     if plan.kernels == "liger":
-        apply_liger(model, ranks.device)
-    if config.model.fp8:
-        compute_in_fp8(layers, ranks.device, plan.dtype)
+        apply_liger(model)
     if ranks.mesh is None and plan.dtype != torch.float32:
         cast_in_forward(model, layers, plan.dtype)
     if config.train.activation_checkpointing != "none":
@@ -107,7 +107,7 @@ def assemble(config: Config, ranks: Ranks, vocabulary: int) -> Trainee:
 
 
 def materialise(trainee: Trainee, device: torch.device, seed: int, folder: Path | None):
-    """Allocate this rank's share, and fill it: from the folder's weights, or from scratch where there is none."""
+    """Allocate this rank's share and fill it, from the folder's weights or, where there is none, from scratch."""
     model = trainee.model
     trainee.to_empty(device=device)
     model.tie_weights(recompute_mapping=False)  # to_empty gives each module a tensor of its own
@@ -118,10 +118,15 @@ def materialise(trainee: Trainee, device: torch.device, seed: int, folder: Path 
         load_weights(model, folder)
 
 
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    return list(model.get_decoder().layers)
+
+
 def empty_model(config: ModelConfig, vocabulary: int) -> PreTrainedModel:
     """The model on the meta device, with lacuna's attention; ConfigError where it cannot be trained."""
+    trust = {"trust_remote_code": config.trust_remote_code}
     try:
-        hf_config = AutoConfig.from_pretrained(config.name, trust_remote_code=config.trust_remote_code)
+        hf_config = AutoConfig.from_pretrained(config.name, **trust)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.name {config.name}: {error}") from None
     for key, value in config.overrides.items():
@@ -129,16 +134,13 @@ def empty_model(config: ModelConfig, vocabulary: int) -> PreTrainedModel:
             near = difflib.get_close_matches(key, hf_config.to_dict(), 1)
             raise ConfigError(f"model.overrides.{key} is no field of {config.name}'s config; nearest: {near or 'none'}")
         setattr(hf_config, key, value)
-    trust = config.trust_remote_code
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32, trust_remote_code=trust)
+        model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32, **trust)
     refuse_unfit(model)
     model.set_attn_implementation("lacuna")
     if vocabulary > hf_config.vocab_size:
-        raise ConfigError(
-            f"the tokenizer has {vocabulary} tokens, the model {hf_config.vocab_size}: set model.tokenizer, "
-            "or train from_scratch with model.overrides.vocab_size"
-        )
+        sizes = f"the tokenizer has {vocabulary} tokens, the model {hf_config.vocab_size}"
+        raise ConfigError(f"{sizes}: set model.tokenizer, or train from_scratch with model.overrides.vocab_size")
     return model
 
 
@@ -155,14 +157,14 @@ def refuse_unfit(model: PreTrainedModel):
     """Refuse, by name, architectures that packed documents would leak through or whose head is not a plain matrix."""
     config = model.config
     name = type(model).__name__
-    kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
+    why = sorted(set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"})
     if any(isinstance(module, nn.Conv1d) for module in model.modules()):
-        kinds.add("convolutions")
-    if not model._supports_attention_backend:
-        kinds.add("its attention cannot be replaced")
-    if kinds or getattr(model, "_is_stateful", False):
-        why = ", ".join(sorted(kinds)) or "it has a state"
-        raise ConfigError(f"{name} cannot keep packed documents apart ({why}); use a model with attention layers only")
+        why.append("convolutions")
+    if not model._supports_attention_backend or getattr(model, "_is_stateful", False):
+        why.append("its attention cannot be replaced")
+    if why:
+        cure = "use a model with attention layers only"
+        raise ConfigError(f"{name} cannot keep packed documents apart ({', '.join(why)}); {cure}")
     for key in ("final_logit_softcapping", "attn_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(config, key, None) not in (None, 1.0):
             raise ConfigError(f"{name} has {key}, which lacuna's head and attention do not compute")
@@ -175,7 +177,7 @@ def refuse_unfit(model: PreTrainedModel):
 
 
 def apply_patch(model: PreTrainedModel, place: str):
-    """Call the user's `file.py:function` with the model: other kernels, other layers, anything that is not here."""
+    """Call the user's `file.py:function` with the model: other kernels, fp8, anything that is not here."""
     file, _, function = place.rpartition(":")
     if not Path(file).is_file():
         raise ConfigError(f"model.patch {place}: there is no file {file!r}; write file.py:function")
@@ -187,32 +189,11 @@ def apply_patch(model: PreTrainedModel, place: str):
     getattr(module, function)(model)
 
 
-def apply_liger(model: PreTrainedModel, device: torch.device):
-    """Liger's fused norms, rotary embeddings and MLPs, in place."""
+def apply_liger(model: PreTrainedModel):
+    """Liger's fused norms, rotary embeddings and MLPs."""
     from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
 
-    if device.type != "cuda":
-        raise ConfigError('model.kernels = "liger" needs a GPU; use "none"')
     _apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=False, cross_entropy=False)
-
-
-def compute_in_fp8(layers: list[nn.Module], device: torch.device, dtype: torch.dtype):
-    """The layers' matrix products in fp8, forward and backward, one scale a tensor (torchao); not the head's.
-
-    1.7B parameters, one H200: 49,900 tokens/s; in bf16 46,400; with a scale for each row 43,100, slower than bf16.
-    """
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0) or dtype != torch.bfloat16:
-        raise ConfigError("model.fp8 needs a Hopper GPU or later, and bfloat16: leave it false")
-    try:
-        from torchao.float8 import convert_to_float8_training
-    except ImportError:
-        raise ConfigError("model.fp8 needs the extra: uv sync --extra fp8") from None
-
-    def fits(module, _):  # _scaled_mm takes multiples of 16 only
-        return module.in_features % 16 == 0 and module.out_features % 16 == 0
-
-    for layer in layers:
-        convert_to_float8_training(layer, module_filter_fn=fits)
 
 
 def cast_in_forward(model: PreTrainedModel, layers: list[nn.Module], dtype: torch.dtype):
@@ -258,19 +239,21 @@ def initialise(model: PreTrainedModel, seed: int):
     """Weights as transformers begins with them, the same on any number of ranks: each module has a seed of its name."""
     done = set()
     for name, module in model.named_modules():
-        # of tied weights, the first module that has them decides
+        # tied weights are made once, with the first module that has them
         mine = {key: p for key, p in module.named_parameters(recurse=False) if p not in done}
         if not mine:
             continue
         done.update(mine.values())
         whole = {key: nn.Parameter(torch.empty(p.shape, device=p.device)) for key, p in mine.items()}
-        digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-        torch.manual_seed(int.from_bytes(digest[:7]))
+        torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7]))
         module._parameters.update(whole)
         fill_by_transformers(model, module, name, list(whole.values()))
         module._parameters.update(mine)
         for key, parameter in mine.items():
-            parameter.copy_(share_of(whole[key], parameter))
+            share = whole[key]
+            if isinstance(parameter, DTensor):  # nothing is sent: every rank has made the same whole
+                share = distribute_tensor(share, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            parameter.copy_(share)
 
 
 @torch.no_grad()
@@ -291,13 +274,6 @@ def fill_by_transformers(model: PreTrainedModel, module: nn.Module, name: str, t
         raise ConfigError(f"{type(model).__name__} does not say how to initialise {name}")
 
 
-def share_of(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of it. Nothing is sent, as every rank has made the same whole."""
-    if not isinstance(parameter, DTensor):
-        return whole
-    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
-
-
 def held(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """What a folder of the model holds, by Hugging Face name: everything but what is tied to something else."""
     tied = set(model.all_tied_weights_keys)
@@ -312,9 +288,9 @@ def load_weights(model: PreTrainedModel, folder: Path):
         raise ConfigError(f"model.name {folder} has no *.safetensors; to begin without, set model.from_scratch = true")
     places = held(model)
     missing = sorted(places.keys() - stored)
+    unknown = sorted(stored.keys() - places - set(model.all_tied_weights_keys))
     # a checkpoint also holds the optimizer, old folders the rotary frequencies
-    unread = [name for name in stored if name.startswith("optimizer.") or name.endswith("inv_freq")]
-    unknown = sorted(stored.keys() - places - set(model.all_tied_weights_keys) - set(unread))
+    unknown = [name for name in unknown if not name.startswith("optimizer.") and not name.endswith("inv_freq")]
     misfit = f"model.name {folder} does not fit {type(model).__name__}"
     if missing or unknown:
         raise ConfigError(f"{misfit}: missing {missing[:3]}, unknown {unknown[:3]}")

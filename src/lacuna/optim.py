@@ -1,64 +1,86 @@
-"""What is trained, torch's AdamW over it, and learning-rate schedules."""
+"""What is trained, AdamW over it with clipping inside, and learning-rate schedules."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from lacuna.config import OptimConfig
+from lacuna.parallel import local
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What the optimizer updates, by name: the one answer for norms, reports and checkpoints too."""
+    """What is updated, by name: the one answer for optimizer, norm, reports and checkpoints."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Adam with decoupled weight decay (arXiv 1711.05101), fused: one kernel for all parameters.
+class Now(NamedTuple):
+    """What changes from step to step: tensors, so that nothing is compiled again and nothing waits for the device."""
 
-    Embeddings, norms and biases do not decay (karpathy/minGPT pull 24). The state is made at once and not in the first
-    step, so that a checkpoint can be read into it.
+    lr: torch.Tensor
+    step_size: torch.Tensor  # lr over the first moment's bias correction
+    root: torch.Tensor  # square root of the second moment's
+    scale: torch.Tensor  # of the gradients: clipping
+    failed: torch.Tensor  # bool: change nothing
+
+
+class AdamW:
+    """Adam with decoupled weight decay (arXiv 1711.05101) on float32 parameters; gradients are clipped on the way.
+
+    A layer is one compiled graph that reads each parameter, gradient and moment once: 28 bytes a parameter. torch's
+    fused kernel with the clipping in its `grad_scale` moves 32; with it a step of 1.7B on an H100 took 1.2% longer.
     """
-    embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
-    kept = {id(weight) for weight in embeddings}
-    decaying = []
-    constant = []
-    for parameter in trained(model).values():
-        assert parameter.dtype == torch.float32, "AdamW must own float32 parameters: bf16 ones lose small updates"
-        if parameter.ndim > 1 and id(parameter) not in kept:
-            decaying.append(parameter)
-        else:
-            constant.append(parameter)
-    groups = [{"params": decaying, "weight_decay": config.weight_decay}, {"params": constant, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=tuple(config.betas), eps=config.eps, fused=True)
-    for parameter in [*decaying, *constant]:
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
-        }
-    return optimizer
+
+    def __init__(self, model: nn.Module, layers: list[nn.Module], config: OptimConfig, compiled: bool):
+        self.config = config
+        self.update = torch.compile(adamw, dynamic=False) if compiled else adamw
+        self.averages = {}  # first and second moment of each parameter
+        self.squares = {}
+        self.decays = {}
+        # embeddings, norms and biases do not decay (karpathy/minGPT pull 24)
+        embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+        rest = trained(model)
+        for parameter in rest.values():
+            assert parameter.dtype == torch.float32, "AdamW must own float32 parameters: bf16 ones lose small updates"
+            self.averages[parameter] = torch.zeros_like(parameter)
+            self.squares[parameter] = torch.zeros_like(parameter)
+            decays = parameter.ndim > 1 and id(parameter) not in embeddings
+            self.decays[parameter] = config.weight_decay if decays else 0.0
+        self.groups = [list(trained(layer).values()) for layer in layers]
+        inside = set().union(*self.groups)
+        self.groups.append([p for p in rest.values() if p not in inside])
+        self.count = torch.zeros((), device=parameter.device)  # of updates
+
+    @torch.no_grad()
+    def step(self, lr: float, scale: torch.Tensor, failed: torch.Tensor):
+        """Update every parameter by its gradient times `scale`; change nothing at all where `failed` is true."""
+        beta1, beta2 = self.config.betas
+        self.count += ~failed
+        lr = torch.full_like(self.count, lr)
+        root = (1 - beta2**self.count).sqrt()
+        now = Now(lr, lr / (1 - beta1**self.count), root, scale, failed)
+        for group in self.groups:
+            for_all = [(local(p), local(p.grad), local(self.averages[p]), local(self.squares[p])) for p in group]
+            self.update(for_all, [self.decays[p] for p in group], now, beta1, beta2, self.config.eps)
+
+    def tensors(self, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+        """The state as a checkpoint names it, float32, sharded like the parameters."""
+        average = {f"optimizer.exp_avg.{name}": self.averages[p] for name, p in parameters.items()}
+        square = {f"optimizer.exp_avg_sq.{name}": self.squares[p] for name, p in parameters.items()}
+        return {"optimizer.step": self.count} | average | square
 
 
-def update(optimizer: torch.optim.Optimizer, lr: float, scale: torch.Tensor, failed: torch.Tensor):
-    """One step of the gradients times `scale`; changes nothing at all where `failed` is true.
-
-    The fused kernel does both on its way, by what torch made for GradScaler, so nothing waits for the device.
-    """
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.grad_scale = 1 / scale
-    optimizer.found_inf = failed.float()
-    optimizer.step()
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-    """The optimizer's state as a checkpoint names it, float32, sharded like the parameters."""
-    tensors = {}
-    for name, parameter in parameters.items():
-        for kind, tensor in optimizer.state[parameter].items():
-            tensors[f"optimizer.{kind}.{name}"] = tensor
-    return tensors
+def adamw(tensors: list[tuple], decays: list[float], now: Now, beta1: float, beta2: float, eps: float):
+    """Update parameter, first and second moment in place, by the gradient: the arithmetic of torch.optim.AdamW."""
+    for (parameter, grad, average, square), decay in zip(tensors, decays, strict=True):
+        grad = grad * now.scale
+        new_average = average.lerp(grad, 1 - beta1)
+        new_square = square.lerp(grad * grad, 1 - beta2)
+        kept = parameter * (1 - now.lr * decay)
+        new = kept - now.step_size * new_average / (new_square.sqrt() / now.root + eps)
+        for old, value in ((parameter, new), (average, new_average), (square, new_square)):
+            old.copy_(torch.where(now.failed, old, value))
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:

@@ -15,8 +15,8 @@ from lacuna.data.conversations import make_encoder
 from lacuna.data.loader import Loader, RowDataset
 from lacuna.data.tokenize import load_tokenizer, token_bytes
 from lacuna.metrics import Report, start_logging
-from lacuna.model import Trainee, build_model, held, read_tensors
-from lacuna.optim import build_optimizer, learning_rate, optimizer_tensors, trained, update
+from lacuna.model import Trainee, build_model, decoder_layers, held, read_tensors
+from lacuna.optim import AdamW, learning_rate, trained
 from lacuna.parallel import Ranks, gradient_norm, start, sum_over_ranks
 from lacuna.preemption import Preemption
 from lacuna.profile import start_profile
@@ -63,14 +63,14 @@ def run(config: Config) -> Path:
     trainee = build_model(config, ranks, len(tokenizer), checkpoint)
     model = trainee.model
     parameters = trained(model)
-    optimizer = build_optimizer(model, config.optim)
-    optimizer_state = optimizer_tensors(optimizer, parameters)
+    optimizer = AdamW(model, decoder_layers(model), config.optim, trainee.plan.compiled)
     if checkpoint:
-        read_tensors(optimizer_state, checkpoint)
+        read_tensors(optimizer.tensors(parameters), checkpoint)
         log.info("Going on after step %d, from %s", state["step"], checkpoint)
     encoder.adapt(tokenizer)
     match_eos(config, model, tokenizer)
-    checkpoints = Checkpoints(config, ranks, folder, held(model) | optimizer_state, model, tokenizer)
+    tensors = held(model) | optimizer.tensors(parameters)
+    checkpoints = Checkpoints(config, ranks, folder, tensors, model, tokenizer)
     batch = f"{config.train.global_batch_size} rows x {config.train.seq_len} tokens"
     what = f"{model.num_parameters():,} parameters, {trainee.plan.backend} attention, {trainee.plan.dtype}"
     log.info("%s: %s, %d rank(s), %d steps of %s", config.model.name, what, ranks.world, steps, batch)
@@ -105,7 +105,7 @@ def run(config: Config) -> Path:
         failed |= ~(norm + sums["loss"]).isfinite()
         lr = learning_rate(config.optim, step - 1, steps)
         checkpoints.wait_for_copy()
-        update(optimizer, lr, (config.train.max_grad_norm / (norm + 1e-6)).clamp(max=1).float(), failed)
+        optimizer.step(lr, (config.train.max_grad_norm / (norm + 1e-6)).clamp(max=1).float(), failed)
         trainee.zero_grad()
 
         # 4. Report the step, or on a GPU an earlier one, while this one runs. All ranks see the same.
