@@ -103,7 +103,8 @@ def pack(rows: list[list[list[int]]], seq_len: int, trained=lambda document, pos
         cu_seqlens=torch.tensor([*starts, total], dtype=torch.int32),
         max_seqlen=seq_len,
         epoch=0.0,
-        counts={"trained_tokens": sum(label >= 0 for label in labels)},
+        counts=dict.fromkeys(("tokens", "pairs", "checksum", "dropped"), 0)
+        | {"trained_tokens": sum(label >= 0 for label in labels)},
     )
 
 

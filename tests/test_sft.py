@@ -67,16 +67,24 @@ def losses_of_each_alone(model, file, tokenizer) -> tuple[torch.Tensor, int]:
     return nats, count
 
 
+def open_rows(config, tokenizer) -> RowDataset:
+    return RowDataset(config, config.data.sources, ChatEncoder(tokenizer, config), rank=0, ranks=1, epochs=1)
+
+
+def open_loader(config, tokenizer, device) -> tuple[Loader, RowDataset]:
+    dataset = open_rows(config, tokenizer)
+    return Loader(dataset, device, micro_batch_size=config.train.micro_batch_size), dataset
+
+
 @pytest.mark.parametrize("name", ["smollm2", "qwen3"])
 def test_loss_and_gradient_of_packed_conversations_are_those_of_each_alone(name, model_folder, chats, tmp_path):
     folder = model_folder(name)
     config = load_config(None, options(folder, chats, tmp_path, "--train.epochs", "1"), "sft")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    dataset = RowDataset(config, config.data.sources, ChatEncoder(tokenizer, config), 0, 1, 1)
-    loader = Loader(config, dataset, ONE.device)
+    loader, dataset = open_loader(config, tokenizer, ONE.device)
     batches = [loader.next() for _ in range(-(-dataset.count_rows() // 2))]
     loader.close()
-    trained = sum(batch.trained_tokens for batch in batches)
+    trained = sum(batch.counts["trained_tokens"] for batch in batches)
     trainee = build_model(config, ONE, len(tokenizer))
     loss = accumulate_gradients(trainee, batches, torch.tensor(trained), ONE)
 
@@ -102,11 +110,10 @@ def test_on_a_gpu_they_are_as_near_as_plain_transformers_in_bfloat16_is(chats, t
     tokenizer.save_pretrained(tmp_path / "model")
     config = load_config(None, options(tmp_path / "model", chats, tmp_path, "--train.epochs", "1"), "sft")
     ranks = Ranks(0, 1, torch.device("cuda"), None)
-    dataset = RowDataset(config, config.data.sources, ChatEncoder(tokenizer, config), 0, 1, 1)
-    loader = Loader(config, dataset, ranks.device)
+    loader, dataset = open_loader(config, tokenizer, ranks.device)
     batches = [loader.next() for _ in range(-(-dataset.count_rows() // 2))]
     loader.close()
-    trained = torch.tensor(sum(batch.trained_tokens for batch in batches), device="cuda")
+    trained = torch.tensor(sum(batch.counts["trained_tokens"] for batch in batches), device="cuda")
     trainee = build_model(config, ranks, len(tokenizer))
     loss = accumulate_gradients(trainee, batches, trained, ranks).item()
     ours = {key: parameter.grad.double().cpu() for key, parameter in trainee.model.named_parameters()}
@@ -137,7 +144,7 @@ def test_evaluation_weighs_tokens_and_is_the_same_packed_or_not(model_folder, ch
     for seq_len in ("512", "2048"):
         argv = options(folder, chats, tmp_path, "--train.steps", "1", "--train.seq_len", seq_len)
         config = load_config(None, argv, "sft")
-        dataset = RowDataset(config, config.data.sources, ChatEncoder(tokenizer, config), 0, 1, 1)
+        dataset = open_rows(config, tokenizer)
         trainee = build_model(config, ONE, len(tokenizer))
         nobody = SimpleNamespace(asked=False)
         result = evaluate(trainee, config, dataset, ONE, torch.ones(len(tokenizer)), nobody)

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from lacuna.config import Source
 from lacuna.data.conversations import ChatEncoder
 from lacuna.data.loader import RowDataset
-from lacuna.data.sources import tokenise
+from lacuna.data.sources import Cursor, tokenise
 from lacuna.explain import explain
 
 from .corpora import lacuna_log
@@ -100,7 +100,7 @@ def test_the_token_cache_holds_until_template_tokenizer_overlong_or_seq_len_chan
             encoder = Counting(other, config(*words))
             tokens = tokenise(source, encoder, str(tmp_path / "cache"))
             assert encoder.rows == made, words
-            assert [taken_apart(ids) for ids in tokens["input_ids"]] == [expected(tokenizer, chatml(LONG))] * 3
+            assert [taken_apart(ids) for ids in tokens["ids"]] == [expected(tokenizer, chatml(LONG))] * 3
 
 
 # The exported tokenizer
@@ -163,7 +163,8 @@ def read(config, tokenizer, ranks=1, share=(0, 1)) -> Counter:
     """The documents of an epoch, from the rows of all ranks, with what the labels train of them."""
     found = Counter()
     for rank in range(ranks):
-        data = RowDataset(config, config.data.sources, ChatEncoder(tokenizer, config), rank, ranks, 1, share=share)
+        encoder = ChatEncoder(tokenizer, config)
+        data = RowDataset(config, config.data.sources, encoder, rank=rank, ranks=ranks, epochs=1, share=share)
         for row in islice(data, data.count_rows()):  # more than its own: the rest are empty
             for start, end in pairwise([*row.starts, SEQ_LEN]):
                 if start < row.tokens:
@@ -198,8 +199,8 @@ def test_the_held_out_share_is_disjoint_and_the_same_over_any_number_of_ranks(co
 def test_a_stream_gives_the_same_documents(corpus, tokenizer):
     config, fitting, _ = corpus
     config.data.sources[0].streaming = True
-    source = RowDataset(config, config.data.sources, ChatEncoder(tokenizer, config), 0, 1).sources[0]
-    epoch = takewhile(lambda document: document.epoch < 1, source.read(stream=0, num_streams=1))
+    source = RowDataset(config, config.data.sources, ChatEncoder(tokenizer, config), rank=0, ranks=1).sources[0]
+    epoch = takewhile(lambda document: document.epoch < 1, source.read(0, 1, Cursor()))
     found = Counter(tuple(map(tuple, taken_apart(document.key))) for document in epoch)
     assert found == fitting
 

@@ -4,14 +4,16 @@ import json
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 
 import pytest
 from transformers import AutoTokenizer
 
-from lacuna.config import ConfigError
+from lacuna.config import ConfigError, Source
 from lacuna.data import sources
 from lacuna.data.loader import RowDataset
-from lacuna.data.tokenize import Encoder
+from lacuna.data.sources import Cursor
+from lacuna.data.tokenize import TextEncoder
 
 from .conftest import FORKSERVER
 from .corpora import FIRST, lacuna_log, make_config, make_source, number_tokenizer, text, write, write_shards
@@ -19,34 +21,34 @@ from .corpora import FIRST, lacuna_log, make_config, make_source, number_tokeniz
 TEXTS = [f"Document {i}: naïve café 😀\nand a second line." for i in range(7)]
 
 
-class CountingEncoder(Encoder):
+class CountingEncoder(TextEncoder):
     """Counts the texts that it encodes; `delay` seconds a call; raises at call `fail_at`."""
 
     def __init__(self, tokenizer, delay: float = 0.0, fail_at: int | None = None):
         super().__init__(tokenizer)
         self.texts, self.calls, self.delay, self.fail_at = 0, 0, delay, fail_at
 
-    def __call__(self, texts):
+    def encode(self, texts):
         self.calls += 1
         self.texts += len(texts)
         time.sleep(self.delay)
         if self.calls == self.fail_at:
             raise KeyboardInterrupt
-        return super().__call__(texts)
+        return super().encode(texts)
 
 
 def open_source(folder, encoder, *given: dict, **keys):
     """The MapSource or StreamSource of these sources, as a run makes it."""
     config = make_config(folder, *given, **keys)
-    return RowDataset(config, config.data.sources, encoder, 0, 1).sources[0]
+    return RowDataset(config, config.data.sources, encoder, rank=0, ranks=1).sources[0]
 
 
-class Cursor:
+class Reader:
     """What one virtual stream reads of a source, and always its next document, from the beginning or from a state."""
 
     def __init__(self, source, stream: int = 0, streams: int = 1, state: dict | None = None):
         self.source = source
-        self.reader = source.read(stream, streams, **(state or {}))
+        self.reader = source.read(stream, streams, Cursor(**(state or {})))
         self.ahead = next(self.reader)
 
     def next(self) -> tuple:
@@ -58,15 +60,15 @@ class Cursor:
         return int(self.ahead.epoch)
 
     def state(self) -> dict:
-        return self.ahead.place | {"taken": self.ahead.taken}
+        return asdict(self.ahead.cursor)
 
 
-def drain(cursor) -> list[list[int]]:
-    """The documents of a cursor up to the end of its epoch."""
-    documents, epoch = [], cursor.epoch
-    while cursor.epoch == epoch:
-        length, document = cursor.next()
-        tokens = cursor.source.load(document).tolist()
+def drain(reader) -> list[list[int]]:
+    """The documents of a reader up to the end of its epoch."""
+    documents, epoch = [], reader.epoch
+    while reader.epoch == epoch:
+        length, document = reader.next()
+        tokens = reader.source.load(document).tolist()
         assert len(tokens) == length
         documents.append(tokens)
     return documents
@@ -74,8 +76,8 @@ def drain(cursor) -> list[list[int]]:
 
 def read_texts(folder, tokenizer, **source) -> list[str]:
     """The texts of a source after one epoch, decoded from its tokens."""
-    opened = open_source(folder, Encoder(tokenizer), make_source(**source))
-    tokens = drain(Cursor(opened))
+    opened = open_source(folder, TextEncoder(tokenizer), make_source(**source))
+    tokens = drain(Reader(opened))
     assert all(ids[-1] == tokenizer.eos_token_id for ids in tokens)
     return [tokenizer.decode(ids[:-1]) for ids in tokens]
 
@@ -134,8 +136,8 @@ def test_a_split_can_be_a_slice_of_a_map_style_source(tmp_path, tokenizer):
 
 def test_several_map_style_sources_are_one_of_all_their_documents(tmp_path, tokenizer):
     paths = [write(tmp_path / "a.jsonl", TEXTS[:3]), write(tmp_path / "b.parquet", TEXTS[3:])]
-    opened = open_source(tmp_path, Encoder(tokenizer), *(make_source(path) for path in paths))
-    got = [tokenizer.decode(ids[:-1]) for ids in drain(Cursor(opened))]
+    opened = open_source(tmp_path, TextEncoder(tokenizer), *(make_source(path) for path in paths))
+    got = [tokenizer.decode(ids[:-1]) for ids in drain(Reader(opened))]
     assert sorted(got) == TEXTS
 
 
@@ -192,7 +194,7 @@ def test_null_and_empty_texts_are_dropped_and_counted(tmp_path, tokenizer):
 
 
 def cached(folder, encoder, path, **keys) -> list[list[int]]:
-    return drain(Cursor(open_source(folder, encoder, make_source(path, **keys))))
+    return drain(Reader(open_source(folder, encoder, make_source(path, **keys))))
 
 
 def test_the_token_cache_is_used_again(tmp_path, tokenizer):
@@ -300,28 +302,28 @@ def write_numbered(folder, shards, suffix=".jsonl") -> str:
 
 @pytest.fixture(scope="module")
 def numbers():
-    return Encoder(number_tokenizer(4000))
+    return TextEncoder(number_tokenizer(4000))
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 @pytest.mark.parametrize(
     ("chunk", "streams", "stream"),
-    [(3, 1, 0), (4, 2, 1), (3, 8, 6), (128, 2, 0)],
-    ids=["one stream", "two streams", "more streams than shards", "chunks longer than shards"],
+    [(3, 1, 0), (4, 2, 1), (3, 4, 2), (128, 2, 0)],
+    ids=["one stream", "two streams", "as many streams as shards", "chunks longer than shards"],
 )
 def test_a_stream_resumes_at_every_document(tmp_path, numbers, monkeypatch, suffix, chunk, streams, stream):
     """Across the ends of chunks, shards and epochs; with a state that was written as JSON."""
     monkeypatch.setattr(sources, "READ_CHUNK", chunk)
     path = write_numbered(tmp_path / "shards", numbered([6, 1, 5, 3]), suffix)
     source = open_source(tmp_path, numbers, make_source(path, streaming=True))
-    cursor = Cursor(source, stream, streams)
+    reader = Reader(source, stream, streams)
     states, whole = [], []
-    while cursor.epoch < 3:
-        states.append(json.dumps(cursor.state()))
-        whole.append((cursor.next()[1].tolist(), cursor.epoch))
+    while reader.epoch < 3:
+        states.append(json.dumps(reader.state()))
+        whole.append((reader.next()[1].tolist(), reader.epoch))
     another = open_source(tmp_path, numbers, make_source(path, streaming=True))  # as after a restart
     for i, state in enumerate(states):
-        resumed = Cursor((source, another)[i % 2], stream, streams, json.loads(state))
+        resumed = Reader((source, another)[i % 2], stream, streams, json.loads(state))
         following = [(resumed.next()[1].tolist(), resumed.epoch) for _ in whole[i : i + 12]]
         assert following == whole[i : i + 12], f"resumed before document {i}"
 
@@ -333,15 +335,15 @@ def test_a_stream_resumes_from_the_state_of_a_resumed_stream(tmp_path, numbers, 
     monkeypatch.setattr(sources, "READ_CHUNK", chunk)
     path = write_numbered(tmp_path / "shards", numbered([6, 1, 5, 3]), suffix)
     source = open_source(tmp_path, numbers, make_source(path, streaming=True))
-    cursor, whole = Cursor(source), []
+    reader, whole = Reader(source), []
     states = []
     for _ in range(40):
-        states.append(cursor.state())
-        whole.append(cursor.next()[1].tolist())
+        states.append(reader.state())
+        whole.append(reader.next()[1].tolist())
     for i, state in enumerate(states[:30]):
-        second = Cursor(source, state=state)
+        second = Reader(source, state=state)
         assert [second.next()[1].tolist() for _ in range(i % 3)] == whole[i : i + i % 3]
-        third = Cursor(source, state=second.state())
+        third = Reader(source, state=second.state())
         at = i + i % 3
         assert [third.next()[1].tolist() for _ in range(8)] == whole[at : at + 8], f"resumed at {i}, then at {at}"
 
@@ -353,27 +355,27 @@ def test_a_stream_resumes_in_the_middle_of_large_shards(tmp_path, numbers):
     for i, values in enumerate(texts):
         write(tmp_path / "shards" / f"{i}.parquet", values)
     source = open_source(tmp_path, numbers, make_source(tmp_path / "shards" / "*.parquet", streaming=True))
-    cursor = Cursor(source)
-    whole = [cursor.next()[1].tolist() for _ in range(1500)]
+    reader = Reader(source)
+    whole = [reader.next()[1].tolist() for _ in range(1500)]
     for first, second in [(1, 1), (110, 3), (127, 130), (256, 300), (430, 400), (685, 1), (686, 700)]:
-        one = Cursor(source)
+        one = Reader(source)
         assert [one.next()[1].tolist() for _ in range(first)] == whole[:first]
-        two = Cursor(source, state=one.state())
+        two = Reader(source, state=one.state())
         assert [two.next()[1].tolist() for _ in range(second)] == whole[first : first + second]
-        three = Cursor(source, state=two.state())
+        three = Reader(source, state=two.state())
         assert [three.next()[1].tolist() for _ in range(50)] == whole[first + second : first + second + 50]
 
 
-@pytest.mark.parametrize("streams", [1, 2, 3, 5, 10, 15])
+@pytest.mark.parametrize("streams", [1, 2, 3, 5])
 def test_every_document_is_read_exactly_once_an_epoch_over_all_streams(tmp_path, numbers, streams):
     shards = numbered([9, 4, 7, 6, 3])
     path = write_numbered(tmp_path / "shards", shards)
     source = open_source(tmp_path, numbers, make_source(path, streaming=True))
     assert source.num_shards == len(shards)
-    cursors = [Cursor(source, stream, streams) for stream in range(streams)]
+    readers = [Reader(source, stream, streams) for stream in range(streams)]
     expected = sorted([*document, 0] for shard in shards for document in shard)
     for _ in range(3):
-        assert sorted(document for cursor in cursors for document in drain(cursor)) == expected
+        assert sorted(document for reader in readers for document in drain(reader)) == expected
 
 
 @pytest.mark.parametrize("streams", [1, 2, 3])
@@ -381,17 +383,17 @@ def test_every_document_of_a_map_style_source_is_read_once_an_epoch_over_all_str
     documents = [document for shard in numbered([30]) for document in shard]
     path = write_shards(tmp_path / "shards", documents, 2)
     source = open_source(tmp_path, numbers, make_source(path))
-    cursors = [Cursor(source, stream, streams) for stream in range(streams)]
+    readers = [Reader(source, stream, streams) for stream in range(streams)]
     epochs = []
     for _ in range(3):
-        epochs.append([document for cursor in cursors for document in drain(cursor)])
+        epochs.append([document for reader in readers for document in drain(reader)])
         assert sorted(epochs[-1]) == sorted([*document, 0] for document in documents)
     assert epochs[0] != epochs[1] != epochs[2], "every epoch has an order of its own"
-    for cursor in cursors:
-        cursor.next()
-        state = json.loads(json.dumps(cursor.state()))
-        resumed = Cursor(source, cursors.index(cursor), streams, state)
-        assert [resumed.next() for _ in range(40)] == [cursor.next() for _ in range(40)]
+    for reader in readers:
+        reader.next()
+        state = json.loads(json.dumps(reader.state()))
+        resumed = Reader(source, readers.index(reader), streams, state)
+        assert [resumed.next() for _ in range(40)] == [reader.next() for _ in range(40)]
 
 
 def test_the_order_follows_the_seed_alone(tmp_path, numbers):
@@ -400,25 +402,36 @@ def test_the_order_follows_the_seed_alone(tmp_path, numbers):
         orders = []
         for seed in (0, 0, 1):
             config = make_config(tmp_path, make_source(path, streaming=streaming)).model_copy(update={"seed": seed})
-            source = RowDataset(config, config.data.sources, numbers, 0, 1).sources[0]
-            cursor = Cursor(source)
-            orders.append([drain(cursor), drain(cursor)])
+            source = RowDataset(config, config.data.sources, numbers, rank=0, ranks=1).sources[0]
+            reader = Reader(source)
+            orders.append([drain(reader), drain(reader)])
         assert orders[0] == orders[1] != orders[2]
         assert orders[0][0] != orders[0][1], "every epoch has an order of its own"
 
 
 @pytest.mark.parametrize("streams", [4, 7])
-def test_a_number_of_streams_that_does_not_fit_the_shards_names_what_would(tmp_path, numbers, streams):
-    path = write_numbered(tmp_path / "shards", numbered([2, 2, 2]))
-    source = open_source(tmp_path, numbers, make_source(path, streaming=True))
+def test_more_streams_than_shards_are_refused_with_the_largest_number_that_works(tmp_path, numbers, streams):
+    source = make_source(write_numbered(tmp_path / "shards", numbered([2, 2, 2])), streaming=True)
     with pytest.raises(ConfigError) as caught:
-        Cursor(source, 0, streams)
+        open_source(tmp_path, numbers, source, num_streams=streams)
     assert f"data.num_streams {streams}" in str(caught.value)
-    assert "multiple of 3" in str(caught.value)
+    assert "at most 3" in str(caught.value)
+    assert drain(Reader(open_source(tmp_path, numbers, source, num_streams=3), 2, 3))
 
 
 def test_a_map_style_source_with_fewer_documents_than_streams_is_refused(tmp_path, numbers):
-    path = write_numbered(tmp_path / "shards", numbered([3]))
-    source = open_source(tmp_path, numbers, make_source(path))
-    with pytest.raises(ConfigError, match=r"data\.num_streams 4 .* 3 documents"):
-        Cursor(source, 0, 4, None)
+    """Of a mixture with a stream; by default there are only as many streams as documents."""
+    few = make_source(write_numbered(tmp_path / "few", numbered([3])), weight=1.0)
+    shards = make_source(write_numbered(tmp_path / "shards", numbered([2] * 5)), weight=1.0, streaming=True)
+    with pytest.raises(ConfigError, match=r"data\.num_streams 4 .*documents.* at most 3"):
+        open_source(tmp_path, numbers, few, shards, num_streams=4)
+    config = make_config(tmp_path, few, shards)
+    assert RowDataset(config, config.data.sources, numbers, rank=0, ranks=1).num_streams == 3
+
+
+def test_held_out_data_may_have_fewer_shards_than_streams_are_asked_for(tmp_path, numbers):
+    shards = make_source(write_numbered(tmp_path / "shards", numbered([2] * 5)), streaming=True)
+    config = make_config(tmp_path, shards, num_streams=4)
+    held_out = [Source(path=write_numbered(tmp_path / "held_out", numbered([3])), streaming=True)]
+    for given, streams in ((config.data.sources, 4), (held_out, 1)):
+        assert RowDataset(config, given, numbers, rank=0, ranks=1).num_streams == streams

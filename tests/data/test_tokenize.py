@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lacuna.config import ConfigError, ModelConfig
-from lacuna.data.tokenize import Encoder, load_tokenizer, token_bytes
+from lacuna.data.tokenize import TextEncoder, load_tokenizer, token_bytes
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny"
 TEXTS = [
@@ -91,7 +91,7 @@ def test_bos_once_where_the_tokenizer_adds_one_and_eos_once_at_the_end(make, tem
     tokenizer = make(TEMPLATES[template], **SPECIAL)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     assert bos != eos
-    for text, ids in zip(TEXTS, Encoder(tokenizer)(TEXTS), strict=True):
+    for text, ids in zip(TEXTS, TextEncoder(tokenizer).encode(TEXTS), strict=True):
         plain = tokenizer(text, add_special_tokens=False)["input_ids"]
         assert ids.tolist() == ([bos] if "BOS" in template else []) + plain + [eos]
         assert ids.dtype == np.int32
@@ -101,7 +101,7 @@ def test_bos_once_where_the_tokenizer_adds_one_and_eos_once_at_the_end(make, tem
 @pytest.mark.parametrize(("template", "bos"), [(None, 0), ("</s> $A", 1), ("</s> $A </s>", 1), ("$A </s>", 0)])
 def test_bos_eos_and_pad_may_be_one_token(make, template, bos):
     tokenizer = make(template, bos_token="</s>", eos_token="</s>", pad_token="</s>")
-    for text, ids in zip(TEXTS, Encoder(tokenizer)(TEXTS), strict=True):
+    for text, ids in zip(TEXTS, TextEncoder(tokenizer).encode(TEXTS), strict=True):
         plain = tokenizer(text, add_special_tokens=False)["input_ids"]
         assert ids.tolist() == [tokenizer.eos_token_id] * bos + plain + [tokenizer.eos_token_id]
 
@@ -109,21 +109,21 @@ def test_bos_eos_and_pad_may_be_one_token(make, template, bos):
 @kinds
 def test_a_tokenizer_without_bos_gets_none(make):
     tokenizer = make(eos_token="</s>")
-    for text, ids in zip(TEXTS, Encoder(tokenizer)(TEXTS), strict=True):
+    for text, ids in zip(TEXTS, TextEncoder(tokenizer).encode(TEXTS), strict=True):
         assert ids.tolist() == [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
 
 
 @kinds
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_a_text_without_tokens_is_no_document(make, template):
-    lengths = [len(ids) for ids in Encoder(make(TEMPLATES[template], **SPECIAL))(["", "x", ""])]
+    lengths = [len(ids) for ids in TextEncoder(make(TEMPLATES[template], **SPECIAL)).encode(["", "x", ""])]
     assert lengths[0] == lengths[2] == 0
     assert lengths[1] > 0
 
 
 def test_a_tokenizer_without_eos_is_refused_in_one_sentence():
     with pytest.raises(ConfigError) as caught:
-        Encoder(byte_level(bos_token="<s>"))
+        TextEncoder(byte_level(bos_token="<s>"))
     assert "EOS" in str(caught.value)
     assert "model.tokenizer" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -132,12 +132,12 @@ def test_a_tokenizer_without_eos_is_refused_in_one_sentence():
 @assets
 def test_real_tokenizers_add_eos_and_no_bos(name):
     tokenizer = asset(name)
-    for text, ids in zip(TEXTS, Encoder(tokenizer)(TEXTS), strict=True):
+    for text, ids in zip(TEXTS, TextEncoder(tokenizer).encode(TEXTS), strict=True):
         assert ids.tolist() == [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
 
 
 def test_text_comes_back_from_its_ids(tokenizer):
-    for text, ids in zip(TEXTS, Encoder(tokenizer)(TEXTS), strict=True):
+    for text, ids in zip(TEXTS, TextEncoder(tokenizer).encode(TEXTS), strict=True):
         assert tokenizer.decode(ids[:-1]) == text
 
 
@@ -147,8 +147,8 @@ def test_text_comes_back_from_its_ids(tokenizer):
 def check_specials_stay_text(tokenizer, encoder):
     names = [token for token in tokenizer.all_special_tokens if token != tokenizer.unk_token]
     texts = [*names, *(f"a {name} b{name}" for name in names), "".join(names)]
-    for text, ids in zip(texts, encoder(texts), strict=True):
-        inside = ids[:-1].tolist() if encoder.bos is None else ids[1:-1].tolist()
+    for text, ids in zip(texts, encoder.encode(texts), strict=True):
+        inside = ids[len(encoder.bos) : -1].tolist()
         assert not set(inside) & {tokenizer.convert_tokens_to_ids(name) for name in names}, text
         assert tokenizer.decode(inside, clean_up_tokenization_spaces=False) == text
         assert ids[-1] == tokenizer.eos_token_id
@@ -159,31 +159,31 @@ def check_specials_stay_text(tokenizer, encoder):
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_special_tokens_spelled_in_a_text_stay_text(make, template):
     tokenizer = make(TEMPLATES[template], **SPECIAL)
-    check_specials_stay_text(tokenizer, Encoder(tokenizer))
+    check_specials_stay_text(tokenizer, TextEncoder(tokenizer))
 
 
 def test_special_tokens_of_the_example_stay_text(tokenizer):
-    check_specials_stay_text(tokenizer, Encoder(tokenizer))
+    check_specials_stay_text(tokenizer, TextEncoder(tokenizer))
 
 
 @assets
 def test_special_tokens_of_real_tokenizers_stay_text(name):
-    check_specials_stay_text(asset(name), Encoder(asset(name)))
+    check_specials_stay_text(asset(name), TextEncoder(asset(name)))
 
 
 @pytest.mark.parametrize("travel", [lambda e: pickle.loads(pickle.dumps(e)), copy.deepcopy], ids=["pickle", "deepcopy"])
 def test_an_encoder_encodes_alike_in_a_loader_worker(tokenizer, travel):
-    encoder = Encoder(tokenizer)
+    encoder = TextEncoder(tokenizer)
     there = travel(encoder)
     texts = [*TEXTS, "a <|endoftext|> b", ""]
-    assert [ids.tolist() for ids in there(texts)] == [ids.tolist() for ids in encoder(texts)]
+    assert [ids.tolist() for ids in there.encode(texts)] == [ids.tolist() for ids in encoder.encode(texts)]
     assert there.fingerprint() == encoder.fingerprint()
     check_specials_stay_text(tokenizer, there)
 
 
 def test_the_tokenizer_given_is_left_as_it_was(tokenizer):
     before = tokenizer("a <|endoftext|> b", truncation=True, max_length=6)["input_ids"]
-    Encoder(tokenizer)(["a <|endoftext|> b"])
+    TextEncoder(tokenizer).encode(["a <|endoftext|> b"])
     assert tokenizer("a <|endoftext|> b", truncation=True, max_length=6)["input_ids"] == before
     assert tokenizer.eos_token_id in tokenizer("a <|endoftext|> b")["input_ids"]
 
@@ -195,7 +195,7 @@ def test_the_tokenizer_given_is_left_as_it_was(tokenizer):
 def test_truncation_and_padding_of_a_tokenizer_file_cut_and_fill_nothing(make, tmp_path):
     tokenizer = make("<s> $A", **SPECIAL, pad_token="</s>")
     long = " ".join(TEXTS) * 20
-    expected = [ids.tolist() for ids in Encoder(tokenizer)([long, "x"])]
+    expected = [ids.tolist() for ids in TextEncoder(tokenizer).encode([long, "x"])]
     tokenizer.save_pretrained(tmp_path)
     settings = json.loads((tmp_path / "tokenizer.json").read_text())
     settings["truncation"] = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
@@ -210,7 +210,7 @@ def test_truncation_and_padding_of_a_tokenizer_file_cut_and_fill_nothing(make, t
     (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
     loaded = AutoTokenizer.from_pretrained(tmp_path, model_max_length=8)
     assert len(loaded.backend_tokenizer.encode("x").ids) == 16, "this test no longer sets what it wants to see ignored"
-    assert [ids.tolist() for ids in Encoder(loaded)([long, "x"])] == expected
+    assert [ids.tolist() for ids in TextEncoder(loaded).encode([long, "x"])] == expected
 
 
 def test_a_folder_without_a_tokenizer_is_refused_by_name(tmp_path):
@@ -227,10 +227,10 @@ def test_the_fingerprint_is_the_same_for_two_loads_and_after_use(tmp_path):
     byte_level("<s> $A", **SPECIAL, pad_token="</s>").save_pretrained(tmp_path)
     one, two = (AutoTokenizer.from_pretrained(tmp_path) for _ in range(2))
     one(["some", "use"], truncation=True, max_length=4, padding=True)
-    encoder = Encoder(one)
+    encoder = TextEncoder(one)
     before = encoder.fingerprint()
-    encoder(["some use"])
-    assert encoder.fingerprint() == before == Encoder(two).fingerprint()
+    encoder.encode(["some use"])
+    assert encoder.fingerprint() == before == TextEncoder(two).fingerprint()
 
 
 def test_the_fingerprint_changes_with_anything_that_changes_a_token(tmp_path):
@@ -251,15 +251,15 @@ def test_the_fingerprint_changes_with_anything_that_changes_a_token(tmp_path):
     vocabulary["A"], vocabulary["B"] = vocabulary["B"], vocabulary["A"]
     (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
     tokenizers["two ids swapped"] = AutoTokenizer.from_pretrained(tmp_path)
-    fingerprints = {name: Encoder(tokenizer).fingerprint() for name, tokenizer in tokenizers.items()}
+    fingerprints = {name: TextEncoder(tokenizer).fingerprint() for name, tokenizer in tokenizers.items()}
     assert len(set(fingerprints.values())) == len(tokenizers), fingerprints
 
 
 def test_the_fingerprint_changes_with_the_code(tokenizer, monkeypatch):
-    before = Encoder(tokenizer).fingerprint()
+    before = TextEncoder(tokenizer).fingerprint()
     read_text = Path.read_text
     monkeypatch.setattr(Path, "read_text", lambda path, *args: read_text(path, *args) + "# changed")
-    assert Encoder(tokenizer).fingerprint() != before
+    assert TextEncoder(tokenizer).fingerprint() != before
 
 
 # Bytes of tokens
@@ -267,7 +267,7 @@ def test_the_fingerprint_changes_with_the_code(tokenizer, monkeypatch):
 
 def check_bytes(tokenizer, texts=TEXTS):
     sizes = token_bytes(tokenizer)
-    for text, ids in zip(texts, Encoder(tokenizer)(texts), strict=True):
+    for text, ids in zip(texts, TextEncoder(tokenizer).encode(texts), strict=True):
         assert sizes[ids].sum() == len(text.encode()), text
 
 
@@ -288,7 +288,7 @@ def test_token_bytes_of_real_tokenizers_add_up(name):
 def test_a_space_that_the_tokenizer_puts_before_a_text_counts_as_one_byte():
     tokenizer = sentencepiece(prefix="▁", **SPECIAL)
     sizes = token_bytes(tokenizer)
-    for text, ids in zip(TEXTS, Encoder(tokenizer)(TEXTS), strict=True):
+    for text, ids in zip(TEXTS, TextEncoder(tokenizer).encode(TEXTS), strict=True):
         assert tokenizer.decode(ids[:-1]) == " " + text
         assert sizes[ids].sum() == 1 + len(text.encode())
 

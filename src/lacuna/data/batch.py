@@ -1,7 +1,7 @@
 """The contract between data and training: a document, a row, a micro-batch. Imports numpy and torch only.
 
 A document's loss mask travels in the sign of its ids, from the encoder through the token cache into a row: `hide` puts
-it there and `reveal` takes it out. So it cannot be lost, or shifted against the ids, on the way.
+it there, `reveal` takes it out. So it cannot be lost, or shifted against the ids, on the way.
 """
 
 import zlib
@@ -33,7 +33,7 @@ def reveal(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Row(NamedTuple):
-    """One row of the run, S = seq_len slots, and (but for what `assemble` knows) where the run stands with it."""
+    """One row of the run, S = seq_len slots."""
 
     ids: np.ndarray  # int32 [S]
     labels: np.ndarray  # int32 [S]
@@ -43,34 +43,30 @@ class Row(NamedTuple):
     epoch: float = 0.0
     dropped: int = 0  # documents without text met since the stream's last row
     stream: int = 0
-    state: tuple | None = None  # StreamState of the loader; None past the end of the data
+    state: dict | None = None  # the stream's StreamState; None past the end of the data
 
 
-def assemble(
-    pieces: list[tuple[np.ndarray, int, int]], seq_len: int, *, filler: int, mask_boundary: bool, place: int
-) -> Row:
-    """A row of these pieces: tokens start to end of a document, its mask in the sign.
+def assemble(pieces: list[tuple], seq_len: int, *, filler: int, mask_boundary: bool, place: int) -> Row:
+    """A row of pieces (ids with their mask hidden, start, end): tokens start to end of a document.
 
-    What is left over is a document of its own, of `filler`, that trains nothing. place is that in the global batch.
+    What is left over is a document of `filler` that trains nothing. place: of the row in its global batch.
     """
     ids = np.full(seq_len, filler, dtype=np.int32)
     labels = np.full(seq_len, IGNORE, dtype=np.int32)
     starts = []
     at = 0
     for document, start, end in pieces:
-        length = end - start
         # One token more than the piece: where a document is cut, the next piece's first is the last one's target.
         tokens, trained = reveal(document[start : end + 1])
-        ids[at : at + length] = tokens[:length]
+        ids[at : at + end - start] = tokens[: end - start]
         labels[at : at + len(tokens) - 1] = np.where(trained, tokens, IGNORE)[1:]
         if at and trained[0] and not mask_boundary:
             labels[at - 1] = tokens[0]
         starts.append(at)
-        at += length
+        at += end - start
     if at < seq_len:
         starts.append(at)
-    checksum = zlib.crc32(labels, zlib.crc32(ids, place))
-    return Row(ids, labels, np.asarray(starts), at, checksum)
+    return Row(ids, labels, np.asarray(starts), at, zlib.crc32(labels, zlib.crc32(ids, place)))
 
 
 class PackedBatch(NamedTuple):
@@ -88,7 +84,7 @@ class PackedBatch(NamedTuple):
     counts: dict[str, int]  # by name, to be added over micro-batches and ranks: see `collate`
 
     def to(self, device: torch.device) -> "PackedBatch":
-        """The same on a device; nothing waits for it."""
+        """The same on a device, which nothing waits for."""
         tensors = {key: value for key, value in self._asdict().items() if isinstance(value, torch.Tensor)}
         if device.type == "cuda":
             tensors = {key: value.pin_memory().to(device, non_blocking=True) for key, value in tensors.items()}
@@ -99,6 +95,7 @@ def collate(rows: list[Row], context_len: int) -> PackedBatch:
     """Lay rows end to end as one long sample, cutting documents to context_len."""
     seq_len = len(rows[0].ids)
     total = len(rows) * seq_len
+    ids = np.concatenate([row.ids for row in rows]).astype(np.int64)
     labels = np.concatenate([row.labels for row in rows]).astype(np.int64)
     begins = np.concatenate([row.starts + i * seq_len for i, row in enumerate(rows)])
     document, start, lengths = split_documents(np.diff(begins, append=total), context_len)
@@ -107,11 +104,11 @@ def collate(rows: list[Row], context_len: int) -> PackedBatch:
         "trained_tokens": int((labels != IGNORE).sum()),
         "tokens": sum(row.tokens for row in rows),
         "pairs": int((lengths**2).sum()),  # squared document lengths: what attention computes
-        "checksum": sum(row.checksum for row in rows),  # below 2**32 a row: sums stay exact in float64
+        "checksum": sum(row.checksum for row in rows),  # each below 2**32, so that sums are exact in float64
         "dropped": sum(row.dropped for row in rows),
     }
     return PackedBatch(
-        input_ids=torch.from_numpy(np.concatenate([row.ids for row in rows]).astype(np.int64)),
+        input_ids=torch.from_numpy(ids),
         labels=torch.from_numpy(labels),
         position_ids=torch.from_numpy(np.arange(total) - np.repeat(starts, lengths)),
         cu_seqlens=torch.from_numpy(np.append(starts, total).astype(np.int32)),

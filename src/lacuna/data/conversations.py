@@ -8,7 +8,6 @@ for headers or stop tokens in ids. Only then is it checked that every turn ends 
 import copy
 import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from threading import Lock
 
@@ -21,15 +20,6 @@ from lacuna.config import Config, ConfigError, Source, log
 from lacuna.data.batch import Tokens, hide
 from lacuna.data.tokenize import Encoder, TextEncoder, adds_bos, digest
 
-TEMPLATES = Path(__file__).parent / "templates"
-MARKS = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
-CURE = "put {% generation %} before and {% endgeneration %} after what the assistant writes, its stop token included"
-RENDERING = Lock()  # transformers keeps the mask that it is making in the template: one at a time
-# A prompt and a completion that are plain text go through the same machinery, as the simplest of chats.
-PLAIN = (
-    "{{ messages[0].content }}{% generation %}{{ messages[1].content }}"
-    "{% if not messages[1].content.endswith(eos_token) %}{{ eos_token }}{% endif %}{% endgeneration %}"
-)
 FORMATS = {  # recognised by these columns
     "messages": ["messages"],
     "conversations": ["conversations"],
@@ -38,19 +28,27 @@ FORMATS = {  # recognised by these columns
     "token ids": ["input_ids"],
 }
 OPTIONAL = ["tools", "system", "input", "labels", "assistant_masks", "completion_mask"]
-# Who speaks in ShareGPT's `from`; other names are roles already.
+# Names of speakers in `from` that are no roles.
 ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
+TEMPLATES = Path(__file__).parent / "templates"
+MARKS = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
+CURE = "put {% generation %} before and {% endgeneration %} after what the assistant writes, its stop token included"
+# A prompt and a completion that are plain text go through the same machinery, as the simplest of chats.
+PLAIN = (
+    "{{ messages[0].content }}{% generation %}{{ messages[1].content }}"
+    "{% if not messages[1].content.endswith(eos_token) %}{{ eos_token }}{% endif %}{% endgeneration %}"
+)
+NO_IDS = np.empty(0, dtype=np.int32)
+RENDERING = Lock()  # transformers keeps the mask that it is making in the template: one at a time
 
 
 def make_encoder(config: Config, tokenizer) -> Encoder:
     """The encoder of the run's task."""
-    if config.task == "sft":
-        return ChatEncoder(tokenizer, config)
-    return TextEncoder(tokenizer)
+    return ChatEncoder(tokenizer, config) if config.task == "sft" else TextEncoder(tokenizer)
 
 
 class ChatEncoder:
-    """The Encoder of conversations: of what it makes, only the assistant's turns are trained."""
+    """Conversations, of which the assistant's turns are trained."""
 
     def __init__(self, tokenizer, config: Config):
         self.tokenizer = copy.deepcopy(tokenizer)
@@ -70,8 +68,8 @@ class ChatEncoder:
 
     def stop_token(self) -> str:
         """What ends the turns that the template marks; ConfigError where the tokenizer has it not as one token."""
-        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "yes"}]
         try:
+            messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "yes"}]
             ids, mask = self.render(messages, self.template)
         except jinja2.TemplateError as error:
             raise ConfigError(f"data.chat_template: {error}") from None
@@ -81,12 +79,12 @@ class ChatEncoder:
             raise ConfigError(f"the turns that the chat template marks {problem}: {CURE}")
         return self.tokenizer.convert_ids_to_tokens(stop)
 
-    def columns(self, columns: list[str], source: Source) -> list[str]:
+    def columns(self, columns, source):
         row_format = recognise(columns, source)
         log.info("%s is read as %s", source.path, row_format)
         return [name for name in columns if name in FORMATS[row_format] + OPTIONAL]
 
-    def documents(self, batch: dict[str, list], source: Source, numbers: Sequence[int]) -> list[Tokens]:
+    def documents(self, batch, source, numbers):
         row_format = recognise(list(batch), source)
         documents = []
         for number, *values in zip(numbers, *batch.values(), strict=True):
@@ -96,30 +94,33 @@ class ChatEncoder:
             except ConfigError:
                 raise
             except Exception as error:  # whatever the shape of a row, or a template, brings about
-                place = f"{source.path}, row {number} with {', '.join(batch)}"
                 kind = "missing or null" if isinstance(error, KeyError) else type(error).__name__
-                problem = f"does not fit {row_format}: {kind}: {error}"
-                raise ConfigError(f"{place}, {problem}. Formats: {', '.join(FORMATS)}") from None
+                problem = f"row {number} with {', '.join(batch)}, does not fit {row_format}: {kind}: {error}"
+                raise ConfigError(f"{source.path}, {problem}. Formats: {', '.join(FORMATS)}") from None
         return documents
 
     def document(self, row: dict, row_format: str) -> Tokens:
-        """The document of a row, or an empty one with the reason why it is dropped."""
+        """What is trained of a row; without ids where it is dropped."""
         if row_format == "token ids":
-            ids, mask = read_ids(row)
-            return self.fit(ids, mask)
+            return self.fit(*read_ids(row))
         messages = read_messages(row, row_format)
         template = self.template
-        if is_plain(row):
+        if isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str) and not row.get("system"):
             messages[0]["content"] = self.bos + row["prompt"].removeprefix(self.bos)
             template = PLAIN
-        flags = [take_flag(message) for message in messages if message["role"] == "assistant"]
-        ids, mask = self.render(messages, template, read_tools(row))
-        turns = runs(mask)
+        flags = []
+        for message in messages:
+            flag = message.pop("train", True) and message.pop("weight", 1)  # templates see neither
+            if message["role"] == "assistant":
+                flags.append(flag)
+        ids, mask = self.render(messages, template, row.get("tools") or None)
+        # where a run of marked tokens begins and where it ends, [turns, 2]
+        turns = np.flatnonzero(np.diff(mask, prepend=False, append=False)).reshape(-1, 2)
         if len(turns) != len(flags) or not set(flags) <= {0, 1}:
             raise ValueError(f"{len(turns)} of {len(flags)} assistant turns are marked, with weights {flags} (0 or 1)")
         stops = np.flatnonzero(mask & (ids == self.eos))
         if stops.tolist() != [end - 1 for _, end in turns]:
-            return dropped("a stop token inside a turn, or none at its end")
+            return Tokens(NO_IDS, "dropped: a stop token inside a turn, or none at its end")
         for (begin, end), flag in zip(turns, flags, strict=True):
             mask[begin:end] = flag
         return self.fit(ids, mask)
@@ -128,55 +129,39 @@ class ChatEncoder:
         """Token ids [n] of the whole conversation, and what of them the template marks, bool [n]."""
         if template is None:
             raise ConfigError(self.problem)
+        if isinstance(tools, str):
+            tools = json.loads(tools) or None
         used = {"tools": tools, "tool_calls": any("tool_calls" in message for message in messages)}
         for key in used:
             if used[key] and key not in template:
                 raise ValueError(f"the chat template knows no {key}, which would be lost")
+        options = {"chat_template": template, "return_dict": True, "return_assistant_tokens_mask": True}
         with RENDERING:
-            out = self.tokenizer.apply_chat_template(
-                messages, tools=tools, chat_template=template, return_dict=True, return_assistant_tokens_mask=True
-            )
+            out = self.tokenizer.apply_chat_template(messages, tools=tools, **options)
         return np.asarray(out["input_ids"], dtype=np.int32), np.asarray(out["assistant_masks"], dtype=bool)
 
     def fit(self, ids: np.ndarray, mask: np.ndarray) -> Tokens:
-        """The document of these ids [n] that are trained where mask [n] says so, if it is at most seq_len long."""
+        """The document of ids [n] that are trained where mask [n] says so: at most seq_len of them."""
         note = ""
         if len(ids) > self.seq_len:
             if self.overlong == "error":
                 raise ValueError(f"{len(ids)} tokens, over train.seq_len {self.seq_len}; or set data.overlong")
             if self.overlong == "drop":
-                return dropped("longer than train.seq_len")
-            ids = ids[: self.seq_len]
-            mask = mask[: self.seq_len]
+                return Tokens(NO_IDS, "dropped: longer than train.seq_len")
             note = "truncated to train.seq_len"
-        if not mask[1:].any():  # nothing predicts a first token
-            return dropped("without a trained token")
-        return Tokens(hide(ids, mask), note)
+        if not mask[1 : self.seq_len].any():  # nothing predicts a first token
+            return Tokens(NO_IDS, "dropped: without a trained token")
+        return Tokens(hide(ids, mask)[: self.seq_len], note)
 
-    def fingerprint(self) -> str:
-        tokenizer = self.tokenizer.backend_tokenizer.to_str()
-        settings = [self.template, self.bos, self.tokenizer.special_tokens_map, self.overlong, self.seq_len]
-        return digest(tokenizer, settings, transformers.__version__, Path(__file__).read_text())
+    def fingerprint(self):
+        parts = [self.tokenizer.backend_tokenizer.to_str(), self.template, self.bos, self.tokenizer.special_tokens_map]
+        return digest(*parts, self.overlong, self.seq_len, transformers.__version__, Path(__file__).read_text())
 
     def adapt(self, tokenizer):
-        """End turns, and render chats, as in training."""
         tokenizer.eos_token = self.tokenizer.eos_token
         if self.given:  # plain Jinja, for programs that do not know the marks
-            plain = re.sub(MARKS, lambda mark: mark[1] + ("endif" if mark[2] else "if true") + mark[3], self.template)
-            tokenizer.chat_template = plain
-
-
-def dropped(reason: str) -> Tokens:
-    return Tokens(np.empty(0, dtype=np.int32), f"dropped: {reason}")
-
-
-def runs(mask: np.ndarray) -> np.ndarray:
-    """Where each run of trues in a mask [n] begins and ends, int [runs, 2]."""
-    edges = np.diff(mask, prepend=False, append=False)  # [n + 1], true where a run begins, and behind its end
-    return np.flatnonzero(edges).reshape(-1, 2)
-
-
-# Rows: which format, and from it to messages or ids
+            plain = {None: "if true", "end": "endif"}
+            tokenizer.chat_template = MARKS.sub(lambda mark: mark[1] + plain[mark[2]] + mark[3], self.template)
 
 
 def recognise(columns: list[str], source: Source) -> str:
@@ -190,9 +175,17 @@ def without_nulls(value):
     """A copy without the nulls that Arrow puts into structs whose keys differ from row to row."""
     if isinstance(value, dict):
         return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
-    if isinstance(value, list):
-        return [without_nulls(inner) for inner in value]
-    return value
+    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
+def read_ids(row: dict) -> tuple[np.ndarray, np.ndarray]:
+    """Ids [n] and mask [n] of a row that is tokenised, with labels (-100: not trained), or a mask, or neither."""
+    ids = np.asarray(row["input_ids"], dtype=np.int32)
+    labels = np.asarray(row.get("labels", ids))
+    mask = np.asarray(row.get("assistant_masks", row.get("completion_mask", labels != -100)), dtype=bool)
+    if len(mask) != len(ids) or ((labels != ids) & (labels != -100)).any():
+        raise ValueError("a mask of another length, or a label that is neither -100 nor the token at its own place")
+    return ids, mask
 
 
 def read_messages(row: dict, row_format: str) -> list[dict]:
@@ -209,43 +202,36 @@ def read_messages(row: dict, row_format: str) -> list[dict]:
 
 
 def read_prompt(row: dict) -> list[dict]:
-    """Prompt and completion, each of them text or messages; only the completion is trained."""
-    prompt = row["prompt"]
-    completion = row["completion"]
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    if isinstance(completion, str):
-        completion = [{"role": "assistant", "content": completion}]
-    return [turn | {"train": False} for turn in prompt] + completion
+    """Prompt and completion, each text or messages; only the completion is trained."""
+    prompt = as_turns(row["prompt"], "user")
+    return [turn | {"train": False} for turn in prompt] + as_turns(row["completion"], "assistant")
 
 
-def is_plain(row: dict) -> bool:
-    """Whether a row is a prompt and a completion that no chat template is meant for."""
-    return isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str) and not row.get("system")
+def as_turns(said: str | list[dict], role: str) -> list[dict]:
+    return [{"role": role, "content": said}] if isinstance(said, str) else said
 
 
 def read_instruction(row: dict) -> list[dict]:
-    """Alpaca's instruction and input, with an empty line between them, and its output."""
-    asked = row["instruction"]
-    if row.get("input"):
-        asked = f"{asked}\n\n{row['input']}"
-    return [{"role": "user", "content": asked}, {"role": "assistant", "content": row["output"]}]
+    """Alpaca's: instruction and input with an empty line between them, and output."""
+    asked = "\n\n".join(filter(None, [row["instruction"], row.get("input")]))
+    return as_turns(asked, "user") + as_turns(row["output"], "assistant")
 
 
 def read_turn(turn: dict) -> dict:
-    """A turn in ShareGPT's words or OpenAI's, as one of OpenAI's messages."""
+    """A turn in OpenAI's words, or in ShareGPT's, as one of OpenAI's messages."""
     if "from" in turn:
         turn = read_shared(turn)
     content = turn.pop("content", "")
     if not isinstance(content, str):
         content = "".join(part["text"] for part in content)
-    calls = turn.pop("tool_calls", [])
+    calls = turn.pop("tool_calls", None)
+    if not calls:
+        return turn | {"content": content}
     for call in calls:
         function = call.get("function", call)
         if isinstance(function["arguments"], str):  # else a template would quote it a second time
             function["arguments"] = json.loads(function["arguments"] or "{}")
-    message = turn | {"content": content}
-    return message | {"tool_calls": calls} if calls else message
+    return turn | {"content": content, "tool_calls": calls}
 
 
 def read_shared(turn: dict) -> dict:
@@ -261,35 +247,6 @@ def read_shared(turn: dict) -> dict:
     return turn | {"tool_calls": [{"type": "function", "function": call} for call in calls]}
 
 
-def read_tools(row: dict) -> list | None:
-    """The tools of a row, which may be JSON; None where there is none."""
-    tools = row.get("tools")
-    if isinstance(tools, str):
-        tools = json.loads(tools or "null")
-    return tools or None
-
-
-def take_flag(message: dict) -> float:
-    """What a message says of its training, which no template should see: 1, or 0 where it is only context."""
-    trained = message.pop("train", True)
-    weight = message.pop("weight", 1)
-    return weight if trained else 0
-
-
-def read_ids(row: dict) -> tuple[np.ndarray, np.ndarray]:
-    """Ids [n] and mask [n] of a row that is tokenised, with labels (-100: not trained), or a mask, or neither."""
-    ids = np.asarray(row["input_ids"], dtype=np.int32)
-    labels = np.asarray(row.get("labels", ids))
-    mask = row.get("assistant_masks", row.get("completion_mask", labels != -100))
-    mask = np.asarray(mask, dtype=bool)
-    if len(mask) != len(ids) or ((labels != ids) & (labels != -100)).any():
-        raise ValueError("a mask of another length, or a label that is neither -100 nor the token at its own place")
-    return ids, mask
-
-
-# Templates
-
-
 def training_template(tokenizer, given: str | None) -> str:
     """The template with marks: the user's, else the tokenizer's own, else the one of lacuna's that renders the same.
 
@@ -297,7 +254,12 @@ def training_template(tokenizer, given: str | None) -> str:
     """
     shipped = {file.stem: file.read_text() for file in sorted(TEMPLATES.glob("*.jinja"))}
     if given is not None:
-        return read_template(given, shipped)
+        if "{" not in given and given not in shipped and not Path(given).is_file():
+            raise ConfigError(f"data.chat_template {given}: no such file, no Jinja text, none of {', '.join(shipped)}")
+        template = given if "{" in given else shipped.get(given) or Path(given).read_text()
+        if not MARKS.search(template):
+            raise ConfigError(f"data.chat_template has no marks: {CURE}")
+        return template
     name = tokenizer.name_or_path
     if not tokenizer.chat_template:
         raise LookupError(f"{name} has no chat template: set data.chat_template to a file or one of {list(shipped)}")
@@ -305,33 +267,18 @@ def training_template(tokenizer, given: str | None) -> str:
     if MARKS.search(own):
         return own
     probes = json.loads((TEMPLATES / "probes.json").read_text())
+    wanted = [rendered(tokenizer, own, probe) for probe in probes]
     for template in shipped.values():
-        if all(rendered(tokenizer, template, probe) == rendered(tokenizer, own, probe) for probe in probes):
+        if [rendered(tokenizer, template, probe) for probe in probes] == wanted:
             return template
     problem = f"{name}'s chat template has no marks, and none of lacuna's ({', '.join(shipped)}) renders the same"
     raise LookupError(f"{problem}: copy it to a file, {CURE}, and set data.chat_template to that file")
 
 
-def read_template(given: str, shipped: dict[str, str]) -> str:
-    """The user's template: Jinja text, the name of one that ships, or a file."""
-    if "{" in given:
-        template = given
-    elif given in shipped:
-        template = shipped[given]
-    elif Path(given).is_file():
-        template = Path(given).read_text()
-    else:
-        raise ConfigError(f"data.chat_template {given}: no such file, no Jinja text, none of {', '.join(shipped)}")
-    if not MARKS.search(template):
-        raise ConfigError(f"data.chat_template has no marks: {CURE}")
-    return template
-
-
 def rendered(tokenizer, template: str, probe: dict) -> str | None:
-    """The text of a probe, or None where a template refuses it: tools, or a system turn."""
+    """The text of a probe, or None where the template refuses it: tools, or a system turn."""
+    options = {"tools": probe.get("tools"), "chat_template": template}
     try:
-        return tokenizer.apply_chat_template(
-            probe["messages"], tools=probe.get("tools"), chat_template=template, tokenize=False
-        )
+        return tokenizer.apply_chat_template(probe["messages"], tokenize=False, **options)
     except Exception:
         return None

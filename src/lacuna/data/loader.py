@@ -1,10 +1,9 @@
 """Documents to rows, rows to `PackedBatch`: the one order of data, whatever the hardware.
 
 A virtual stream draws a window of documents, packs it, shuffles the rows and emits them. Row p of the run is the next
-row of stream p mod V. A rank (and each of its workers) takes every n-th row and reads only the streams that those rows
-come from, so the order of rows depends on (seed, data, mixture) alone. Map-style data is one stream of indices that
-everyone plans and nobody reads twice. The state of a stream is where its window began; it travels with every row, so
-what is prefetched never counts as consumed, and how many of the window's rows are gone follows from the row's number.
+row of stream p mod V. A rank, and each of its workers, takes every n-th row and reads the streams of those alone: so
+the order depends on (seed, data, mixture). Map-style data is one stream of indices, which everyone plans. A stream's
+state is where its window began. It travels with every row, so that what is prefetched never counts as consumed.
 """
 
 import copy
@@ -13,13 +12,13 @@ import math
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from lacuna.config import Config, ConfigError, Source, log, nearest_multiple
+from lacuna.config import Config, ConfigError, log
 from lacuna.data.batch import PackedBatch, Row, assemble, collate
 from lacuna.data.pack import best_fit, split_documents
 from lacuna.data.sources import Cursor, MapSource, StreamSource
@@ -31,76 +30,34 @@ STREAM_WINDOW = (8, 512)  # rows in a stream's first and largest windows: starts
 PREFETCH = 3  # micro-batches made ahead
 
 
-class StreamState(NamedTuple):
-    """Where a window of a virtual stream begins: what it takes to draw it again, on any number of ranks."""
+@dataclass
+class StreamState:
+    """Where a window of a stream began: enough to draw it again. `asdict` makes JSON of it, for a checkpoint."""
 
     cursors: list[Cursor]  # one a source
-    drawn: list[int]  # tokens drawn from each source, which decides whose turn it is in a mixture
-    window: int  # its number, which seeds its shuffle
-    row: int  # rows of the stream before it
-
-
-class Progress(NamedTuple):
-    """What of a run is consumed."""
-
-    rows: int  # of all ranks
-    streams: dict[int, StreamState]  # of each stream the window that its last row came from
-
-    def to_json(self) -> dict:
-        """As it stands in a checkpoint."""
-        streams = {}
-        for number, state in self.streams.items():
-            cursors = [cursor._asdict() for cursor in state.cursors]
-            streams[str(number)] = state._asdict() | {"cursors": cursors}
-        return {"rows": self.rows, "streams": streams}
-
-    @classmethod
-    def from_json(cls, saved: dict) -> "Progress":
-        """What `to_json` made, also of several ranks (`merge_states`)."""
-        streams = {}
-        for number, state in saved["streams"].items():
-            cursors = [Cursor(**cursor) for cursor in state["cursors"]]
-            streams[int(number)] = StreamState(**state | {"cursors": cursors})
-        return cls(saved["rows"], streams)
-
-
-def merge_states(states: list[dict]) -> dict:
-    """One `Loader.state` of those of all ranks: of each stream the latest window, since a reader skips ahead in it."""
-    latest = {}
-    for state in states:
-        for number, stream in state["streams"].items():
-            if number not in latest or stream["row"] > latest[number]["row"]:
-                latest[number] = stream
-    return {"rows": states[0]["rows"], "streams": latest}
-
-
-class Piece(NamedTuple):
-    """Tokens start to end of a document."""
-
-    source: int
-    key: int | np.ndarray  # of the document in its source
-    start: int
-    end: int
+    drawn: list[int]  # tokens drawn from each source: decides whose turn it is in a mixture
+    window: int = 0  # its number, which seeds its shuffle
+    row: int = 0  # rows of the stream before it
 
 
 class RowPlan(NamedTuple):
-    """What a row will be made of, before any token is loaded. The default is a row past the end of the data."""
+    """What a row is made of; no token is loaded yet. By default, a row past the end of the data."""
 
     row: int = -1  # its number in the stream
-    pieces: Sequence[Piece] = ()
+    pieces: Sequence[tuple] = ()  # (source, key, start, end): tokens start to end of a document
     epoch: float = 0.0
     dropped: int = 0
-    stream: int = 0
-    state: StreamState | None = None
+    state: dict | None = None  # StreamState as JSON
 
 
 class Stream:
-    """One virtual stream: it draws documents, packs them, and says of what its rows will be made."""
+    """One virtual stream, from a StreamState on (JSON; None: from its beginning)."""
 
-    def __init__(self, data: "RowDataset", number: int, state: StreamState | None):
-        if state is None:
-            sources = len(data.sources)
-            state = StreamState([Cursor()] * sources, [0] * sources, window=0, row=0)
+    def __init__(self, data: "RowDataset", number: int, saved: dict | None):
+        state = StreamState([Cursor()] * len(data.sources), [0] * len(data.sources))
+        if saved:
+            state = StreamState(**saved)
+            state.cursors = [Cursor(**cursor) for cursor in saved["cursors"]]
         self.data = data
         self.number = number
         self.drawn = list(state.drawn)
@@ -111,111 +68,99 @@ class Stream:
         self.lookahead = [next(reader) for reader in self.readers]  # the next document of each source
 
     def __iter__(self) -> Iterator[RowPlan]:
-        """The rows in order, up to the last epoch's end. The first is that of `state.row`."""
-        counted = 0  # documents without text
+        """Its rows, up to the end of the last epoch."""
+        counted = 0
         while min(document.epoch for document in self.lookahead) < self.data.epochs:
             cursors = [document.cursor for document in self.lookahead]
-            state = StreamState(cursors, list(self.drawn), self.window, self.row)
+            state = asdict(StreamState(cursors, self.drawn, self.window, self.row))
             begin = max(document.epoch for document in self.lookahead)
             rows = self.draw_window()
             end = max(document.epoch for document in self.lookahead)
-            # The window's first row has the documents without text met since the last window. Nothing is counted twice
-            # where a run goes on: then the first row is consumed already.
+            # reported by the window's first row, which is consumed where a run goes on: so none is counted twice
             dropped = sum(document.dropped for document in self.lookahead) - counted
             counted += dropped
             for i, pieces in enumerate(rows, 1):
-                epoch = begin + (end - begin) * i / len(rows)
-                yield RowPlan(self.row, pieces, epoch, dropped, self.number, state)
+                yield RowPlan(self.row, pieces, begin + (end - begin) * i / len(rows), dropped, state)
                 self.row += 1
                 dropped = 0
 
-    def draw_window(self) -> list[list[Piece]]:
-        """The rows of the next window."""
-        sources, keys, lengths = self.draw_documents()
-        document, start, length = split_documents(np.asarray(lengths), self.data.seq_len)
+    def draw_window(self) -> list[list[tuple]]:
+        """The pieces of each row of the next window."""
+        documents = self.draw_documents()
+        lengths = np.asarray([length for _, _, length in documents])
+        which, starts, sizes = split_documents(lengths, self.data.seq_len)
         pieces = []
-        for d, begin, end in zip(document.tolist(), start.tolist(), (start + length).tolist(), strict=True):
-            pieces.append(Piece(sources[d], keys[d], begin, end))
-        rows = best_fit(length, self.data.seq_len)
-        order = np.random.default_rng([self.data.seed, self.number, self.window]).permutation(len(rows))
+        for document, start, size in zip(which.tolist(), starts.tolist(), sizes.tolist(), strict=True):
+            source, key, _ = documents[document]
+            pieces.append((source, key, start, start + size))
+        rows = best_fit(sizes, self.data.seq_len)
+        generator = np.random.default_rng([self.data.seed, self.number, self.window])
         self.window += 1
         shuffled = []
-        for row in order:
-            shuffled.append([pieces[p] for p in rows[row]])
+        for row in generator.permutation(len(rows)):
+            shuffled.append([pieces[piece] for piece in rows[row]])
         return shuffled
 
-    def draw_documents(self) -> tuple[list[int], list, list[int]]:
-        """Source, key and length of the next window's documents: always from the source furthest behind its weight."""
-        sources = []
-        keys = []
-        lengths = []
-        tokens = math.inf
+    def draw_documents(self) -> list[tuple]:
+        """(source, key, length) of the next window's documents, each from the source furthest behind its weight."""
+        documents = []
+        full = math.inf
         if not self.data.map_style:
             rows = min(STREAM_WINDOW[0] << self.window, STREAM_WINDOW[1])
-            tokens = sum(self.drawn) + rows * self.data.seq_len
+            full = sum(self.drawn) + rows * self.data.seq_len
         next_epoch = int(self.lookahead[0].epoch) + 1
-        while len(keys) < self.data.window_documents and sum(self.drawn) < tokens:
+        while len(documents) < self.data.window_documents and sum(self.drawn) < full:
             source = min(range(len(self.drawn)), key=lambda i: self.drawn[i] / self.data.weights[i])
             document = self.lookahead[source]
-            self.lookahead[source] = next(self.readers[source])
+            documents.append((source, document.key, document.length))
             self.drawn[source] += document.length
-            sources.append(source)
-            keys.append(document.key)
-            lengths.append(document.length)
+            self.lookahead[source] = next(self.readers[source])
             if len(self.lookahead) == 1 and self.lookahead[0].epoch >= next_epoch:
                 break  # a window ends with the epoch: no row mixes two
-        return sources, keys, lengths
+        return documents
 
 
 class RowDataset(IterableDataset):
-    """The rows of one rank, split over its loader workers: row p for p = rows + rank, rows + rank + ranks, …
+    """The rows of one rank, split over its workers: row p for p = rank, rank + ranks, …
 
-    epochs, limit: after so many epochs or rows come rows that train nothing. share: see MapSource.
+    What comes after that many epochs, or after row `limit`, trains nothing. share: see MapSource.
     """
 
     def __init__(
-        self,
-        config: Config,
-        sources: list[Source],
-        encoder: Encoder,
-        *,
-        rank: int,
-        ranks: int,
-        epochs: int | None = None,
-        limit: float = math.inf,
-        share: tuple[float, float] = (0.0, 1.0),
+        self, config: Config, sources, encoder: Encoder, *, rank, ranks, epochs=None, limit=math.inf, share=(0, 1)
     ):
         self.seed = config.seed
         self.seq_len = config.train.seq_len
         self.batch_rows = config.train.global_batch_size
-        self.mask_boundary = config.data.mask_boundary
-        self.filler = encoder.eos
+        self.options = {"filler": encoder.eos, "mask_boundary": config.data.mask_boundary}
         self.rank = rank
         self.ranks = ranks
         self.epochs = epochs or math.inf
         self.limit = limit
-        self.progress = Progress(0, {})
-        self.map_style = not any(source.streaming for source in sources)
+        self.state = {"rows": 0, "streams": {}}  # see Loader
+        # without weights all sources are one
         groups = [[source] for source in sources] if sources[0].weight else [sources]
         self.weights = [group[0].weight or 1.0 for group in groups]
         self.sources = []
         for i, group in enumerate(groups):
-            seed = [self.seed, i]
             if group[0].streaming:
-                self.sources.append(StreamSource(group[0], encoder, seed=seed))
+                source = StreamSource(group[0], encoder, [self.seed, i])
             else:
-                self.sources.append(MapSource(group, encoder, seed=seed, cache=config.data.cache, share=share))
-        self.window_documents = math.inf
+                source = MapSource(group, encoder, [self.seed, i], cache=config.data.cache, share=share)
+            self.sources.append(source)
+        self.map_style = not any(source.streaming for source in sources)
         self.num_streams = 1
-        if self.map_style:  # at most about an epoch: rows are shuffled in a window, and documents must not wait long
-            self.window_documents = min(MAP_WINDOW, sum(len(source.documents) for source in self.sources))
+        self.window_documents = math.inf
+        if self.map_style:
+            # At most about an epoch: rows are shuffled inside a window, and documents must not wait long.
+            self.window_documents = min(MAP_WINDOW, sum(source.most_streams for source in self.sources))
         else:
-            asked = config.data.num_streams
-            most = min(source.most_streams for source in self.sources)
-            if asked and asked > most and sources == config.data.sources:
-                few = min(self.sources, key=lambda source: source.most_streams).inventory
-                raise ConfigError(f"data.num_streams {asked} is too many for a source of {few}: use at most {most}")
-            self.num_streams = min(asked or 64, most)
+            asked = config.data.num_streams or 64
+            self.num_streams = min(asked, *(source.most_streams for source in self.sources))
+            # by default, and for held-out data, there may be fewer
+            if config.data.num_streams and self.num_streams < asked and sources == config.data.sources:
+                problem = f"data.num_streams {asked} exceeds the shards (or documents) of a source"
+                raise ConfigError(f"{problem}: use at most {self.num_streams}")
 
     @property
     def inventory(self) -> list[str]:
@@ -224,71 +169,58 @@ class RowDataset(IterableDataset):
 
     @property
     def notes(self) -> Counter:
-        """Documents by what became of them, as far as is known."""
+        """How many documents became what; of streams nothing is known."""
         return sum((source.notes for source in self.sources), Counter())
 
     def count_rows(self) -> int:
         """Rows of all epochs of map-style data, from the lengths alone."""
         return sum(1 for _ in Stream(self, 0, None))
 
-    def resumed(self, progress: Progress) -> "RowDataset":
-        """The same rows, without those that are consumed."""
+    def resumed(self, state: dict) -> "RowDataset":
+        """The same rows from a Loader's state on."""
         dataset = copy.copy(self)
-        dataset.progress = progress
+        dataset.state = state
         return dataset
 
     def __iter__(self) -> Iterator[Row]:
-        worker = 0
-        workers = 1
-        info = get_worker_info()
-        if info is not None:
-            worker = info.id
-            workers = info.num_workers
+        readers = self.ranks
+        first = self.state["rows"] + self.rank
+        worker = get_worker_info()
+        if worker:
+            readers = self.ranks * worker.num_workers
+            first += self.ranks * worker.id
         streams = {}
-        first = self.progress.rows + self.rank + self.ranks * worker
-        for position in itertools.count(first, self.ranks * workers):
+        for position in itertools.count(first, readers):
             row, number = divmod(position, self.num_streams)
             if number not in streams:
-                streams[number] = iter(Stream(self, number, self.progress.streams.get(number)))
+                streams[number] = iter(Stream(self, number, self.state["streams"].get(str(number))))
             plan = RowPlan()
             if position < self.limit:
                 plan = skip_to(row, streams[number])
-            yield self.load(plan, position)
-
-    def load(self, plan: RowPlan, position: int) -> Row:
-        """The row of a plan, at this position of the run."""
-        pieces = []
-        for piece in plan.pieces:
-            pieces.append((self.sources[piece.source].load(piece.key), piece.start, piece.end))
-        row = assemble(
-            pieces,
-            self.seq_len,
-            filler=self.filler,
-            mask_boundary=self.mask_boundary,
-            place=position % self.batch_rows,
-        )
-        return row._replace(epoch=plan.epoch, dropped=plan.dropped, stream=plan.stream, state=plan.state)
+            pieces = [(self.sources[source].load(key), start, end) for source, key, start, end in plan.pieces]
+            packed = assemble(pieces, self.seq_len, place=position % self.batch_rows, **self.options)
+            yield packed._replace(epoch=plan.epoch, dropped=plan.dropped, stream=number, state=plan.state)
 
 
 def skip_to(row: int, plans: Iterator[RowPlan]) -> RowPlan:
-    """The plan of a stream's row. Those before it are other readers', or consumed."""
+    """The plan of a stream's row; those before it are other readers', or consumed."""
     for plan in plans:
         if plan.row == row:
             return plan
-    return RowPlan()  # past the end of the data
+    return RowPlan()
 
 
 class Loader:
-    """The micro-batches of one rank, prepared ahead by a thread (and by worker processes, if there are to be any).
+    """The micro-batches of one rank, made ahead by a thread (and worker processes, if there are any).
 
-    state: begin after what that of `merge_states` says. context_len: longest piece that attention sees; it grows to
-    seq_len over context_warmup_steps.
+    context_len: longest piece that attention sees; it grows to seq_len in context_warmup_steps.
+    state: go on after what was handed out then, by one rank or by all (`merge_states`).
     """
 
     def __init__(
         self,
         dataset: RowDataset,
-        device: torch.device,
+        device,
         *,
         micro_batch_size: int,
         accumulation: int = 1,
@@ -304,74 +236,59 @@ class Loader:
         self.shortest = context_len or dataset.seq_len
         self.warmup = context_warmup_steps
         if workers is None:
-            workers = 0 if dataset.map_style else 1
-        warn_of_double_work(dataset, workers)
-        self.consumed = Progress.from_json(state) if state else Progress(0, {})
-        self.prepared = self.consumed  # by the thread, so ahead of what is consumed
-        options = {}
+            workers = int(not dataset.map_style)
+        readers = dataset.ranks * max(1, workers)
+        if dataset.rank == 0 and dataset.num_streams % readers and not dataset.map_style:
+            problem = f"{dataset.num_streams} virtual streams do not divide over {readers} readers (ranks x workers)"
+            times = readers // math.gcd(dataset.num_streams, readers)
+            log.warning("data: %s, so each is read %d times; a multiple of %d would be fast", problem, times, readers)
+        # Rows of the run that are consumed, and of each stream the window that its last one is from; JSON.
+        self.state = state or {"rows": 0, "streams": {}}
+        self.prepared = self.state  # by the thread, so ahead of it
+        options = {"batch_size": None, "num_workers": workers, "worker_init_fn": ignore_signals}
         if workers:
-            options = {"multiprocessing_context": "spawn", "prefetch_factor": 2 * micro_batch_size}
-        rows = DataLoader(
-            dataset.resumed(self.consumed),
-            batch_size=None,
-            num_workers=workers,
-            collate_fn=Row._make,  # a row as it is: torch's own would make tensors of its arrays
-            worker_init_fn=ignore_signals,
-            **options,
-        )
-        self.rows = iter(rows)
+            options |= {"multiprocessing_context": "spawn", "prefetch_factor": 2 * micro_batch_size}
+        # Row._make leaves a row as it is: torch's own function would make tensors of its arrays.
+        self.rows = iter(DataLoader(dataset.resumed(self.state), collate_fn=Row._make, **options))
         self.thread = ThreadPoolExecutor(max_workers=1)
         self.ready = deque(self.thread.submit(self.prepare) for _ in range(PREFETCH))
 
-    @property
-    def state(self) -> dict:
-        """Where this rank stands after what was handed out, as JSON. `merge_states` makes the run's of all ranks'."""
-        return self.consumed.to_json()
-
     def step(self) -> list[PackedBatch]:
-        """This rank's micro-batches of the next optimizer step, on the device."""
+        """The micro-batches of the next optimizer step."""
         return [self.next() for _ in range(self.accumulation)]
 
     def next(self) -> PackedBatch:
-        """The next micro-batch on the device. Raises what went wrong in the thread or a worker."""
-        batch, self.consumed = self.ready.popleft().result()
+        """The next micro-batch, on the device. Raises what went wrong in the thread or a worker."""
+        batch, self.state = self.ready.popleft().result()
         self.ready.append(self.thread.submit(self.prepare))
         return batch.to(self.device)
 
-    def prepare(self) -> tuple[PackedBatch, Progress]:
-        """In the thread: the next micro-batch, and what is consumed with it."""
+    def prepare(self) -> tuple[PackedBatch, dict]:
+        """In the thread: a micro-batch, and the state after it."""
         try:
             rows = list(itertools.islice(self.rows, self.micro_batch_size))
         except ConfigError as error:  # a worker's comes with its traceback
             raise ConfigError(str(error).strip().rpartition("ConfigError: ")[2]) from None
-        batch = collate(rows, self.context_len(self.prepared.rows))
-        streams = dict(self.prepared.streams)
-        for row in rows:
-            if row.state is not None:
-                streams[row.stream] = row.state
-        self.prepared = Progress(self.prepared.rows + len(rows) * self.dataset.ranks, streams)
+        done = self.prepared["rows"]
+        batch = collate(rows, self.context_len(done // self.dataset.batch_rows))
+        streams = self.prepared["streams"] | {str(row.stream): row.state for row in rows if row.state}
+        self.prepared = {"rows": done + len(rows) * self.dataset.ranks, "streams": streams}
         return batch, self.prepared
 
-    def context_len(self, rows: int) -> int:
-        """Longest document piece at the step that begins after `rows` rows of the run (arXiv 2503.15450)."""
-        grown = 0.0
-        if self.warmup:
-            grown = min(1, rows // self.dataset.batch_rows / self.warmup)
+    def context_len(self, step: int) -> int:
+        """Longest piece of a document at a step (arXiv 2503.15450)."""
+        grown = min(1, step / self.warmup) if self.warmup else 0
         return self.shortest + int((self.dataset.seq_len - self.shortest) * grown)
 
     def close(self):
         self.thread.shutdown(cancel_futures=True)
 
 
-def warn_of_double_work(dataset: RowDataset, workers: int):
-    """Say once where streams do not divide over the readers: then some are read several times."""
-    readers = dataset.ranks * max(1, workers)
-    streams = dataset.num_streams
-    if dataset.map_style or dataset.rank > 0 or streams % readers == 0:
-        return
-    times = readers // math.gcd(streams, readers)
-    cure = f"num_shards of {nearest_multiple(streams, readers)} would divide"
-    if streams > readers:
-        cure += f", data.num_streams = {streams // readers * readers} would be fast"
-    problem = f"{streams} virtual streams do not divide over {readers} readers (ranks x workers)"
-    log.warning("data: %s, so each is read %d times; %s", problem, times, cure)
+def merge_states(states: list[dict]) -> dict:
+    """One state of those of all ranks: of each stream the latest window, since a reader skips ahead inside it."""
+    latest = {}
+    for state in states:
+        for number, stream in state["streams"].items():
+            if number not in latest or stream["row"] > latest[number]["row"]:
+                latest[number] = stream
+    return {"rows": states[0]["rows"], "streams": latest}

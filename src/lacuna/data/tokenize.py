@@ -19,32 +19,31 @@ from lacuna.data.batch import Tokens
 
 
 class Encoder(Protocol):
-    """What makes documents of a dataset's rows. Picklable, so that loader workers can have their own."""
+    """What makes documents of rows. Picklable, so that loader workers can have their own."""
 
-    eos: int  # ends documents or turns; also fills what is left of a row
+    eos: int  # ends documents or turns, and fills what is left of a row
 
     def columns(self, columns: list[str], source: Source) -> list[str]:
         """Those columns that it reads; ConfigError where it can read none."""
 
     def documents(self, batch: dict[str, list], source: Source, numbers: Sequence[int]) -> list[Tokens]:
-        """The document of each row. ConfigError with the row's number where it cannot be read."""
+        """The document of each row; ConfigError with the row's number where it has no right shape."""
 
     def fingerprint(self) -> str:
-        """Changes with anything that could change a token or its mask: part of the token cache's key."""
+        """Changes with anything that could change a token or a mask, and so makes the token cache anew."""
 
     def adapt(self, tokenizer):
-        """Make the model's own tokenizer, which is exported, end documents or turns as in training."""
+        """Make the model's own tokenizer end documents, or turns, as in training."""
 
 
 class TextEncoder:
-    """The Encoder of plain text: every token is trained."""
+    """Plain text, of which every token is trained."""
 
     def __init__(self, tokenizer):
         if tokenizer.eos_token_id is None:
             raise ConfigError(f"model.tokenizer {tokenizer.name_or_path} has no EOS token: set one in its folder")
         self.eos = tokenizer.eos_token_id
-        self.bos = tokenizer.bos_token_id if adds_bos(tokenizer) else None
-        # a copy: the tokenizer given keeps its truncation and padding
+        self.bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
         self.backend = copy.deepcopy(tokenizer).backend_tokenizer
         self.backend.no_truncation()
         self.backend.no_padding()
@@ -54,12 +53,8 @@ class TextEncoder:
         self.backend.encode_special_tokens = True  # at every call: a copy in a worker has lost it
         # twice the speed of the tokenizer's own call: no offsets, no masks
         encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
-        head = [] if self.bos is None else [self.bos]
-        documents = []
-        for encoding in encodings:
-            ids = encoding.ids
-            documents.append(np.asarray([*head, *ids, self.eos] if ids else [], dtype=np.int32))
-        return documents
+        tokens = [encoding.ids for encoding in encodings]
+        return [np.asarray(ids and [*self.bos, *ids, self.eos], dtype=np.int32) for ids in tokens]
 
     def columns(self, columns: list[str], source: Source) -> list[str]:
         if source.column not in columns:
@@ -67,19 +62,23 @@ class TextEncoder:
         return [source.column]
 
     def documents(self, batch: dict[str, list], source: Source, numbers: Sequence[int]) -> list[Tokens]:
-        values = batch[source.column]
-        for number, value in zip(numbers, values, strict=True):
+        texts = []
+        for number, value in zip(numbers, batch[source.column], strict=True):
             if not isinstance(value, str | None):
                 found = f"row {number} of {source.column!r} holds {type(value).__name__}"
                 raise ConfigError(f"data.sources {source.path}: {found}, not text")
-        documents = self.encode([value or "" for value in values])
-        return [Tokens(ids) if len(ids) else Tokens(ids, "dropped: no text") for ids in documents]
+            texts.append(value or "")
+        return [Tokens(ids, "" if len(ids) else "dropped: no text") for ids in self.encode(texts)]
 
     def fingerprint(self) -> str:
         return digest(self.backend.to_str(), self.bos, self.eos, Path(__file__).read_text())
 
     def adapt(self, tokenizer):
-        """Nothing to do: documents end with the tokenizer's own EOS."""
+        """Nothing: its EOS ends documents already."""
+
+
+def digest(*parts) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
 def load_tokenizer(model: ModelConfig):
@@ -99,26 +98,21 @@ def adds_bos(tokenizer) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
-def digest(*parts) -> str:
-    """A hash of everything that could change a token."""
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
-
-
 def token_bytes(tokenizer) -> np.ndarray:
     """UTF-8 bytes that each token stands for, int64 [vocabulary]; special tokens stand for none.
 
     With it, bits per byte counts the bytes of exactly the tokens that were predicted, packed or cut.
     """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    byte_level = backend is not None and "ByteLevel" in f"{backend.pre_tokenizer} {backend.decoder}"
+    backend = tokenizer.backend_tokenizer
+    byte_level = "ByteLevel" in f"{backend.pre_tokenizer} {backend.decoder}"
     vocabulary = tokenizer.get_vocab()
     sizes = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)
     for token, index in vocabulary.items():
         if byte_level and index not in tokenizer.added_tokens_decoder:
             sizes[index] = len(token)  # byte-level BPE writes each byte as one character
         elif re.fullmatch(r"<0x[0-9A-F]{2}>", token):
-            sizes[index] = 1  # SentencePiece: one byte
+            sizes[index] = 1  # SentencePiece: a byte without a token of its own
         else:
-            sizes[index] = len(token.replace("▁", " ").encode())  # SentencePiece: ▁ is a space
+            sizes[index] = len(token.replace("▁", " ").encode())  # and ▁ for a space
     sizes[tokenizer.all_special_ids] = 0
     return sizes
