@@ -233,8 +233,3 @@ def test_on_a_gpu_packed_equals_alone_within_bfloat16(name, attention, options, 
     assert_packed_equals_alone(
         model_folder(name), "--model.attention", attention, *options, device="cuda", tolerance=4e-3
     )
-
-
-def test_fp8_is_refused_where_it_cannot_run(model_folder):
-    with pytest.raises(ConfigError, match=r"model\.fp8 needs a Hopper GPU"):
-        build(model_folder("qwen3"), "--model.fp8", "true")

@@ -7,7 +7,6 @@ the model's config and the tokenizer, so `model.name = …/step_N` begins a new 
 while training goes on, and renamed once every rank's file is on disk: what is named step_N is whole.
 """
 
-import itertools
 import json
 import mmap
 import os
@@ -86,47 +85,43 @@ def read_state(checkpoint: Path | None, config: Config) -> dict:
         raise ConfigError(f"{checkpoint} was written by another version of lacuna: {cure}")
     old = flat(state["config"])
     new = flat(config.model_dump(mode="json"))
-    changed = [key for key in sorted(old.keys() & new.keys()) if old[key] != new[key]]
-    changed = [f"{key} (was {old[key]!r})" for key in changed if not key.startswith(FREE)]
+    changed = [key for key in old.keys() & new.keys() if old[key] != new[key] and not key.startswith(FREE)]
     if changed and not config.checkpoint.resume_changed:
+        keys = ", ".join(f"{key} (was {old[key]!r})" for key in sorted(changed))
         cure = "change it back, set another name for another run, or set checkpoint.resume_changed = true"
-        raise ConfigError(f"{checkpoint} cannot go on exactly with another {', '.join(changed)}: {cure}")
+        raise ConfigError(f"{checkpoint} cannot go on exactly with another {keys}: {cure}")
     return state
 
 
 def flat(config: dict) -> dict:
-    """A config's keys as they are written on a command line: section.key."""
-    keys = {}
-    for name, value in config.items():
-        if isinstance(value, dict):
-            keys |= {f"{name}.{key}": inner for key, inner in value.items()}
-        else:
-            keys[name] = value
+    """A config by its keys as they are written on a command line: section.key."""
+    keys = {name: value for name, value in config.items() if not isinstance(value, dict)}
+    for section in config.keys() - keys.keys():
+        keys |= {f"{section}.{key}": value for key, value in config[section].items()}
     return keys
 
 
 class HostMemory:
     """Room on the host for the float32 tensors of a checkpoint, pinned for a GPU: else copies take ten times as long.
 
-    While the driver pins memory, launches of kernels wait: .8 s for 20 GB at once, and up to 8 s were seen. In pieces
+    While the driver pins, launches of kernels wait for it: .8 s for 20 GB at once, and up to 8 s were seen. In pieces
     of huge pages none waits longer than 8 ms (H100). A copy may not cross from one piece to the next.
     """
 
     def __init__(self, sizes: list[int], pinned: bool):
-        spans = [-(-size // mmap.PAGESIZE) * mmap.PAGESIZE for size in sizes]  # no two pieces on one page
+        spans = [-(-size // mmap.PAGESIZE) * mmap.PAGESIZE for size in sizes]  # no two tensors on one page
         pages = mmap.mmap(-1, 4 * max(sum(spans), 1), mmap.MAP_PRIVATE)  # shared memory would have small pages only
         with suppress(OSError):  # a kernel without huge pages
             pages.madvise(mmap.MADV_HUGEPAGE)
         spans = torch.frombuffer(pages, dtype=torch.float32).split(spans)
         self.places = [span[:size].zero_() for span, size in zip(spans, sizes, strict=True)]  # flat
-        if not pinned:
-            return
-        cuda = torch.cuda.cudart()
-        for piece in itertools.chain(*(place.split(PIECE) for place in self.places)):
-            cuda.cudaHostRegister(piece.data_ptr(), piece.nbytes, 0)
-            # or else, in a process that lives on, copies from what lies there next would read the old memory
-            weakref.finalize(self, cuda.cudaHostUnregister, piece.data_ptr()).atexit = False
-            time.sleep(0.02)  # what has waited goes first
+        cuda = torch.cuda.cudart() if pinned else None
+        for place in self.places if pinned else []:
+            for piece in place.split(PIECE):
+                cuda.cudaHostRegister(piece.data_ptr(), piece.nbytes, 0)
+                # or else, in a process that lives on, copies from what lies there next would read the old memory
+                weakref.finalize(self, cuda.cudaHostUnregister, piece.data_ptr()).atexit = False
+                time.sleep(0.02)  # what has waited goes first
 
     def fill(self, tensors: list[torch.Tensor]):
         for place, tensor in zip(self.places, tensors, strict=True):
@@ -135,8 +130,6 @@ class HostMemory:
 
 
 class Save(NamedTuple):
-    """A checkpoint on its way to the disk."""
-
     copied: Future  # the host has all of this rank's share: parameters may change again
     written: Future  # the checkpoint is whole
 
@@ -149,9 +142,8 @@ class Checkpoints:
         self.config = config
         self.ranks = ranks
         self.folder = folder / "checkpoints"
-        self.model = model
-        self.tokenizer = tokenizer
         self.tensors = {name: tensor for name, tensor in tensors.items() if writes(ranks, tensor)}
+        self.small_files = [model.config, model.generation_config, tokenizer]
         self.thread = ThreadPoolExecutor(max_workers=1)
         self.memory = None  # Future of HostMemory
         self.under_way = None  # the last Save
@@ -206,7 +198,7 @@ class Checkpoints:
         return begin, time.perf_counter()
 
     def write(self, step: int, state: dict, copied: Future):
-        """Write this rank's file, and once all ranks have, make the checkpoint of them."""
+        """Write this rank's file and, once all ranks have, make the checkpoint of them."""
         path = self.folder / f".step_{step}"
         errors = [""] * self.ranks.world
         try:
@@ -227,7 +219,7 @@ class Checkpoints:
             raise ConfigError(f"no checkpoint of step {step}: {next(filter(None, errors))}. Make room there; {what}")
         begin, end = copied.result()
         seconds = (end - begin, time.perf_counter() - end)
-        log.info("step %d: checkpoint in %s, copied in %.2f s, written in %.2f s", step, path.parent, *seconds)
+        log.info("step %d: checkpoint in %s, copied in %.2f s, written in %.2f s", step, self.folder, *seconds)
 
     def write_safetensors(self, file: Path):
         """One file of float32 tensors, with their offsets in the whole ones for HuggingFaceStorageReader.
@@ -245,9 +237,8 @@ class Checkpoints:
 
     def publish(self, path: Path, state: dict):
         """Add the small files, and give the folder its name; then remove the oldest checkpoints."""
-        self.model.config.save_pretrained(path)
-        self.model.generation_config.save_pretrained(path)
-        self.tokenizer.save_pretrained(path)
+        for content in self.small_files:
+            content.save_pretrained(path)
         (path / "state.json").write_text(json.dumps(state))
         sync(path / "state.json")  # before the rename, or after a power failure it could be empty
         done = path.with_name(path.name[1:])
@@ -262,15 +253,12 @@ class Checkpoints:
 
 def writes(ranks: Ranks, tensor: torch.Tensor) -> bool:
     """Whether this rank writes its part: of a sharded tensor the first replica does, of any other rank 0."""
-    if local(tensor).numel() == 0:
-        return False
-    if isinstance(tensor, DTensor):
-        return ranks.mesh.get_coordinate()[0] == 0
-    return ranks.rank == 0
+    replica = ranks.mesh.get_coordinate()[0] if isinstance(tensor, DTensor) else ranks.rank
+    return replica == 0 and local(tensor).numel() > 0
 
 
 def sync(file: Path):
-    """Wait until a file is on the disk and not only in the system's memory."""
+    """Wait until a file is on the disk, and not only in the system's memory."""
     with open(file, "rb") as content:
         os.fsync(content.fileno())
 
@@ -290,8 +278,7 @@ def match_eos(config: Config, model: PreTrainedModel, tokenizer):
     with suppress(OSError):  # where the model has none, it stays as made from its config
         model.generation_config = GenerationConfig.from_pretrained(config.model.name)
     ends = model.generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
-    others = [end for end in ends if end not in (eos, None)]
+    others = [end for end in (ends if isinstance(ends, list) else [ends]) if end not in (eos, None)]
     model.generation_config.eos_token_id = [eos, *others] if others else eos
 
 
