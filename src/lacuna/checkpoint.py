@@ -7,6 +7,7 @@ the model's config and the tokenizer, so `model.name = …/step_N` begins a new 
 while training goes on, and renamed once every rank's file is on disk: what is named step_N is whole.
 """
 
+import itertools
 import json
 import mmap
 import os
@@ -110,11 +111,12 @@ class HostMemory:
 
     def __init__(self, sizes: list[int], pinned: bool):
         spans = [-(-size // mmap.PAGESIZE) * mmap.PAGESIZE for size in sizes]  # no two tensors on one page
-        pages = mmap.mmap(-1, 4 * max(sum(spans), 1), mmap.MAP_PRIVATE)  # shared memory would have small pages only
+        offsets = [0, *itertools.accumulate(spans)]
+        pages = mmap.mmap(-1, 4 * offsets[-1] + 4, mmap.MAP_PRIVATE)  # shared memory would have small pages only
         with suppress(OSError):  # a kernel without huge pages
             pages.madvise(mmap.MADV_HUGEPAGE)
-        spans = torch.frombuffer(pages, dtype=torch.float32).split(spans)
-        self.places = [span[:size].zero_() for span, size in zip(spans, sizes, strict=True)]  # flat
+        memory = torch.frombuffer(pages, dtype=torch.float32)
+        self.places = [memory[at : at + size].zero_() for at, size in zip(offsets, sizes, strict=False)]  # flat
         cuda = torch.cuda.cudart() if pinned else None
         for place in self.places if pinned else []:
             for piece in place.split(PIECE):

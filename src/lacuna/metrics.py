@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lacuna.config import Config, NonFinite, log
+from lacuna.optim import trained
 from lacuna.parallel import Ranks
 
 # Dense bf16 peaks, FLOP/s, from the vendors' datasheets; the first name that the device's name contains counts.
@@ -37,22 +38,18 @@ class Work:
         # a model that does not say what its layers are has the window, if any, in all of them
         kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
         self.windows = [window if kind == "sliding_attention" else None for kind in kinds]
-        weights = sum(p.numel() for p in model.parameters())
         embeddings = model.get_input_embeddings().weight
-        if embeddings is not model.get_output_embeddings().weight:
-            weights -= embeddings.numel()
-        self.flop_per_token = 6 * weights
+        tied = embeddings is model.get_output_embeddings().weight
+        weights = sum(p.numel() for p in model.parameters())
+        self.flop_per_token = 6 * (weights if tied else weights - embeddings.numel())
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         self.peak = next((peak for key, peak in PEAKS.items() if key in name), None)
 
     def mfu(self, slots: int, pairs: int, seconds: float, devices: int) -> float | None:
         """Share of the devices' peak, None where the peak is not known (on a CPU)."""
-        if self.peak is None:
-            return None
-        flop = self.flop_per_token * slots
-        for window in self.windows:
-            flop += self.flop_per_pair * (min(pairs, 2 * window * slots) if window else pairs)
-        return flop / seconds / devices / self.peak
+        attention = sum(min(pairs, 2 * window * slots) if window else pairs for window in self.windows)
+        flop = self.flop_per_token * slots + self.flop_per_pair * attention
+        return flop / seconds / devices / self.peak if self.peak else None
 
 
 class Pending(NamedTuple):
@@ -71,17 +68,14 @@ class Report:
         self.config = config
         self.ranks = ranks
         self.steps = steps
-        self.parameters = [name for name, _ in model.named_parameters()]
+        self.parameters = list(trained(model))
         self.work = Work(model, ranks.device)
         self.totals = {key: state[key] for key in ("tokens", "trained_tokens")}  # since the run began
-        self.pending = []
         self.stop_asked = False  # by a signal on any rank
-        self.file = None
-        self.trackers = []
-        self.start_clock()
-        if ranks.rank == 0:
-            self.file = open_metrics(folder, state["step"])
-            self.trackers = [open_tracker(name, config, folder) for name in config.log.trackers]
+        self.pending = []
+        trackers = config.log.trackers if ranks.rank == 0 else []
+        self.trackers = [open_tracker(name, config, folder) for name in trackers]
+        self.file = open_metrics(folder, state["step"]) if ranks.rank == 0 else None
         if self.work.peak:
             log.info(MFU_CONVENTION)
 
@@ -95,11 +89,10 @@ class Report:
 
         On a GPU report the step before the last one: it is done by now, so that neither waits for the other.
         """
-        values = torch.cat([torch.stack(list(sums.values())), squares])
-        host_values = values.to("cpu", non_blocking=True)
-        done = torch.cuda.current_stream().record_event() if values.is_cuda else None
-        self.pending.append(Pending(facts, list(sums), host_values, done))
-        self.flush(in_flight=2 if values.is_cuda else 0)
+        values = torch.cat([torch.stack(list(sums.values())), squares]).to("cpu", non_blocking=True)
+        done = torch.cuda.current_stream().record_event() if squares.is_cuda else None
+        self.pending.append(Pending(facts, list(sums), values, done))
+        self.flush(in_flight=2 if squares.is_cuda else 0)
 
     def flush(self, in_flight: int = 0):
         """Report all steps taken in, but the last so many."""
@@ -123,19 +116,18 @@ class Report:
             self.totals[key] += int(sums[key])
         self.interval.update(steps=1, tokens=sums["tokens"], pairs=sums["pairs"], data=step.facts["data_seconds"])
         if number % self.config.log.every == 0 or number in (1, self.steps):
-            metrics = self.metrics_of(step.facts, sums)
+            self.say(self.metrics_of(step.facts, sums))
             self.start_clock()
-            self.write(metrics)
-            self.say(metrics)
 
     def refuse_nonfinite(self, step: int, sums: dict, squares: list[float]):
         """Raise NonFinite with the first bad gradient and, where the loss is bad, whose it is."""
         bad = [name for name, square in zip(self.parameters, squares, strict=True) if not math.isfinite(square)]
-        where = f"the gradient of {bad[0]}" if bad else "a gradient's norm"
-        if sums["bad_losses"]:
-            rank = f"rank {sums['bad_rank']:.0f}" if sums["bad_losses"] == 1 else f"{sums['bad_losses']:.0f} ranks"
-            where = f"the loss on {rank}, and with it {where}"
-        figures = f"loss {sums['loss']}, grad norm {sums['grad_norm']}"
+        where = "a gradient"
+        if sums["bad_losses"] == 1:
+            where = f"the loss on rank {sums['bad_rank']:.0f}"
+        elif sums["bad_losses"]:
+            where = f"the loss on {sums['bad_losses']:.0f} ranks"
+        figures = f"loss {sums['loss']}, grad norm {sums['grad_norm']}, first bad gradient: {(bad or ['none'])[0]}"
         cure = "it updated nothing. Lower optim.lr, or look at the data"
         raise NonFinite(f"step {step}: {where} is not finite ({figures}); {cure}")
 
@@ -146,15 +138,20 @@ class Report:
         seconds = time.perf_counter() - self.since
         slots = interval["steps"] * self.config.train.global_batch_size * self.config.train.seq_len
         speed = interval["tokens"] / seconds
+        world = self.ranks.world
         metrics = {"step": facts["step"], "loss": sums["loss"], "grad_norm": sums["grad_norm"], "lr": facts["lr"]}
         metrics |= self.totals | {"epoch": round(facts["epoch"], 4), "packing_efficiency": interval["tokens"] / slots}
-        metrics |= {"tokens_per_second": speed, "tokens_per_second_per_device": speed / self.ranks.world}
-        metrics |= {"mfu": self.work.mfu(slots, interval["pairs"], seconds, self.ranks.world)}
+        metrics |= {"tokens_per_second": speed, "tokens_per_second_per_device": speed / world}
+        metrics |= {"mfu": self.work.mfu(slots, interval["pairs"], seconds, world)}
         metrics |= {"step_seconds": seconds / interval["steps"], "data_seconds": interval["data"] / interval["steps"]}
-        metrics |= {"peak_memory_gib": peak_memory(self.ranks.device)}
-        return metrics | {"batch_checksum": f"{int(sums['checksum']):016x}"}
+        metrics |= {
+            "peak_memory_gib": peak_memory(self.ranks.device),
+            "batch_checksum": f"{int(sums['checksum']):016x}",
+        }
+        return metrics
 
     def say(self, metrics: dict):
+        self.write(metrics)
         mfu = f" | mfu {metrics['mfu']:.1%}" if metrics["mfu"] else ""
         left = timedelta(seconds=round((self.steps - metrics["step"]) * metrics["step_seconds"]))
         learned = f"loss {metrics['loss']:.4f} | grad norm {metrics['grad_norm']:.2f}"
@@ -183,22 +180,17 @@ class Report:
 
 
 def open_metrics(folder: Path, step: int):
-    """metrics.jsonl, to be gone on with after a step: what a run that ended later has written there goes."""
+    """metrics.jsonl up to a step that a run goes on from, to be added to; it evaluates again there if it is due."""
     file = folder / "metrics.jsonl"
-    kept = folder / ".metrics.jsonl"
-    kept.write_text("".join(lines_until(file, step) if step and file.exists() else []))
-    kept.replace(file)  # at once: a run killed just now loses no line
-    return open(file, "a", buffering=1)  # a line at a time: a killed run keeps its lines
-
-
-def lines_until(file: Path, step: int) -> list[str]:
-    """The lines of metrics.jsonl up to a step that a run goes on from; it evaluates again there if it is due."""
     kept = []
-    for line in file.read_text().splitlines(keepends=True):
+    for line in file.read_text().splitlines(keepends=True) if step and file.exists() else []:
         metrics = json.loads(line) if line.endswith("\n") else {"step": math.inf}  # the last one may be cut off
         if metrics["step"] < step or (metrics["step"] == step and "eval_loss" not in metrics):
             kept.append(line)
-    return kept
+    new = folder / ".metrics.jsonl"
+    new.write_text("".join(kept))
+    new.replace(file)  # at once: a run killed just now loses no line
+    return open(file, "a", buffering=1)  # line by line: a killed run keeps its lines
 
 
 def start_logging(folder: Path, rank: int):

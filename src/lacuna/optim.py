@@ -35,22 +35,15 @@ class AdamW:
     def __init__(self, model: nn.Module, layers: list[nn.Module], config: OptimConfig, compiled: bool):
         self.config = config
         self.update = torch.compile(adamw, dynamic=False) if compiled else adamw
-        self.averages = {}  # first and second moment of each parameter
-        self.squares = {}
-        self.decays = {}
-        # embeddings, norms and biases do not decay (karpathy/minGPT pull 24)
-        embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-        rest = trained(model)
-        for parameter in rest.values():
-            assert parameter.dtype == torch.float32, "AdamW must own float32 parameters: bf16 ones lose small updates"
-            self.averages[parameter] = torch.zeros_like(parameter)
-            self.squares[parameter] = torch.zeros_like(parameter)
-            decays = parameter.ndim > 1 and id(parameter) not in embeddings
-            self.decays[parameter] = config.weight_decay if decays else 0.0
+        self.moments = {p: (torch.zeros_like(p), torch.zeros_like(p)) for p in trained(model).values()}
         self.groups = [list(trained(layer).values()) for layer in layers]
         inside = set().union(*self.groups)
-        self.groups.append([p for p in rest.values() if p not in inside])
-        self.count = torch.zeros((), device=parameter.device)  # of updates
+        self.groups.append([p for p in self.moments if p not in inside])
+        # embeddings, norms and biases do not decay (karpathy/minGPT pull 24)
+        self.constant = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+        self.constant |= {p for p in self.moments if p.ndim < 2}
+        assert all(p.dtype == torch.float32 for p in self.moments), "bf16 parameters would lose small updates"
+        self.count = torch.zeros((), device=next(iter(self.moments)).device)  # of updates
 
     @torch.no_grad()
     def step(self, lr: float, scale: torch.Tensor, failed: torch.Tensor):
@@ -58,16 +51,16 @@ class AdamW:
         beta1, beta2 = self.config.betas
         self.count += ~failed
         lr = torch.full_like(self.count, lr)
-        root = (1 - beta2**self.count).sqrt()
-        now = Now(lr, lr / (1 - beta1**self.count), root, scale, failed)
+        now = Now(lr, lr / (1 - beta1**self.count), (1 - beta2**self.count).sqrt(), scale, failed)
         for group in self.groups:
-            for_all = [(local(p), local(p.grad), local(self.averages[p]), local(self.squares[p])) for p in group]
-            self.update(for_all, [self.decays[p] for p in group], now, beta1, beta2, self.config.eps)
+            tensors = [tuple(map(local, (p, p.grad, *self.moments[p]))) for p in group]
+            decays = [0.0 if p in self.constant else self.config.weight_decay for p in group]
+            self.update(tensors, decays, now, beta1, beta2, self.config.eps)
 
     def tensors(self, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
         """The state as a checkpoint names it, float32, sharded like the parameters."""
-        average = {f"optimizer.exp_avg.{name}": self.averages[p] for name, p in parameters.items()}
-        square = {f"optimizer.exp_avg_sq.{name}": self.squares[p] for name, p in parameters.items()}
+        average = {f"optimizer.exp_avg.{name}": self.moments[p][0] for name, p in parameters.items()}
+        square = {f"optimizer.exp_avg_sq.{name}": self.moments[p][1] for name, p in parameters.items()}
         return {"optimizer.step": self.count} | average | square
 
 

@@ -32,12 +32,11 @@ def join_slurm(environ: dict):
     """In a task of srun without torchrun: give torch its rendezvous from Slurm's variables."""
     if "SLURM_STEP_ID" not in environ or "RANK" in environ or int(environ["SLURM_NTASKS"]) == 1:
         return
-    environ["RANK"] = environ["SLURM_PROCID"]
-    environ["WORLD_SIZE"] = environ["SLURM_NTASKS"]
-    environ["LOCAL_RANK"] = environ["SLURM_LOCALID"]
+    names = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+    environ.update({name: environ[slurm] for name, slurm in names.items()})
+    nodes = ["scontrol", "show", "hostnames", environ["SLURM_JOB_NODELIST"]]
     if "MASTER_ADDR" not in environ:
-        command = ["scontrol", "show", "hostnames", environ["SLURM_JOB_NODELIST"]]
-        environ["MASTER_ADDR"] = subprocess.check_output(command, text=True).split()[0]
+        environ["MASTER_ADDR"] = subprocess.check_output(nodes, text=True).split()[0]
     environ.setdefault("MASTER_PORT", str(20000 + int(environ["SLURM_JOB_ID"]) % 20000))  # the same on every node
 
 
@@ -93,20 +92,17 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def sum_over_ranks(parts: list[dict], device: torch.device) -> dict[str, torch.Tensor]:
-    """Figures by name, added over the parts (micro-batches) and over all ranks: float64 scalars on the device.
+    """Figures by name, added over parts (micro-batches) and ranks in one collective: float64 scalars on the device.
 
-    Figures are numbers, or scalar tensors of the device. All ranks give the same names. One collective for all, and
-    nothing waits for the device: `vector[i] = number` would, since it copies a tensor of the host.
+    A figure is a number, or a scalar tensor of the device; all ranks give the same names.
     """
     totals = Counter()
     for part in parts:
         totals.update(part)
     vector = torch.zeros(len(totals), dtype=torch.float64, device=device)
     for place, figure in zip(vector, totals.values(), strict=True):
-        if isinstance(figure, torch.Tensor):
-            place.copy_(figure)
-        else:
-            place.fill_(figure)
+        # `vector[i] = number` would wait for the device: it copies a tensor of the host
+        place.copy_(figure) if isinstance(figure, torch.Tensor) else place.fill_(figure)
     if dist.is_initialized():
         dist.all_reduce(vector)
     return dict(zip(totals, vector, strict=True))

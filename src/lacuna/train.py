@@ -31,7 +31,10 @@ def run(config: Config) -> Path:
     start_logging(folder, ranks.rank)
     lock = FileLock(folder / ".lock")  # released when this process ends, however it ends
     if ranks.rank == 0:
-        claim(lock, folder)
+        try:
+            lock.acquire(timeout=60)  # the ranks of a run that is just being ended may still be there
+        except Timeout:
+            raise ConfigError(f"{folder} is in use by another run: wait for it, or set another name") from None
     checkpoint = find_checkpoint(config, folder, ranks.rank)
     state = read_state(checkpoint, config)
     if ranks.rank == 0:
@@ -153,14 +156,6 @@ def run(config: Config) -> Path:
     if dist.is_initialized():
         dist.destroy_process_group()
     return folder
-
-
-def claim(lock: FileLock, folder: Path):
-    """One run in a folder at a time."""
-    try:
-        lock.acquire(timeout=60)  # the ranks of a run that is just being ended may still be there
-    except Timeout:
-        raise ConfigError(f"{folder} is in use by another run: wait for it, or set another name") from None
 
 
 def open_rows(config: Config, encoder, ranks: Ranks) -> tuple[RowDataset, RowDataset | None]:
