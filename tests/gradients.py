@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from lacuna.config import load_config
-from lacuna.data.loader import PackedBatch
+from lacuna.data.batch import PackedBatch
 from lacuna.model import build_model
 from lacuna.parallel import gradient_norm, start
 from lacuna.train import accumulate_gradients
@@ -24,7 +24,7 @@ config = load_config(None, argv)
 ranks = start(config.dist, config.train)
 trainee = build_model(config, ranks, 4096)
 batches = [PackedBatch(*fields) for fields in torch.load(source, weights_only=True)]
-trained = torch.tensor(sum(batch.trained_tokens for batch in batches))
+trained = torch.tensor(sum(batch.counts["trained_tokens"] for batch in batches))
 loss = accumulate_gradients(trainee, batches[ranks.rank :: ranks.world], trained, ranks)
 dist.all_reduce(loss)
 norm, _ = gradient_norm(list(trainee.parameters()), ranks.mesh)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 REPO = Path(__file__).parents[1]
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["lacuna.train", "lacuna.slurm", "processes"])
+CONTEXT.set_forkserver_preload(["lacuna.train", "processes"])
 VARIABLES = {
     "PYTHONPATH": f"{REPO / 'src'}{os.pathsep}{REPO / 'tests'}",
     "OMP_NUM_THREADS": "1",  # read when torch is imported: the same in every process, so that sums are the same

@@ -5,7 +5,7 @@ import torch
 
 from lacuna.attention import boundaries, choose_backend, packed_attention
 from lacuna.config import ConfigError
-from lacuna.data.loader import PackedBatch
+from lacuna.data.batch import PackedBatch
 
 SEQ_LEN = 64
 STARTS = [0, 1, 17, 40, 64, 100, 127]  # two rows; documents of 1 to 36 tokens, a row that begins inside no document
@@ -15,7 +15,7 @@ def packed(device="cpu", slots=2 * SEQ_LEN) -> PackedBatch:
     """Two rows of documents; only what attention looks at is filled in."""
     cu_seqlens = torch.tensor([*STARTS, slots], dtype=torch.int32, device=device)
     ids = torch.zeros(slots, dtype=torch.int64, device=device)
-    return PackedBatch(ids, ids, ids, cu_seqlens, SEQ_LEN, 0, 0, 0, 0, 0, 0.0)
+    return PackedBatch(ids, ids, ids, cu_seqlens, SEQ_LEN, 0.0, {})
 
 
 def reference(q, k, v, window: int | None, scale: float) -> torch.Tensor:
@@ -119,7 +119,7 @@ def choose_or_skip(backend, device, dtype) -> bool:
 def test_a_backend_that_this_machine_lacks_is_refused_with_those_it_has():
     with pytest.raises(ConfigError, match="possible: sdpa"):
         choose_backend("varlen", torch.device("cpu"), torch.bfloat16)
-    assert choose_backend("auto", torch.device("cpu"), torch.float32) == "sdpa"
+    assert choose_backend(None, torch.device("cpu"), torch.float32) == "sdpa"
 
 
 def test_scores_that_lacuna_cannot_compute_are_refused():

@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import itertools
 import json
 import os
 import shutil
@@ -16,8 +17,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lacuna import train as train_module
-from lacuna.checkpoint import FREE, Checkpoints, export, find_checkpoint, flat
-from lacuna.config import ConfigError, NonFinite, Preempted, load_config
+from lacuna.checkpoint import FREE, Checkpoints, HostMemory, export, find_checkpoint, flat
+from lacuna.config import ConfigError, Preempted, load_config
 from lacuna.metrics import Report
 from lacuna.train import run
 
@@ -98,9 +99,9 @@ def test_a_checkpoint_is_plain_safetensors_with_weights_and_both_moments_of_ever
         of_kind = {name for name in stored if name.startswith(f"optimizer.{kind}.")}
         assert of_kind == {f"optimizer.{kind}.{name}" for name in names}
     assert stored["optimizer.step"].item() == 6
-    for key, moments in (("exp_avg", kept[0].averages), ("exp_avg_sq", kept[0].squares)):
+    for which, key in enumerate(("exp_avg", "exp_avg_sq")):
         got = sorted(t.double().sum().item() for name, t in stored.items() if name.startswith(f"optimizer.{key}."))
-        assert got == sorted(moment.double().sum().item() for moment in moments.values()) and any(got)
+        assert got == sorted(both[which].double().sum().item() for both in kept[0].moments.values()) and any(got)
 
 
 def test_training_that_runs_ahead_of_the_copy_does_not_get_into_a_checkpoint(options, monkeypatch):
@@ -110,7 +111,7 @@ def test_training_that_runs_ahead_of_the_copy_does_not_get_into_a_checkpoint(opt
     real = Checkpoints.copy
     argv = options(checkpoint__keep=9)
     prompt = run(load_config(None, [*argv, "--name", "prompt"]))
-    monkeypatch.setattr(Checkpoints, "copy", lambda self, shares: (time.sleep(0.3), real(self, shares)))
+    monkeypatch.setattr(Checkpoints, "copy", lambda self, shares: time.sleep(0.3) or real(self, shares))
     late = run(load_config(None, [*argv, "--name", "late"]))
     for step in (2, 4, 6):
         a, b = (load_file(f / "checkpoints" / f"step_{step}" / "rank_00000.safetensors") for f in (prompt, late))
@@ -278,9 +279,9 @@ def test_what_may_change_does_not_refuse_and_changes_no_row(options, stop_after,
     held_out = json.dumps([{"path": str(tmp_path / "text.jsonl")}])
     changed = {
         "checkpoint.every": 3, "checkpoint.keep": 5, "data.cache": tmp_path / "other", "data.workers": 0,
-        "train.micro_batch_size": 4, "train.activation_checkpointing": "full", "train.on_nonfinite": "skip",
-        "train.max_skipped": 1, "train.deterministic": "true", "eval.sources": held_out, "eval.every": 2,
-        "eval.rows": 4, "log.show": 3, "dist.timeout": 300, "slurm.nodes": 2,
+        "train.micro_batch_size": 4, "train.activation_checkpointing": "full",
+        "train.deterministic": "true", "eval.sources": held_out, "eval.every": 2,
+        "eval.rows": 4, "log.show": 3, "dist.timeout": 300,
     }  # fmt: skip
     assert {key for key in changed if key.startswith(FREE)} == set(changed)
     moved = folder.parents[1] / "elsewhere" / "moved"
@@ -306,39 +307,6 @@ def test_flat_names_every_key_of_the_config():
 # ---- a step that is not finite
 
 
-def test_steps_that_are_not_finite_are_skipped_up_to_a_number_that_a_resume_does_not_forget(
-    options, stop_after, monkeypatch
-):
-    plain = train_module.accumulate_gradients
-
-    def run_with(argv, *bad):
-        steps = iter(range(1, 100))
-        fault = lambda *a: plain(*a) * (float("nan") if next(steps) in bad else 1)  # noqa: E731
-        monkeypatch.setattr(train_module, "accumulate_gradients", fault)
-        return run(load_config(None, argv))
-
-    argv = options(train__on_nonfinite="skip", train__max_skipped="1", checkpoint__keep=9)
-    folder = run_with(argv, 4)
-    line = {m["step"]: m for m in train_lines(folder)}
-    assert [line[s]["loss"] is None for s in range(1, 7)] == [False, False, False, True, False, False]
-    assert [line[s]["skipped"] for s in range(1, 7)] == [0, 0, 0, 1, 1, 1]
-    stored = {step: tensors(folder / "checkpoints" / f"step_{step}") for step in (4, 6)}
-    # the reference: the same run stopped after step 3
-    monkeypatch.setattr(train_module, "accumulate_gradients", plain)
-    three = stop_after(2, options(name="three"))
-    wanted = tensors(three / "checkpoints" / "step_3")
-    assert all(torch.equal(stored[4][name], wanted[name]) for name in wanted), "step 4 changed something"
-    assert stored[6]["optimizer.step"].item() == 5
-
-    # a second one after a resume is one too many
-    (folder / "checkpoints" / "step_6").rename(folder / "gone")
-    with pytest.raises(NonFinite, match="step 6"):
-        run_with(argv, 2)
-    assert checkpoints(folder) == [2, 4]
-    with pytest.raises(NonFinite, match="step 1"):
-        run_with(options(name="none", train__on_nonfinite="skip", train__max_skipped="0"), 1)
-
-
 def test_a_loss_that_is_not_finite_does_not_cost_the_save_under_way(options, tmp_path):
     (tmp_path / "empty.toml").touch()
     command = ["pt", str(tmp_path / "empty.toml"), *options()]
@@ -347,8 +315,30 @@ def test_a_loss_that_is_not_finite_does_not_cost_the_save_under_way(options, tmp
         if ranks == 2:
             faults = {rank: faults for rank in range(2)}
         done = finish(tmp_path, *command, "--name", f"bad{ranks}", ranks=ranks, faults=faults)
-        assert done.status == 1 and "step 3: the loss on rank 0" in done.output, done.output
+        where = "rank 0" if ranks == 1 else "2 ranks"
+        assert done.status == 1 and f"step 3: the loss on {where} is not finite" in done.output, done.output
         assert checkpoints(tmp_path / "runs" / f"bad{ranks}") == [2]
+
+
+def test_a_checkpoint_of_another_format_is_refused_with_what_to_do(options, stop_after):
+    folder = stop_after(3, options())
+    newest = sorted((folder / "checkpoints").glob("step_*"))[-1]
+    state = json.loads((newest / "state.json").read_text())
+    for other in ({}, {"format": 1}):  # the first ones had no number
+        (newest / "state.json").write_text(json.dumps({k: v for k, v in state.items() if k != "format"} | other))
+        with pytest.raises(ConfigError, match=f"another version of lacuna.*--model.name {newest}"):
+            run(load_config(None, options()))
+
+
+@pytest.mark.parametrize("sizes", [[], [0], [1], [5000, 1, 1024], [70_000, 3]])
+def test_host_memory_has_room_for_every_tensor_and_returns_what_was_copied(sizes, monkeypatch):
+    monkeypatch.setattr("lacuna.checkpoint.PIECE", 16_384)  # so that some are copied in pieces
+    memory = HostMemory(sizes, pinned=False)
+    tensors = [torch.randn(size) for size in sizes]
+    memory.fill(tensors)
+    assert all(torch.equal(place, tensor) for place, tensor in zip(memory.places, tensors, strict=True))
+    pages = [range(p.data_ptr() // 4096, -(-(p.data_ptr() + p.nbytes) // 4096)) for p in memory.places if len(p)]
+    assert all(a.stop <= b.start for a, b in itertools.pairwise(pages)), "the driver pins whole pages"
 
 
 # ---- what else it is good for: a warm start, an export
@@ -443,13 +433,14 @@ def test_a_bfloat16_run_exports_bfloat16_and_its_checkpoint_keeps_float32(option
 def test_pinned_host_memory_is_given_back_with_the_run(options, monkeypatch):
     places = []
 
-    def noting(self, real=Checkpoints.allocate):
-        real(self)
-        places.append((self.buffer.data_ptr(), self.buffer.is_pinned()))
+    def noting(self, *arguments, real=HostMemory.__init__):
+        real(self, *arguments)
+        places.extend((place.data_ptr(), place.is_pinned()) for place in self.places)
 
-    monkeypatch.setattr(Checkpoints, "allocate", noting)
+    monkeypatch.setattr(HostMemory, "__init__", noting)
     run(load_config(None, options()))
     gc.collect()
-    [(place, pinned)] = places
-    now = torch.frombuffer((ctypes.c_char * 64).from_address(place), dtype=torch.uint8)
-    assert pinned and not now.is_pinned()
+    assert len(places) > 30 and all(pinned for _, pinned in places)
+    for place, _ in places:
+        now = torch.frombuffer((ctypes.c_char * 4).from_address(place), dtype=torch.uint8)
+        assert not now.is_pinned()

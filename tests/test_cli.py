@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lacuna import cli
-from lacuna.config import load_config
+from lacuna.config import ConfigError
 
 VARIABLES = [
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID", "CUDA_VISIBLE_DEVICES"),
@@ -148,15 +148,14 @@ def launch(environment, monkeypatch, cores):
     """Launch in this environment, on 8 cores and with this many GPUs; the command that it became, if any."""
     cores(range(16))
 
-    def launch(devices: int = 0, more=(), **variables) -> list[str] | None:
+    def launch(devices: int = 0, **variables) -> list[str] | None:
         environment.update(variables)
         became = []
         nodes = [f"/dev/nvidia{i}" for i in range(devices)]
         monkeypatch.setattr(cli, "glob", lambda pattern: nodes if pattern.startswith("/dev/nvidia[0-9]") else [])
         monkeypatch.setattr("torch.distributed.run.main", became.append)
-        config = load_config(None, ["--data.sources", '[{"path": "x"}]', "--train.steps", "3", *more])
         with suppress(SystemExit):
-            cli.launch(config, ["pt", "my.toml", "--train.steps", "3"])
+            cli.launch(["pt", "my.toml", "--train.steps", "3"])
         return became[0] if became else None
 
     return launch
@@ -174,7 +173,7 @@ def launch(environment, monkeypatch, cores):
 )
 def test_several_gpus_become_torchrun_over_all_of_them(launch, environment, devices, variables, processes):
     command = launch(devices, **variables)
-    assert "--standalone" in command and command[command.index("--max-restarts") + 1] == "0"
+    assert "--standalone" in command
     assert command[command.index("--nproc-per-node") + 1] == str(processes)
     assert command[-6:] == ["-m", "lacuna", "pt", "my.toml", "--train.steps", "3"]
     assert environment["OMP_NUM_THREADS"] == str(8 // processes), "set before a worker starts"
@@ -206,7 +205,48 @@ def test_a_batch_script_that_srun_did_not_start_is_no_task(launch):
     assert "--standalone" in launch(4, SLURM_JOB_ID="7", SLURM_NTASKS="4", SLURM_PROCID="0")
 
 
-def test_restarts_need_torchrun_on_one_device_too(launch):
-    command = launch(0, more=["--dist.max_restarts", "2"])
-    assert command[command.index("--max-restarts") + 1] == "2"
-    assert command[command.index("--nproc-per-node") + 1] == "1"
+# What is said on the command line
+
+
+@pytest.fixture
+def clone(tmp_path, monkeypatch):
+    """A folder with a config of its own and those that are used without one."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    for name in ("my", "configs/pt", "configs/sft"):
+        file = tmp_path / f"{name}.toml"
+        file.write_text(f'name = "{file.stem}"\n[train]\nsteps = 3\n[[data.sources]]\npath = "x"\n')
+
+
+@pytest.mark.parametrize(
+    ("argv", "command", "task", "name", "words"),
+    [
+        ("pt my.toml --seed 7", "pt", "pt", "my", "pt my.toml --seed 7"),
+        ("sft my.toml --seed 7", "sft", "sft", "my", "sft my.toml --seed 7"),
+        ("explain sft my.toml --seed 7", "explain", "sft", "my", "sft my.toml --seed 7"),
+        ("pt --seed 7", "pt", "pt", "pt", "pt configs/pt.toml --seed 7"),
+        ("explain sft --seed 7", "explain", "sft", "sft", "sft configs/sft.toml --seed 7"),
+    ],
+)
+def test_a_task_its_config_and_what_torchrun_would_be_given(clone, environment, argv, command, task, name, words):
+    got, config, rest = cli.parse(argv.split())
+    assert (got, config.task, config.name, config.seed, rest) == (command, task, name, 7, words.split())
+    assert environment.get("CUDA_VISIBLE_DEVICES") == ("0" if "configs" in words else None)
+
+
+def test_the_users_own_devices_stay_without_a_config(clone, environment):
+    environment["CUDA_VISIBLE_DEVICES"] = "2,3"
+    cli.parse(["pt"])
+    assert environment["CUDA_VISIBLE_DEVICES"] == "2,3"
+
+
+@pytest.mark.parametrize("argv", ["chat runs/x", "export runs/x/checkpoints/step_5 out"])
+def test_a_command_without_a_config(argv):
+    command, *words = argv.split()
+    assert cli.parse(argv.split()) == (command, None, words)
+
+
+@pytest.mark.parametrize("argv", ["chat", "chat a b", "export a", "explain", "explain chat x", "slurm pt", "pretrain"])
+def test_what_is_no_command_shows_the_usage(argv):
+    with pytest.raises(ConfigError, match=f"(?s)^unknown command {argv}\n.*usage: lacuna pt"):
+        cli.parse(argv.split())

@@ -82,7 +82,7 @@ def test_every_kind_of_value_can_be_given_on_the_command_line(load):
             '{"hidden_size": 64, "tie_word_embeddings": false, "rms_norm_eps": 1e-6, "act": "gelu"}',
         ),
         *("--optim.betas", "[0.8, 0.9]", "--log.trackers", '["wandb"]', "--train.compile", "true"),
-        *("--model.from_scratch", "true", "--train.activation_checkpointing", "2", "--model.tokenizer", "other"),
+        *("--model.from_scratch", "true", "--train.activation_checkpointing", "full", "--model.tokenizer", "other"),
     )
     assert [source.path for source in config.data.sources] == ["a.jsonl", "b.jsonl"]
     assert [source.weight for source in config.data.sources] == [0.5, 2.0]
@@ -94,15 +94,12 @@ def test_every_kind_of_value_can_be_given_on_the_command_line(load):
     }
     assert config.model.overrides["tie_word_embeddings"] is False
     assert (config.optim.betas, config.log.trackers, config.train.compile) == ([0.8, 0.9], ["wandb"], True)
-    assert (config.model.from_scratch, config.train.activation_checkpointing) == (True, 2)
-    assert load(BASE, "--train.activation_checkpointing", "full").train.activation_checkpointing == "full"
+    assert (config.model.from_scratch, config.train.activation_checkpointing) == (True, "full")
 
 
-@pytest.mark.parametrize("value", ["auto", "true", "false", "True", "False"])
+@pytest.mark.parametrize("value", ["null", "true", "false", "True", "False"])
 def test_train_compile_takes_the_values_that_help_shows(load, value):
-    assert load(BASE, "--train.compile", value).train.compile == (
-        "auto" if value == "auto" else value.lower() == "true"
-    )
+    assert load(BASE, "--train.compile", value).train.compile is (None if value == "null" else value.lower() == "true")
 
 
 @pytest.mark.parametrize(
@@ -222,11 +219,6 @@ CONTRADICTIONS = {  # name: (what is wrong, words of the sentence, what the sent
         ["optim.decay_steps", 'optim.schedule = "wsd"'],
         ["--optim.decay_steps", "5", "--optim.schedule", "wsd"],
     ),
-    "kernel mapping for no kernels": (
-        ["--model.kernel_mapping", '{"RMSNorm": "/folder:RMSNorm"}'],
-        ["model.kernel_mapping", 'model.kernels = "hub"'],
-        ["--model.kernel_mapping", '{"RMSNorm": "/folder:RMSNorm"}', "--model.kernels", "hub"],
-    ),
     "flash attention in float32": (
         ["--model.dtype", "float32", "--model.attention", "varlen"],
         ['model.attention = "varlen"', 'model.dtype = "bfloat16"', '"sdpa"'],
@@ -343,6 +335,47 @@ def test_a_missing_file_is_named(tmp_path):
         load_config(str(tmp_path / "nowhere.toml"), [])
 
 
+OLD = """
+[model]
+dtype = "auto"
+attention = "auto"
+kernels = "auto"
+kernel_mapping = {}
+[train]
+steps = 5
+compile = "auto"
+activation_checkpointing = 2
+on_nonfinite = "stop"
+max_skipped = 10
+[dist]
+reshard_after_forward = "auto"
+max_restarts = 0
+[slurm]
+nodes = 1
+[[data.sources]]
+path = "x"
+"""
+
+
+def test_a_config_of_a_run_of_before_says_of_each_line_what_to_do(load):
+    """When "auto" was a value, and keys were there that are gone."""
+    lines = refusal(load, OLD).splitlines()
+    for key in ("model.dtype", "model.attention", "model.kernels", "train.compile", "dist.reshard_after_forward"):
+        [line] = [line for line in lines if line.startswith(f"{key}: ")]
+        assert line.endswith("not 'auto'; leave it out for the default")
+    for key in ("train.on_nonfinite", "train.max_skipped", "dist.max_restarts", "slurm"):
+        assert f"unknown key {key}: take it out, or see `lacuna pt --help` for all keys" in lines
+    assert "unknown key model.kernel_mapping: did you mean model.kernels?" in lines
+    assert "train.activation_checkpointing: Input should be 'none', 'full' or 'selective', not 2" in lines
+    assert len(lines) == 11
+
+
+def test_to_resume_automatically_is_the_default_and_no_folder(load):
+    message = refusal(load, BASE, "--checkpoint.resume", "auto")
+    assert message == 'checkpoint.resume = "auto" is no folder; leave it out for the default, the newest'
+    assert load(BASE, "--checkpoint.resume", "null").checkpoint.resume is None
+
+
 # What is written can be read
 
 EVERYTHING = """
@@ -355,8 +388,8 @@ name = "some/model"
 from_scratch = true
 overrides = { hidden_size = 64, rms_norm_eps = 1e-06, tie_word_embeddings = true, hidden_act = "silu", "odd key" = 1.0 }
 tokenizer = 'C:\\models\\"quoted"'
-kernels = "hub"
-kernel_mapping = { RMSNorm = "/folder:RMSNorm" }
+kernels = "liger"
+patch = "my patches.py:norms"
 
 [data]
 mask_boundary = false
@@ -381,7 +414,7 @@ column = "tab\\tnewline\\n"
 [train]
 steps = 12
 seq_len = 64
-activation_checkpointing = 3
+activation_checkpointing = "selective"
 compile = false
 
 [optim]

@@ -282,31 +282,50 @@ def ranks_of(launcher: subprocess.Popen) -> list[int]:
     return sorted(int(pid) for pid in children.read_text().split())
 
 
+def checkpoint_after_a_signal(folder: Path, launcher: subprocess.Popen, output: Path, status: int, steps: int) -> int:
+    """Sends SIGTERM to the launcher and its ranks, as Slurm does: a rank hears it twice, from both."""
+    reached = metrics(folder)[-1]["step"]
+    for process in [*ranks_of(launcher), launcher.pid]:
+        os.kill(process, signal.SIGTERM)
+    assert launcher.wait(40) == status, output.read_text()
+    assert output.read_text().count("stopped by a signal after step") == 2, "each rank says so"
+    saved = sorted(int(path.name[5:]) for path in (folder / "checkpoints").glob("step_*"))
+    assert saved[-1] >= metrics(folder)[-1]["step"] >= reached
+    assert saved[-1] < steps, "the run was too short for the signal"
+    return saved[-1]
+
+
 def test_torchrun_restarts_resume_by_themselves_and_a_signal_to_the_launcher_saves(words, tmp_path):
-    """Two ranks on one machine: one is killed, all begin again; then SIGTERM, and the same command ends the run."""
-    words, folder = [*words, "--train.steps", "80", "--dist.max_restarts", "2"], tmp_path / "runs"
-    output, two = tmp_path / "launcher.txt", {"CUDA_VISIBLE_DEVICES": "-1,-2"}  # two devices, of which none is there
+    """Two ranks: one is killed, torchrun begins again; SIGTERM to it, then to lacuna's own; then the run ends."""
+    folder = tmp_path / "runs" / "hit"
+    words = [*words, "--train.steps", "120", "--name", "hit"]
     with two_ranks([*words, "--name", "whole"], tmp_path) as ranks:
         assert [rank.wait(150) for rank in ranks] == [0, 0]
-    with started([*words, "--name", "hit"], output, **two) as launcher:
-        wait_for_step(folder / "hit", 25, launcher)
+
+    options = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "2"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *options, *words[1:]]
+    output = tmp_path / "torchrun.txt"
+    with started(torchrun, output, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1") as launcher:
+        wait_for_step(folder, 25, launcher)
         os.kill(ranks_of(launcher)[1], signal.SIGKILL)
         deadline = time.monotonic() + 120
         while "Going on after step" not in output.read_text():
             assert time.monotonic() < deadline and launcher.poll() is None, output.read_text()
             time.sleep(0.1)
-        wait_for_step(folder / "hit", 40, launcher)
-        for process in [*ranks_of(launcher), launcher.pid]:  # to all, as Slurm does: a rank hears it twice, from both
-            os.kill(process, signal.SIGTERM)
-        assert launcher.wait(40) == 75, output.read_text()
+        wait_for_step(folder, 40, launcher)
+        saved = checkpoint_after_a_signal(folder, launcher, output, 1, 120)  # torchrun's own status is 1
     first = int(re.search(r"Going on after step (\d+)", output.read_text())[1])
     assert first >= 20, "it did not go on from its newest checkpoint"
-    saved = sorted(int(path.name[5:]) for path in (folder / "hit" / "checkpoints").glob("step_*"))
-    assert saved[-1] >= metrics(folder / "hit")[-1]["step"] >= 40
-    assert saved[-1] < 80, "the run was too short for the signal"
-    with started([*words, "--name", "hit"], tmp_path / "again.txt", **two) as launcher:
+
+    output = tmp_path / "lacuna.txt"
+    two = {"CUDA_VISIBLE_DEVICES": "-1,-2"}  # two devices, of which none is there
+    with started(words, output, **two) as launcher:
+        wait_for_step(folder, saved + 10, launcher)
+        checkpoint_after_a_signal(folder, launcher, output, 75, 120)
+    assert f"Going on after step {saved}," in output.read_text()
+    with started(words, tmp_path / "again.txt", **two) as launcher:
         assert launcher.wait(150) == 0, (tmp_path / "again.txt").read_text()
-    same_run(folder / "hit", folder / "whole", 80)
+    same_run(folder, tmp_path / "runs" / "whole", 120)
 
 
 # ---- disks

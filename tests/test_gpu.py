@@ -1,7 +1,6 @@
 """Whole runs on a GPU: deterministic where asked, and nothing recompiles after the first step."""
 
 import os
-import re
 import subprocess
 import sys
 
@@ -37,11 +36,11 @@ def base(texts, tmp_path, tokenizer):  # noqa: F811
     return [*no_config(tmp_path), *options(folder, texts, tmp_path, *more)]
 
 
-@pytest.mark.parametrize("attention", ["varlen", "auto"])
+@pytest.mark.parametrize("attention", [["--model.attention", "varlen"], []])
 def test_two_deterministic_runs_are_bit_identical(base, attention, tmp_path):
     losses = []
     for name in ("a", "b"):
-        lacuna(*base, "--name", name, "--train.deterministic", "true", "--model.attention", attention)
+        lacuna(*base, "--name", name, "--train.deterministic", "true", *attention)
         losses.append([(m["loss"], m["grad_norm"]) for m in train_lines(tmp_path / "runs" / name)])
     assert len(losses[0]) == 8 and losses[0] == losses[1]
 
@@ -49,15 +48,13 @@ def test_two_deterministic_runs_are_bit_identical(base, attention, tmp_path):
 @pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
 def test_nothing_recompiles_after_the_first_step(base, checkpointing):
     log = lacuna(*base, "--train.activation_checkpointing", checkpointing, TORCH_LOGS="recompiles,graph_breaks")
-    assert "step 8/8" in log and "Graph break" not in log
-    # the update of the layers, then that of the embeddings, which is another graph
-    assert re.findall(r"Recompiling function (\w+)", log) == ["adamw"]
+    assert "step 8/8" in log and "Graph break" not in log and "Recompiling function" not in log
 
 
 def test_fp8_learns_as_bfloat16_does(base, tmp_path):
     pytest.importorskip("torchao")
-    for name, fp8 in (("fp8", "true"), ("bf16", "false")):
-        lacuna(*base, "--name", name, "--model.fp8", fp8, "--train.activation_checkpointing", "selective")
+    for name, patch in (("fp8", ["--model.patch", str(REPO / "examples/fp8.py:fp8")]), ("bf16", [])):
+        lacuna(*base, "--name", name, *patch, "--train.activation_checkpointing", "selective")
     losses = [[m["loss"] for m in train_lines(tmp_path / "runs" / name)] for name in ("fp8", "bf16")]
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.01)
 

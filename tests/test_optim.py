@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM
 
 from lacuna.config import OptimConfig
-from lacuna.optim import AdamW
+from lacuna.optim import AdamW, trained
 from lacuna.parallel import gradient_norm
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -55,16 +55,28 @@ def test_it_is_torchs_adamw_with_torchs_clipping(device, compiled):
 def test_a_failed_step_changes_nothing_and_does_not_count(device, compiled):
     model, layers, _, _ = make(device)
     optimizer = AdamW(model, layers, OptimConfig(lr=1e-2), compiled)
-    scale, flags = torch.tensor(1.0, device=device), [torch.tensor(flag, device=device) for flag in (False, True)]
+    scale = torch.tensor(1.0, device=device)
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    optimizer.step(1e-2, scale, flags[0])
-    everything = [*model.parameters(), *optimizer.averages.values(), *optimizer.squares.values(), optimizer.count]
+    optimizer.step(1e-2, scale, torch.tensor(False, device=device))
+    everything = [*model.parameters(), *optimizer.tensors(trained(model)).values()]
     before = [tensor.detach().clone() for tensor in everything]
     for p in model.parameters():
         p.grad = torch.full_like(p, float("nan"))
-    optimizer.step(1e-2, scale * float("nan"), flags[1])
+    optimizer.step(1e-2, scale * float("nan"), torch.tensor(True, device=device))
     assert all(torch.equal(a, b) for a, b in zip(before, everything, strict=True)) and optimizer.count == 1
+
+
+def test_only_what_is_trained_is_in_the_optimizer():
+    model, layers, _, _ = make("cpu")
+    model.get_input_embeddings().weight.requires_grad_(False)  # and with it the head, which is tied to it
+    layers[0].mlp.up_proj.weight.requires_grad_(False)
+    optimizer = AdamW(model, layers, OptimConfig(), False)
+    frozen = ("embed_tokens.weight", "layers.0.mlp.up_proj.weight")
+    names = [name for name, _ in model.named_parameters() if not name.endswith(frozen)]
+    assert list(trained(model)) == names
+    assert sum(map(len, optimizer.groups)) == len(names)
+    assert len(optimizer.tensors(trained(model))) == 2 * len(names) + 1
 
 
 def test_parameters_that_are_not_float32_are_refused():

@@ -48,7 +48,7 @@ def test_what_is_imported_is_a_dependency_or_an_extra_and_not_only_of_developers
     required = closure(project["dependencies"])
     extras = {Requirement(text).name for texts in project["optional-dependencies"].values() for text in texts}
     owners = importlib.metadata.packages_distributions()
-    for file in (REPO / "src" / "lacuna").rglob("*.py"):
+    for file in [*(REPO / "src" / "lacuna").rglob("*.py"), *(REPO / "examples").glob("*.py")]:
         for package in imported(file) - {"lacuna", *sys.stdlib_module_names}:
             names = set(owners.get(package, [])) or {package}
             optional = any(name in extras for name in names) or package in ("flash_attn", "torchao", "wandb", "trackio")

@@ -12,7 +12,7 @@ import pytest
 from processes import VARIABLES, Run, checkpoints, finish, last_step, lines, train_lines
 from test_resume import assert_same_run, place, straight, words  # noqa: F401  fixtures
 
-from lacuna.preemption import REPEATS
+from lacuna.preemption import REPEAT_SECONDS
 
 pytestmark = pytest.mark.slow  # minutes: left out of the second set of versions in CI
 
@@ -94,7 +94,7 @@ def test_a_signal_during_a_save_waits_for_it_and_a_second_one_ends_at_once_with_
         process.send(signal.SIGTERM)
         time.sleep(0.5)
         process.send(signal.SIGTERM)  # the same one once more, as torchrun passes it on
-        time.sleep(REPEATS + 0.5)
+        time.sleep(REPEAT_SECONDS + 0.5)
         assert process.processes[0].exitcode is None, "it did not wait for the disk"
         process.send(signal.SIGTERM)
         begin = time.monotonic()

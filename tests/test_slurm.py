@@ -1,6 +1,5 @@
-"""`lacuna slurm` on a real Slurm: one controller and two nodes on this machine, of Debian's packages, as root."""
+"""configs/slurm.sh on a real Slurm: one controller and two nodes on this machine, of Debian's packages, as root."""
 
-import json
 import os
 import re
 import shutil
@@ -12,18 +11,19 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from conftest import REPO
 from test_faults import (
     ROOT,
     can,
     environment,
-    finished,
     metrics,
-    only_sentence,
     same_run,
     two_ranks,
     wait_for_step,
     words,
 )
+
+from lacuna.preemption import REQUEUE
 
 pytestmark = pytest.mark.slow  # minutes: left out of the second set of versions in CI
 
@@ -136,24 +136,28 @@ def comes_back(slurm, job: str, times: int):
 
 
 STEPS = 150
+SCRIPT = REPO / "configs" / "slurm.sh"
+
+
+def submit(slurm, folder: Path, options: list[str], words: list[str]) -> subprocess.CompletedProcess:
+    """Hand the script to sbatch in a folder, for a cluster without GPUs."""
+    command = ["sbatch", "--gpus-per-node", "0", "--ntasks-per-node", "1", *options, str(SCRIPT), *words]
+    environ = environment(SLURM_CONF=slurm.conf, PYTHON=sys.executable)
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environ, cwd=folder, check=False)
 
 
 def test_a_job_of_two_nodes_comes_back_after_time_limit_and_preemption_and_loses_nothing(words, tmp_path, slurm):
     folder = tmp_path / "runs of $(touch pwned)" / "job"  # neither a shell nor Slurm may split or run this
     words = [*words, "--train.steps", str(STEPS), "--checkpoint.every", "1_000"]
-    options = {"comment": "it's $(touch pwned) `touch pwned`\ntouch pwned", "cpus-per-task": "2"}
-    asked = ["--slurm.gpus", "0", "--slurm.nodes", "2", "--slurm.grace", "50", "--slurm.options", json.dumps(options)]
-    asked += ["--name", "job", "--out", folder.parent.name]  # a relative folder
-    submit = [*words[:3], "slurm", *words[3:], *asked, "--submit"]
-    environ = environment(SLURM_CONF=slurm.conf)
-    done = subprocess.run(submit, capture_output=True, text=True, timeout=60, env=environ, cwd=tmp_path, check=False)
+    options = ["--nodes", "2", "--cpus-per-task", "2", "--comment", "it's $(touch pwned) `touch pwned`\ntouch pwned"]
+    asked = ["--name", "job", "--out", folder.parent.name]  # a relative folder
+    done = submit(slurm, tmp_path, options, [*words[3:], *asked])
     assert done.returncode == 0, done.stderr
     job = done.stdout.split()[-1]
-    output = folder / f"slurm-{job}.txt"
+    output = tmp_path / f"slurm-{job}.txt"
 
     wait_for_step(folder, 20)
     assert state(slurm, job)["NumNodes"] == "2"
-    assert "#SBATCH --signal=USR1@50\n" in (folder / "job.sh").read_text()
     slurm("scancel", "--signal=USR1", job)  # what Slurm does so many seconds before the time limit, by the half minute
     comes_back(slurm, job, 1)
     first = metrics(folder)[-1]["step"]
@@ -180,9 +184,7 @@ def test_a_job_of_two_nodes_comes_back_after_time_limit_and_preemption_and_loses
 
 @pytest.mark.parametrize("tasks", [1, 2])
 def test_the_threads_of_a_task_are_its_share_of_the_cores_of_its_node(slurm, tasks):
-    code = "import os; from lacuna.cli import launch; from lacuna.config import Config, Source; "
-    code += "launch(Config(data={'sources': [Source(path='x')]}, train={'steps': 1}), []); "
-    code += "print(os.environ['OMP_NUM_THREADS'])"
+    code = "import os; from lacuna.cli import launch; launch([]); print(os.environ['OMP_NUM_THREADS'])"
     command = ["srun", "--nodes=2", f"--ntasks-per-node={tasks}", sys.executable, "-c", code]
     environ = environment(SLURM_CONF=slurm.conf)
     environ.pop("OMP_NUM_THREADS")
@@ -192,26 +194,17 @@ def test_the_threads_of_a_task_are_its_share_of_the_cores_of_its_node(slurm, tas
     assert done.stdout.split() == [str(max(1, cores // tasks))] * 2 * tasks
 
 
-def test_what_sbatch_refuses_is_one_sentence(words, slurm):
-    submit = [
-        *words[:3],
-        "slurm",
-        *words[3:],
-        "--submit",
-        "--slurm.gpus",
-        "0",
-        "--slurm.options",
-        '{"partition": "nowhere"}',
-    ]
-    done = finished(submit, SLURM_CONF=slurm.conf)
-    assert done.returncode == 1
-    assert "invalid partition" in done.stderr and "slurm.options" in only_sentence(done.stderr)
+def test_the_script_asks_for_what_a_run_that_comes_back_needs():
+    """Of Slurm: the signal early enough, the requeue, and one file for all starts."""
+    options = re.findall(r"^#SBATCH (.+)$", SCRIPT.read_text(), re.MULTILINE)
+    assert {"--signal=USR1@120", "--requeue", "--open-mode=append"} <= set(options)
+    assert f"$status = {REQUEUE} " in SCRIPT.read_text()
 
 
-def test_without_slurm_the_script_is_written_and_submit_is_one_sentence(words, tmp_path):
-    plain = [*words[:3], "slurm", *words[3:]]
-    done = finished(plain, PATH="/nowhere")
-    script = tmp_path / "runs" / "run" / "job.sh"
-    assert done.returncode == 0 and done.stdout.strip() == f"sbatch {script}" and script.exists()
-    done = finished([*plain, "--submit"], PATH="/nowhere")
-    assert done.returncode == 1 and "no sbatch here" in only_sentence(done.stderr)
+def test_a_run_that_fails_does_not_come_back(words, tmp_path, slurm):
+    done = submit(slurm, tmp_path, [], [*words[3:], "--train.stepz", "3"])
+    job = done.stdout.split()[-1]
+    wait_until(lambda: state(slurm, job)["JobState"] in ("COMPLETED", "FAILED"), 60)
+    assert state(slurm, job)["ExitCode"] == "1:0"
+    assert state(slurm, job)["Restarts"] == "0"
+    assert "unknown key train.stepz" in (tmp_path / f"slurm-{job}.txt").read_text()

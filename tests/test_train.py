@@ -90,7 +90,8 @@ def batch_of(rows):
     starts = [s.cu_seqlens[:-1] + 64 * i for i, s in enumerate(singles)]
     boundaries = torch.cat([*starts, torch.tensor([64 * len(rows)])]).int()
     joined = {k: torch.cat([getattr(s, k) for s in singles]) for k in ("input_ids", "labels", "position_ids")}
-    return singles[0]._replace(**joined, cu_seqlens=boundaries, trained_tokens=sum(s.trained_tokens for s in singles))
+    counts = {"trained_tokens": sum(s.counts["trained_tokens"] for s in singles)}
+    return singles[0]._replace(**joined, cu_seqlens=boundaries, counts=counts)
 
 
 def reference_gradients(folder) -> tuple[float, dict]:
@@ -126,7 +127,7 @@ def test_the_gradient_of_a_global_batch_is_the_same_for_every_split(split, model
         trainee = build_model(load_config(None, argv), ONE, 4096)
         rows = list(uneven_rows())
         batches = [batch_of(rows)] if split == "8x1" else [batch_of(rows[i : i + 2]) for i in range(0, 8, 2)]
-        trained = torch.tensor(sum(batch.trained_tokens for batch in batches))
+        trained = torch.tensor(sum(batch.counts["trained_tokens"] for batch in batches))
         loss = accumulate_gradients(trainee, batches, trained, ONE)
         norm, _ = gradient_norm(list(trainee.parameters()), None)
         gradients = {name: p.grad for name, p in trainee.model.named_parameters()}

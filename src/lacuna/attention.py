@@ -19,7 +19,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 from lacuna.config import ConfigError
-from lacuna.data.loader import PackedBatch
+from lacuna.data.batch import PackedBatch
 
 # FlashAttention-4 compiles itself for seconds: keep the result, where torch.compile keeps its own.
 os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
@@ -30,17 +30,15 @@ GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn)
 
 def choose_backend(asked: str | None, device: torch.device, dtype: torch.dtype) -> str:
     """The backend for `model.attention`; ConfigError where this machine cannot run the one asked for."""
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-    half = dtype == torch.bfloat16
+    on_gpu = device.type == "cuda" and dtype == torch.bfloat16
+    capability = torch.cuda.get_device_capability(device) if on_gpu else (0, 0)
     has_fa4 = importlib.util.find_spec("flash_attn") and importlib.util.find_spec("flash_attn.cute")
-    can = {"fa4": half and capability >= (9, 0) and has_fa4, "varlen": half and capability >= (8, 0), "sdpa": True}
+    can = {"fa4": capability >= (9, 0) and has_fa4, "varlen": capability >= (8, 0), "sdpa": True}
     possible = [backend for backend in can if can[backend]]
-    if asked is None:
-        return possible[0]
-    if asked not in possible:
+    if asked and asked not in possible:
         needs = "varlen needs bfloat16 and an Ampere GPU or later, fa4 a Hopper GPU or later and the extra fa4"
         raise ConfigError(f'model.attention = "{asked}" does not run here; possible: {", ".join(possible)}. {needs}')
-    return asked
+    return asked or possible[0]
 
 
 def boundaries(batch: PackedBatch, backend: str) -> dict:
@@ -48,46 +46,50 @@ def boundaries(batch: PackedBatch, backend: str) -> dict:
     # One graph for any number of documents. Padded to a fixed length instead, as empty documents, they cost
     # FlashAttention-4 7 ms of a 350 ms step (Qwen3-1.7B, 520 for 4 x 4,096 tokens, H200).
     torch._dynamo.mark_dynamic(batch.cu_seqlens, 0)
-    mask = None
-    if backend == "sdpa":
-        slots = torch.arange(len(batch.input_ids), device=batch.input_ids.device).view(-1, batch.max_seqlen)  # [B, S]
-        document = torch.searchsorted(batch.cu_seqlens[1:], slots, right=True)
-        causal = slots[0, :, None] >= slots[0]
-        mask = ((document[:, :, None] == document[:, None, :]) & causal)[:, None]  # [B, 1, S, S]
-    return {"backend": backend, "cu_seqlens": batch.cu_seqlens, "max_seqlen": batch.max_seqlen, "document_mask": mask}
+    mask = document_mask(batch) if backend == "sdpa" else None
+    return {"backend": backend, "cu_seqlens": batch.cu_seqlens, "max_seqlen": batch.max_seqlen, "mask": mask}
 
 
-def packed_attention(module, query, key, value, attention_mask, *, scaling=None, sliding_window=None, **others):
+def document_mask(batch: PackedBatch) -> torch.Tensor:
+    """Which slots of its row a slot sees, bool [B, 1, S, S]: itself, and those before it in its document."""
+    slots = torch.arange(len(batch.input_ids), device=batch.input_ids.device).view(-1, batch.max_seqlen)  # [B, S]
+    document = torch.searchsorted(batch.cu_seqlens[1:], slots, right=True)  # [B, S]
+    causal = slots[0, :, None] >= slots[0]
+    return ((document[:, :, None] == document[:, None, :]) & causal)[:, None]
+
+
+def packed_attention(module, query, key, value, _, *, backend, cu_seqlens, max_seqlen, mask, **options):
     """Attention of every document to itself alone; returns [1, T, heads, D] and no weights.
 
-    query is [1, heads, T, D], key and value are [1, kv_heads, T, D]; others holds what `boundaries` made.
+    query is [1, heads, T, D], key and value [1, kv_heads, T, D]. `boundaries` made backend to mask, the model options.
     """
-    backend, cu_seqlens, max_seqlen = others["backend"], others["cu_seqlens"], others["max_seqlen"]
-    if others.get("softcap") is not None or others.get("s_aux") is not None or others.get("dropout"):
+    if options.get("softcap") is not None or options.get("s_aux") is not None or options.get("dropout"):
         raise ConfigError(f"{type(module).__name__} wants soft-capped scores, sinks or dropout: lacuna has none")
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    window = -1 if sliding_window is None or sliding_window >= max_seqlen else sliding_window - 1
+    scale = options.get("scaling") or query.shape[-1] ** -0.5
+    window = options.get("sliding_window")
+    # keys to its left that a query sees; -1: all of its document's
+    left = -1 if window is None or window >= max_seqlen else window - 1
     if backend == "sdpa":
-        return sdpa(query, key, value, others["document_mask"], scaling, window), None
+        return sdpa(query, key, value, mask, scale, left), None
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
     if backend == "fa4":
-        out, _ = fa4(q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens, max_seqlen, scaling, window)
+        out, _ = fa4(q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens, max_seqlen, scale, left)
         return out[None], None
     limits = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-    return varlen_attn(q, k, v, *limits, scale=scaling, window_size=(window, 0), **GROUPED)[None], None
+    return varlen_attn(q, k, v, *limits, scale=scale, window_size=(left, 0), **GROUPED)[None], None
 
 
-def sdpa(query, key, value, mask, scaling: float, window: int) -> torch.Tensor:
-    rows, seq_len = mask.shape[0], mask.shape[-1]
-    if window >= 0:
-        mask = mask & torch.ones(seq_len, seq_len, dtype=torch.bool, device=mask.device).triu(-window)
-    q, k, v = (x[0].unflatten(1, (rows, seq_len)).transpose(0, 1) for x in (query, key, value))  # [B, heads, S, D]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
+def sdpa(query, key, value, mask, scale: float, left: int) -> torch.Tensor:
+    if left >= 0:
+        mask = mask & torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).triu(-left)
+    rows = (mask.shape[0], mask.shape[-1])
+    q, k, v = (x[0].unflatten(1, rows).transpose(0, 1) for x in (query, key, value))  # [B, heads, S, D]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     return out.transpose(1, 2).flatten(0, 1)[None]
 
 
 # FlashAttention-4 is written in CuTe DSL, which torch.compile cannot trace: two opaque operators keep the graph whole.
-LIMITS = "Tensor cu_seqlens, int max_seqlen, float scale, int window"
+LIMITS = "Tensor cu_seqlens, int max_seqlen, float scale, int left"
 FORWARD = f"(Tensor q, Tensor k, Tensor v, {LIMITS}) -> (Tensor, Tensor)"
 BACKWARD = f"(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {LIMITS}) -> (Tensor, Tensor, Tensor)"
 
@@ -107,10 +109,10 @@ def fa4_backward(grad, q, k, v, out, lse, *limits):
     return _flash_attn_bwd(q, k, v, out, grad.contiguous(), lse, **options)[:3]
 
 
-def fa4_options(cu_seqlens: torch.Tensor, max_seqlen: int, scale: float, window: int) -> dict:
-    options = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens, "softmax_scale": scale, "causal": window < 0}
+def fa4_options(cu_seqlens: torch.Tensor, max_seqlen: int, scale: float, left: int) -> dict:
+    options = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens, "softmax_scale": scale, "causal": left < 0}
     options |= {"max_seqlen_q": max_seqlen, "max_seqlen_k": max_seqlen}
-    return options if window < 0 else options | {"window_size_left": window, "window_size_right": 0}
+    return options if left < 0 else options | {"window_size_left": left, "window_size_right": 0}
 
 
 def fa4_save(ctx, inputs, output):
@@ -119,7 +121,8 @@ def fa4_save(ctx, inputs, output):
 
 
 def fa4_grads(ctx, grad, _):
-    return *fa4_backward(grad, *ctx.saved_tensors, *ctx.limits), None, None, None, None
+    grads = fa4_backward(grad, *ctx.saved_tensors, *ctx.limits)
+    return *grads, None, None, None, None  # the limits have none
 
 
 AttentionInterface.register("lacuna", packed_attention)

@@ -12,16 +12,18 @@ def chat(name: str):
     """One conversation with the model of a run folder, a Hugging Face folder or a Hub id; an empty line ends it."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    folder = Path(name) / "hf"
+    of_run = Path(name) / "hf"
     try:
-        model = pipeline("text-generation", str(folder) if folder.is_dir() else name)
+        model = pipeline("text-generation", str(of_run) if of_run.is_dir() else name)
     except (OSError, ValueError) as error:
         raise ConfigError(f"lacuna chat {name}: no model there: {error}") from None
     if not model.tokenizer.chat_template:
         raise ConfigError(f"{name} has no chat template: it was trained on text only, so go on with lacuna sft")
-    streamer, messages = TextStreamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True), []
+    streamer = TextStreamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    messages = []
     with suppress(EOFError):
         while line := input("you: ").strip():
             print("model: ", end="", flush=True)
             messages.append({"role": "user", "content": line})
-            messages = model(messages, streamer=streamer, max_new_tokens=512)[0]["generated_text"]
+            answer = model(messages, streamer=streamer, max_new_tokens=512)
+            messages = answer[0]["generated_text"]

@@ -8,128 +8,155 @@ import traceback
 from glob import glob
 from pathlib import Path
 
-from lacuna.config import ConfigError, NonFinite, Preempted, load_config
+from lacuna.config import Config, ConfigError, NonFinite, Preempted, load_config
 from lacuna.preemption import REQUEUE, SIGNALS, Preemption
 
-USAGE = """usage: lacuna pt [CONFIG.toml] [--section.key VALUE ...]             train on text: every token
-       lacuna sft [CONFIG.toml] [--section.key VALUE ...]            train on conversations: what the assistant says
-       lacuna explain pt|sft [CONFIG.toml] [--section.key VALUE ...] show the first rows that this would train on
-       lacuna chat FOLDER                                            talk to the model of a run
-       lacuna export CHECKPOINT FOLDER                               make a Hugging Face folder of a checkpoint
+USAGE = """usage: lacuna pt [CONFIG.toml] [--section.key VALUE ...]    train on text: every token
+       lacuna sft …                                         train on what an assistant says
+       lacuna explain pt|sft …                              show the first rows of such a run
+       lacuna chat FOLDER                                   talk to the model of a run
+       lacuna export CHECKPOINT FOLDER                      make a Hugging Face folder of it
 
-`lacuna pt --help` shows every key with its meaning, unit and default. Without a config, configs/pt.toml or
-configs/sft.toml is used: a small model and data that ship with the repository."""
+`lacuna pt --help` shows every key. Without a config, configs/pt.toml or configs/sft.toml is used."""
 
 
 def main():
     """Entry point of `lacuna` and `python -m lacuna`."""
-    command, *argv = sys.argv[1:] or ["--help"]
-    if command in ("-h", "--help"):
-        print(USAGE)
-        return
     try:
-        if command == "chat" and len(argv) == 1:
+        command, config, words = parse(sys.argv[1:])
+        if command == "chat":
             from lacuna.chat import chat
 
-            return chat(argv[0])
-        if command == "export" and len(argv) == 2:
+            chat(*words)
+        if command == "export":
             from lacuna.checkpoint import export
 
-            return export(Path(argv[0]), Path(argv[1]))
-        task = argv.pop(0) if command == "explain" and argv else command
-        if task not in ("pt", "sft"):
-            raise ConfigError(f"unknown command {' '.join(sys.argv[1:])}\n{USAGE}")
-        path = argv.pop(0) if argv and not argv[0].startswith("-") else None
-        if path is None and not {"-h", "--help"} & set(argv):
-            path = f"configs/{task}.toml"
-            os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one GPU is more than enough for this one
-            if not Path(path).exists():
-                raise ConfigError(f"no config given, and no {path} here: give one, or run in a clone of lacuna")
-        config = load_config(path, argv, task)
+            export(*map(Path, words))
         if command == "explain":
-            from lacuna.explain import explain as run
-        else:
-            launch([task, path, *argv])
-            Preemption()  # imports alone take seconds
+            from lacuna.explain import explain
+
+            explain(config)
+        if command in ("pt", "sft"):
+            launch(words)
+            Preemption()  # imports alone take seconds, and one or two more with garbage collection
             gc.disable()
             from lacuna.train import run
 
-            gc.freeze()  # what imports make stays: looking through it would take half a second every few dozen steps
+            gc.freeze()  # what imports make stays: looking through it takes half a second every few dozen steps
             gc.enable()
-        run(config)
+            run(config)
         leave(0)
-    except (ConfigError, NonFinite, Preempted) as error:
-        print(f"lacuna{name_rank()}: {error}", file=sys.stderr)
-        leave(REQUEUE if isinstance(error, Preempted) else 1)
+    except Preempted as error:
+        leave(REQUEUE, str(error))
+    except (ConfigError, NonFinite) as error:
+        leave(1, str(error))
     except Exception as error:
-        sentence = outside(error)
-        if sentence:
-            print(f"lacuna{name_rank()}: {sentence}", file=sys.stderr)
-        else:
-            traceback.print_exc()
-        leave(1)
+        leave(1, explain_fault(error))
 
 
-def name_rank() -> str:
-    return f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
+def parse(argv: list[str]) -> tuple[str, Config | None, list[str]]:
+    """The command, its config (chat and export have none), and its words; exits if they ask for help."""
+    command, *words = argv or ["--help"]
+    if command in ("-h", "--help"):
+        print(USAGE)
+        sys.exit(0)
+    if (command, len(words)) in (("chat", 1), ("export", 2)):
+        return command, None, words
+    task = words.pop(0) if command == "explain" and words else command
+    if task not in ("pt", "sft"):
+        raise ConfigError(f"unknown command {' '.join(argv)}\n{USAGE}")
+    path = f"configs/{task}.toml"
+    if words and not words[0].startswith("-"):
+        path = words.pop(0)
+    elif {"-h", "--help"} & set(words):
+        path = None
+    elif Path(path).exists():
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one GPU is more than enough for this one
+    else:
+        raise ConfigError(f"no config given, and no {path} here: give one, or run in a clone of lacuna")
+    return command, load_config(path, words, task), [task, path, *words]
 
 
-def outside(error: Exception) -> str:
-    """One sentence for a fault of disks or of other ranks, where a traceback would not help; otherwise none."""
-    again = "the same command goes on from the last checkpoint"
+def explain_fault(error: Exception) -> str:
+    """A sentence for a fault of disks or other ranks; of others a traceback is printed, and there is no sentence."""
     text = str(error).partition("\n")[0]
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    number = getattr(error, "errno", None)
+    again = "the same command goes on from the last checkpoint"
+    if number in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full ({text}): make room, and {again}"
-    if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+    if number in (errno.EROFS, errno.EACCES, errno.EPERM):
         return f"a folder cannot be written ({text}): change it or `out`, and {again}"
     if "gloo" in text or type(error).__name__ in ("DistStoreError", "DistNetworkError", "DistBackendError"):
         return f"another rank has ended, or cannot be reached ({text}): see what it says; {again}"
+    traceback.print_exc()
     return ""
 
 
-def leave(status: int):
-    """Exit. One of several ranks skips the interpreter's end: gloo's threads outlive it, and 1 run in 20 aborted.
-
-    So does a run that stops early: the end would wait 10 s for loader workers, which ignore SIGTERM.
-    """
+def leave(status: int, sentence: str = ""):
+    """Exit, saying why."""
+    rank = os.environ.get("RANK")
+    if sentence:
+        name = "lacuna" if rank is None else f"lacuna (rank {rank})"
+        print(f"{name}: {sentence}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    (os._exit if status or "RANK" in os.environ else sys.exit)(status)
+    # One of several ranks skips the interpreter's end: gloo's threads outlive it, and 1 run in 20 aborted. So does a
+    # run that stops early: the end would wait 10 s for loader workers, which ignore SIGTERM.
+    if status or rank is not None:
+        os._exit(status)
+    sys.exit(0)
 
 
-def launch(argv: list[str]):
-    """Become torchrun over all local GPUs, unless there is one at most, or torchrun or Slurm started this process."""
-    in_slurm = "SLURM_STEP_ID" in os.environ and os.environ["SLURM_NTASKS"] != "1"
-    started = "RANK" in os.environ or in_slurm
+def launch(words: list[str]):
+    """Set this process's share of the cores; alone with several GPUs, become torchrun."""
+    ranks = ranks_here()
+    gpus = count_gpus()
+    set_threads(ranks or max(1, gpus))
+    if not ranks and gpus > 1:
+        become_torchrun(gpus, words)
+
+
+def ranks_here() -> int:
+    """Ranks on this node if torchrun, or srun with several tasks, started this one; else 0."""
+    if "RANK" in os.environ:
+        return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if "SLURM_STEP_ID" in os.environ and os.environ["SLURM_NTASKS"] != "1":  # an sbatch script is no step
+        return int(os.environ["SLURM_STEP_TASKS_PER_NODE"].partition("(")[0])  # such as 4(x2)
+    return 0
+
+
+def count_gpus() -> int:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = len(glob("/dev/nvidia[0-9]*")) if visible is None else len([d for d in visible.split(",") if d])
-    tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1").partition("(")[0]  # such as 4(x2)
-    set_threads(int(os.environ.get("LOCAL_WORLD_SIZE", tasks)) if started else max(1, gpus))
-    if not started and gpus > 1:
-        from torch.distributed.elastic.multiprocessing import SignalException
-        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-        from torch.distributed.run import main as torchrun
+    if visible is None:
+        return len(glob("/dev/nvidia[0-9]*"))
+    return len([device for device in visible.split(",") if device])
 
-        options = ["--standalone", "--nproc-per-node", str(gpus)]
-        options += ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
-        try:
-            torchrun([*options, "-m", "lacuna", *argv])
-        except SignalException as error:
-            print(f"lacuna: {error}", file=sys.stderr)
-            sys.exit(REQUEUE if error.sigval in SIGNALS else 128 + error.sigval)
-        except ChildFailedError as error:  # of a fault, torchrun ends the other ranks by a signal
-            print("lacuna: a rank has ended before the run has, as it says above", file=sys.stderr)
-            sys.exit(REQUEUE if all(rank.exitcode == REQUEUE for rank in error.failures.values()) else 1)
-        sys.exit(0)
+
+def become_torchrun(gpus: int, words: list[str]):
+    """One rank a GPU. The ranks' 75 is passed on: torchrun alone would end with 1."""
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    options = ["--standalone", "--nproc-per-node", str(gpus)]
+    options += ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
+    try:
+        torchrun([*options, "-m", "lacuna", *words])
+        leave(0)
+    except SignalException as error:
+        leave(REQUEUE if error.sigval in SIGNALS else 128 + error.sigval, str(error))
+    except ChildFailedError as error:  # of a fault, torchrun ends the other ranks by a signal
+        saved = all(rank.exitcode == REQUEUE for rank in error.failures.values())
+        leave(REQUEUE if saved else 1, "a rank has ended before the run has, as it says above")
 
 
 def set_threads(processes: int):
-    """OMP_NUM_THREADS = physical cores this process may use / processes on the node; torchrun's own default is 1."""
-    siblings = set()
+    """OMP_NUM_THREADS = physical cores this process may use / processes here; torchrun's own default is 1."""
+    cores = set()
     for cpu in os.sched_getaffinity(0):
-        file = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        siblings.add(file.read_text() if file.exists() else cpu)
-    threads = str(max(1, len(siblings) // processes))
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        cores.add(siblings.read_text() if siblings.exists() else cpu)
+    threads = str(max(1, len(cores) // processes))
     if "OMP_NUM_THREADS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
         os.environ["OMP_NUM_THREADS"] = threads
     os.environ.setdefault("RAYON_NUM_THREADS", threads)  # the tokenizers' threads
@@ -140,8 +167,10 @@ def set_threads(processes: int):
 def count_lines():
     """Print the physical lines of every file of the package; exit 1 at 3,000 or more."""
     package = Path(__file__).parent
-    counts = {file.relative_to(package): len(file.read_text().splitlines()) for file in sorted(package.rglob("*.py"))}
-    for file, lines in counts.items():
-        print(f"{lines:6,}  {file}")
-    print(f"{sum(counts.values()):6,}  in all, of 3,000")
-    sys.exit(sum(counts.values()) >= 3000)
+    total = 0
+    for file in sorted(package.rglob("*.py")):
+        lines = len(file.read_text().splitlines())
+        print(f"{lines:6,}  {file.relative_to(package)}")
+        total += lines
+    print(f"{total:6,}  in all, of 3,000")
+    sys.exit(total >= 3000)

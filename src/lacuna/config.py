@@ -1,8 +1,7 @@
 """Every knob of a run: strict pydantic models, read from a TOML file and from `--section.key value`.
 
-Nothing here imports torch, so that `--help` and a wrong key answer at once. Later sources win: defaults, file, command
-line. Unknown keys are errors that name the nearest key; contradictions name the keys and the values that would work.
-None always means "choose for me".
+Nothing here imports torch, so that `--help` and a wrong key answer at once. The command line wins over the file, and
+that over the defaults. None, which is a key left out, always means "choose for me".
 """
 
 import difflib
@@ -15,13 +14,13 @@ from typing import Annotated, Any, Literal
 
 import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, CliImplicitFlag, CliSettingsSource
+from pydantic_settings import CliImplicitFlag, CliSettingsSource
 
 log = logging.getLogger("lacuna")
 
 
 class ConfigError(Exception):
-    """What the user asked for cannot be done; the message says which key is wrong and what would be right."""
+    """What the user asked for cannot be done; the message names key and cure."""
 
 
 class NonFinite(Exception):
@@ -42,31 +41,31 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    name: str = key("examples/tiny", "Hub id, or local folder with config.json (and *.safetensors)")
-    from_scratch: bool = key(False, "initialise the weights from `seed` instead of reading them")
+    name: str = key("examples/tiny", "Hub id, or folder with config.json (and *.safetensors)")
+    from_scratch: bool = key(False, "initialise the weights instead of reading them")
     overrides: dict[str, Any] = key({}, "fields of the model's config to replace")
-    tokenizer: str | None = key(None, "Hub id or folder of the tokenizer, if not the model's own")
-    patch: str | None = key(None, "file.py:function, called with the model before all else is done to it")
-    dtype: Literal["bfloat16", "float32"] | None = key(None, "of computation alone; default: bfloat16 on GPUs")
-    fp8: bool = key(False, "matrix products of the layers in fp8 (extra fp8), on Hopper GPUs and later")
-    attention: Literal["varlen", "fa4", "sdpa"] | None = key(None, "default: fa4 (extra fa4), varlen, sdpa: what runs")
-    kernels: Literal["none", "liger"] | None = key(None, "default: liger on a GPU without compile, else none")
-    head: Literal["chunked", "liger"] = key("chunked", "LM head and loss without full logits: lacuna's, or Liger's")
-    accum_dtype: Literal["float32", "model"] = key("float32", "of the sum of the head's gradient over chunks")
+    tokenizer: str | None = key(None, "Hub id or folder; default: the model's own")
+    patch: str | None = key(None, "file.py:function, called with the empty model before all else")
+    dtype: Literal["bfloat16", "float32"] | None = key(None, "of computation; default: bfloat16 on GPUs")
+    fp8: bool = key(False, "the layers' products in fp8 (extra fp8), from Hopper GPUs on")
+    attention: Literal["varlen", "fa4", "sdpa"] | None = key(None, "default: fa4, varlen or sdpa, what runs")
+    kernels: Literal["none", "liger"] | None = key(None, "default: liger on GPUs if not compiled")
+    head: Literal["chunked", "liger"] = key("chunked", "loss without full logits: lacuna's, or Liger's")
+    accum_dtype: Literal["float32", "model"] = key("float32", "of the head's gradient, summed over chunks")
     trust_remote_code: bool = key(False, "run Python code that comes with the model")
 
 
-def one_or_several(value):
-    return [value] if isinstance(value, str) else value
+OneOrSeveral = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+Rate = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Source(Section):
-    path: str = key(..., "Hub id, folder, or file, glob or URL (https://, s3://) of .parquet, .jsonl or .txt")
+    path: str = key(..., "Hub id, folder, or .parquet, .jsonl, .txt: file, glob, URL (https://, s3://)")
     name: str | None = key(None, "configuration of a Hub dataset")
     split: str = key("train", "split, slices allowed: train[:1000]")
-    data_files: Annotated[list[str] | None, BeforeValidator(one_or_several)] = key(None, "files in `path`, or globs")
-    streaming: bool = key(False, "read while training instead of tokenising everything first")
-    weight: float | None = key(None, "share of the mixture's tokens; none: all data once an epoch", gt=0)
+    data_files: Annotated[list[str] | None, OneOrSeveral] = key(None, "files in `path`, or globs")
+    streaming: bool = key(False, "read while training instead of tokenising all of it first")
+    weight: float | None = key(None, "share of the tokens; default: all data once an epoch", gt=0)
     column: str = key("text", "pt: column that holds the text")
 
 
@@ -74,13 +73,13 @@ SOURCE = "; ".join(f"{name} ({field.description})" for name, field in Source.mod
 
 
 class DataConfig(Section):
-    sources: list[Source] = key([], "where documents come from: [[data.sources]] in TOML, JSON here; keys: " + SOURCE)
-    chat_template: str | None = key(None, "sft: file, text or name of a Jinja template; default: the tokenizer's own")
-    overlong: Literal["drop", "truncate", "error"] = key("drop", "sft: what becomes of conversations over seq_len")
-    mask_boundary: bool = key(True, "a document's last token does not predict the next document's first")
-    num_streams: int | None = key(None, "virtual streams; default: the number of shards, at most 64", ge=1)
+    sources: list[Source] = key([], "[[data.sources]] in TOML, JSON here; keys: " + SOURCE)
+    chat_template: str | None = key(None, "sft: file, text or name; default: the tokenizer's")
+    overlong: Literal["drop", "truncate", "error"] = key("drop", "sft: conversations over seq_len")
+    mask_boundary: bool = key(True, "a document does not predict the next one's first token")
+    num_streams: int | None = key(None, "virtual streams; default: one a shard, at most 64", ge=1)
     context_len: int | None = key(None, "longest piece of a document, tokens; default: seq_len", ge=1)
-    context_warmup_steps: int = key(0, "steps in which context_len grows linearly to seq_len", ge=0)
+    context_warmup_steps: int = key(0, "steps in which context_len grows to seq_len", ge=0)
     workers: int | None = key(None, "loader processes a rank; default: 1 if data streams, else 0", ge=0)
     cache: str = key("~/.cache/lacuna", "folder of the token cache")
 
@@ -88,48 +87,45 @@ class DataConfig(Section):
 class TrainConfig(Section):
     seq_len: int = key(1024, "slots a row, tokens", ge=8)
     micro_batch_size: int = key(8, "rows a device takes through the model at once", ge=1)
-    global_batch_size: int = key(8, "rows an optimizer step, over all devices and micro-batches", ge=1)
+    global_batch_size: int = key(8, "rows an optimizer step, over all devices", ge=1)
     steps: int | None = key(None, "optimizer steps (this or train.epochs)", ge=1)
     epochs: int | None = key(None, "passes over map-style data (this or train.steps)", ge=1)
     compile: bool | None = key(None, "torch.compile each layer; default: on a GPU")
     activation_checkpointing: Literal["none", "full", "selective"] = key(
-        "none", "recompute in the backward: everything (full), or cheap operators only (selective)"
+        "none", "recompute in the backward: everything (full), or what is cheap (selective)"
     )
     max_grad_norm: float = key(1.0, "gradients are scaled down to this global L2 norm", gt=0)
     deterministic: bool = key(False, "deterministic GPU kernels, where they exist (slower)")
 
 
-Rate = Annotated[float, Field(ge=0, lt=1)]
-
-
 class OptimConfig(Section):
     lr: float | None = key(None, "peak learning rate; default: 3e-4 for pt, 2e-5 for sft", gt=0)
-    weight_decay: float = key(0.1, "decay of matrices; embeddings, norms and biases have none", ge=0)
+    weight_decay: float = key(0.1, "of matrices; embeddings, norms and biases have none", ge=0)
     betas: list[Rate] = key([0.9, 0.95], "AdamW's two decay rates", min_length=2, max_length=2)
     eps: float = key(1e-8, "AdamW's epsilon", gt=0)
-    schedule: Literal["constant", "linear", "cosine", "wsd"] = key("cosine", "wsd: constant, then linear decay")
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = key("cosine", "wsd: constant, then linear")
     warmup_steps: int = key(0, "steps of linear warmup from 0", ge=0)
     decay_steps: int | None = key(None, "wsd: steps of decay at the end; default: a tenth", ge=1)
-    min_lr_ratio: float = key(0.1, "last learning rate over the peak (linear, cosine, wsd)", ge=0, le=1)
+    min_lr_ratio: float = key(0.1, "last learning rate over the peak", ge=0, le=1)
 
 
 class DistConfig(Section):
     dp_replicate: int = key(1, "copies of the sharded model (HSDP)", ge=1)
-    dp_shard: int | None = key(None, "ranks that share one copy (FSDP2); default: all that are left", ge=1)
-    reshard_after_forward: bool | None = key(None, "free layers till their backward; default: if the model is large")
+    dp_shard: int | None = key(None, "ranks that share a copy (FSDP2); default: all left", ge=1)
+    reshard_after_forward: bool | None = key(None, "free layers till backward; default: large models")
     timeout: int = key(600, "seconds after which a collective that hangs ends the run", ge=10)
 
 
 class CheckpointConfig(Section):
-    every: int = key(500, "steps between checkpoints; there is one at the end in any case", ge=1)
+    every: int = key(500, "steps between checkpoints; the last step has one too", ge=1)
     keep: int = key(2, "newest checkpoints that are kept", ge=1)
-    resume: str | None = key(None, "checkpoint to go on from; default: the newest in the run's folder")
-    resume_changed: bool = key(False, "go on even if the config has changed in a way that changes the run")
+    resume: str | None = key(None, "folder to go on from; default: the run's newest")
+    resume_changed: bool = key(False, "go on though a key has changed that changes the run")
 
 
 class LogConfig(Section):
     every: int = key(10, "steps between two lines of metrics", ge=1)
-    profile: CliImplicitFlag[bool] = key(False, "trace a few steps, with a memory snapshot, into the run folder")
+    profile: CliImplicitFlag[bool] = key(False, "trace three steps into the run folder")
     show: int = key(2, "rows that lacuna explain prints", ge=1)
     show_ids: bool = key(False, "lacuna explain: token ids too")
     trackers: list[Literal["wandb", "tensorboard", "trackio"]] = key([], "where else metrics go")
@@ -137,13 +133,13 @@ class LogConfig(Section):
 
 class EvalConfig(Section):
     sources: list[Source] = key([], "held-out data, same keys as data.sources")
-    fraction: float | None = key(None, "or this share of the documents of data.sources, held out", gt=0, lt=1)
-    every: int | None = key(None, "steps between evaluations; none: only at start and end", ge=1)
+    fraction: float | None = key(None, "or this share of data.sources' documents", gt=0, lt=1)
+    every: int | None = key(None, "steps between evaluations; default: only at start and end", ge=1)
     rows: int = key(512, "rows evaluated at most", ge=1)
 
 
 class Config(Section):
-    task: Literal["pt", "sft"] = key("pt", "pt: text, every token; sft: conversations, what the assistant says")
+    task: Literal["pt", "sft"] = key("pt", "pt: text; sft: conversations")
     name: str = key("run", "the run's name: everything lands in out/name", pattern=r"^[\w.-]+$")
     seed: int = key(0, "of the order of data and of initial weights", ge=0, lt=2**32)
     out: str = key("runs", "folder of runs")
@@ -166,18 +162,18 @@ class Config(Section):
 
 
 def contradictions(config: Config) -> Iterator[str]:
-    """What sections say against each other, a sentence each; the first is the one that the user reads."""
-    model, data, train, evaluation = config.model, config.data, config.train, config.eval
+    """What keys say against each other, a sentence each; the user reads the first."""
+    data = config.data
+    train = config.train
+    held_out = config.eval
     streams = any(source.streaming for source in data.sources)
     weights = [source.weight for source in data.sources if source.weight]
     if not data.sources:
         yield "data.sources is empty: add a [[data.sources]] table with a path"
     if (train.steps is None) == (train.epochs is None):
         yield "give exactly one of train.steps and train.epochs"
-    if train.epochs and streams:
-        yield "train.epochs needs data of known size: set train.steps, or streaming = false"
-    if train.epochs and weights:
-        yield "train.epochs of a weighted mixture: set train.steps, or drop the weights"
+    if train.epochs and (streams or weights):
+        yield "train.epochs of a stream or of weights: set train.steps, or streaming = false and no weights"
     if weights and len(weights) < len(data.sources):
         yield "data.sources: give every source a weight, or none"
     if streams and len(data.sources) > 1 and not weights:
@@ -194,27 +190,27 @@ def contradictions(config: Config) -> Iterator[str]:
         yield "data.chat_template belongs to lacuna sft: text has no template"
     if config.optim.decay_steps and config.optim.schedule != "wsd":
         yield 'optim.decay_steps needs optim.schedule = "wsd"'
-    if model.attention in ("varlen", "fa4") and model.dtype == "float32":
-        yield f'model.attention = "{model.attention}" needs model.dtype = "bfloat16"; or use "sdpa"'
-    if any(source.weight for source in evaluation.sources):
+    if config.model.attention in ("varlen", "fa4") and config.model.dtype == "float32":
+        yield f'model.attention = "{config.model.attention}" needs model.dtype = "bfloat16"; or use "sdpa"'
+    if config.checkpoint.resume == "auto":
+        yield 'checkpoint.resume = "auto" is no folder; leave it out for the default, the newest'
+    if any(source.weight for source in held_out.sources):
         yield "eval.sources have no weight: all of their data counts"
-    if len(evaluation.sources) > 1 and any(source.streaming for source in evaluation.sources):
+    if len(held_out.sources) > 1 and any(source.streaming for source in held_out.sources):
         yield "eval.sources: what streams must stand alone"
-    if evaluation.fraction and evaluation.sources:
+    if held_out.fraction and held_out.sources:
         yield "give eval.sources or eval.fraction, not both"
-    if evaluation.fraction and (streams or weights):
+    if held_out.fraction and (streams or weights):
         yield "eval.fraction: data streams or has weights: name eval.sources"
-    if evaluation.every and not (evaluation.sources or evaluation.fraction):
+    if held_out.every and not (held_out.sources or held_out.fraction):
         yield "eval.every needs eval.sources or eval.fraction"
 
 
 def uneven_batch(train: TrainConfig, ranks: int = 1) -> str:
     """A sentence for a global batch that does not divide into the micro-batches of all ranks."""
     near = nearest_multiple(train.global_batch_size, train.micro_batch_size * ranks)
-    return (
-        f"train.global_batch_size {train.global_batch_size} is no multiple of train.micro_batch_size "
-        f"{train.micro_batch_size} x {ranks} rank(s): use {near}"
-    )
+    rows = f"train.micro_batch_size {train.micro_batch_size} x {ranks} rank(s)"
+    return f"train.global_batch_size {train.global_batch_size} is no multiple of {rows}: use {near}"
 
 
 def nearest_multiple(n: int, of: int) -> str:
@@ -223,46 +219,44 @@ def nearest_multiple(n: int, of: int) -> str:
     return f"{below} or {below + of}" if below else str(of)
 
 
-class CommandLine(Config, BaseSettings):
-    """The same keys, as pydantic-settings wants them for a command line."""
-
-
 class Parser(ArgumentParser):
     def error(self, message):
-        unknown = [word.split("=")[0].lstrip("-") for word in message.split() if word.startswith("--")]
-        if message.startswith("unrecognized arguments") and unknown:
-            message = unknown_key(unknown[0])
+        options = [word for word in message.split() if word.startswith("--")]
+        if message.startswith("unrecognized arguments") and options:
+            message = unknown_key(options[0].split("=")[0].lstrip("-"))
         raise ConfigError(message)
 
 
-def unknown_key(key: str) -> str:
-    """An error text for a key that does not exist, with the nearest one that does."""
+def unknown_key(wrong: str) -> str:
+    """A sentence for a key that does not exist, with the nearest one that does."""
     known = []
     for name, field in Config.model_fields.items():
         inner = getattr(field.annotation, "model_fields", {})
         known += [name, *(f"{name}.{k}" for k in inner)]
-        known += [f"{name}.sources.{k}" for k in Source.model_fields if "sources" in inner]
-    same_word = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
-    near = same_word or difflib.get_close_matches(key, known, 1)
-    if not near:
-        return f"unknown key {key}; `lacuna pt --help` lists all keys"
-    return f"unknown key {key}: did you mean {near[0]}?"
+        if "sources" in inner:
+            known += [f"{name}.sources.{k}" for k in Source.model_fields]
+    near = [k for k in known if k.split(".")[-1] == wrong.split(".")[-1]]
+    near += difflib.get_close_matches(wrong, known, 1, cutoff=0.65)
+    if near:
+        return f"unknown key {wrong}: did you mean {near[0]}?"
+    return f"unknown key {wrong}: take it out, or see `lacuna pt --help` for all keys"
 
 
 def load_config(path: str | None, argv: list[str], task: str = "pt") -> Config:
-    """The config of a task (pt, sft) from a TOML file (or none) and command-line words.
-
-    Raises ConfigError with one sentence a problem; exits 0 after printing help where argv asks for it.
-    """
+    """The config from a TOML file and a command line's words; exits if they ask for help."""
     parser = Parser(usage=f"lacuna {task} [CONFIG.toml] [--section.key VALUE ...]", allow_abbrev=False)
-    given = CliSettingsSource(CommandLine, None, argv, root_parser=parser, parse_args_method=Parser.parse_args)()
-    merged = read_toml(path) if path else {}
-    if len({"steps", "epochs"} & set(given.get("train", {}))) == 1 and isinstance(merged.get("train"), dict):
-        # they exclude each other: the one on the command line replaces the one in the file
-        merged["train"] = {k: v for k, v in merged["train"].items() if k not in ("steps", "epochs")}
+    given = CliSettingsSource(Config, None, argv, root_parser=parser, parse_args_method=Parser.parse_args)()
+    if {"steps", "epochs"} & set(given.get("train", {})):
+        # they exclude each other: one on the command line takes back the file's
+        given["train"] = {"steps": None, "epochs": None} | given["train"]
+    try:
+        merged = tomllib.loads(Path(path).read_text()) if path else {}
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read config {path} as TOML: {error}") from None
     for section, value in given.items():
-        both = isinstance(value, dict) and isinstance(merged.get(section), dict)
-        merged[section] = merged[section] | value if both else value
+        if isinstance(value, dict) and isinstance(merged.get(section), dict):
+            value = merged[section] | value
+        merged[section] = value
     if merged.setdefault("task", task) != task:
         raise ConfigError(f"{path or 'the command line'} has task = {merged['task']!r}: run lacuna {merged['task']}")
     try:
@@ -271,22 +265,18 @@ def load_config(path: str | None, argv: list[str], task: str = "pt") -> Config:
         raise ConfigError("\n".join(sentence(problem) for problem in error.errors())) from None
 
 
-def read_toml(path: str) -> dict:
-    try:
-        return tomllib.loads(Path(path).read_text())
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read config {path} as TOML: {error}") from None
-
-
 def sentence(problem: dict) -> str:
     """An error of pydantic's as a sentence, with the key as it is written in TOML."""
     place = [str(part) for part in problem["loc"]]
     if problem["type"] == "extra_forbidden":
         return unknown_key(".".join(part for part in place if not part.isdigit()))
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{'.'.join(place)}: {message}, not {problem['input']!r}" if place else message
+    if not place:
+        return message
+    cure = "; leave it out for the default" if problem["input"] == "auto" else ""
+    return f"{'.'.join(place)}: {message}, not {problem['input']!r}{cure}"
 
 
 def to_toml(config: Config) -> str:
-    """The whole config as TOML text: enough to repeat the run. None is left out: it is every such key's default."""
+    """The config as TOML, enough to repeat the run. What is None is left out."""
     return tomli_w.dumps(config.model_dump(exclude_none=True))

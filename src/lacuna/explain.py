@@ -1,15 +1,15 @@
 """`lacuna explain`: what would be trained, as rows of coloured text, from the labels that the model would get."""
 
 import logging
-from itertools import groupby, islice
+from itertools import groupby, islice, pairwise
 
 from rich.console import Console
 from rich.text import Text
 
-from lacuna.config import Config
-from lacuna.data.conversations import ChatEncoder
+from lacuna.config import Config, log
+from lacuna.data.conversations import make_encoder
 from lacuna.data.loader import RowDataset
-from lacuna.data.tokenize import Encoder, load_tokenizer, log
+from lacuna.data.tokenize import load_tokenizer
 
 
 def explain(config: Config):
@@ -18,11 +18,12 @@ def explain(config: Config):
     log.addHandler(logging.StreamHandler())
     console = Console(highlight=False)
     tokenizer = load_tokenizer(config.model)
-    encoder = ChatEncoder(tokenizer, config) if config.task == "sft" else Encoder(tokenizer)
-    rows = RowDataset(config, config.data.sources, encoder, 0, 1, share=(config.eval.fraction or 0, 1))
+    encoder = make_encoder(config, tokenizer)
+    share = (config.eval.fraction or 0.0, 1.0)
+    rows = RowDataset(config, config.data.sources, encoder, rank=0, ranks=1, share=share)
     for number, row in enumerate(islice(rows, config.log.show)):
         text = Text()
-        for start, end in zip(row.starts, [*row.starts[1:], len(row.ids)], strict=True):
+        for start, end in pairwise([*row.starts, len(row.ids)]):
             if start:
                 text.append(" \u2502 ", "magenta")  # a boundary that attention does not cross
             if start == row.tokens:
@@ -30,13 +31,15 @@ def explain(config: Config):
                 continue
             # a token is trained where the position before it, in the same document, has a label
             trained = [False, *(row.labels[start : end - 1] >= 0)]
-            for is_trained, run in groupby(range(start, end), key=lambda t: trained[t - start]):
-                ids = row.ids[list(run)].tolist()
+            tokens = zip(trained, row.ids[start:end].tolist(), strict=True)
+            for is_trained, run in groupby(tokens, key=lambda token: token[0]):
+                ids = [index for _, index in run]
                 words = tokenizer.decode(ids)
                 if config.log.show_ids:
                     words = " ".join(f"{i}:{tokenizer.decode([i])!r}" for i in ids)
-                bare = is_trained and (console.color_system is None or console.no_color)
-                text.append(f"\u27e6{words}\u27e7" if bare else words, "green" if is_trained else "dim")
+                if is_trained and (console.color_system is None or console.no_color):
+                    words = f"\u27e6{words}\u27e7"
+                text.append(words, "green" if is_trained else "dim")
         slots = f"{row.tokens} of {len(row.ids)} slots, {(row.labels >= 0).sum()} trained"
         console.rule(f"row {number}: {len(row.starts)} documents, {slots}")
         console.print(text, soft_wrap=True)

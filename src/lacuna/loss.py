@@ -6,13 +6,15 @@ micro-batches and ranks changes a gradient.
 
 import torch
 
+from lacuna.data.batch import IGNORE
+
 LOGITS = 2**29  # elements of one chunk's logits: 1 GiB in bf16; larger chunks gain nothing on an H200
 
 
 def head_loss(hidden, weight, labels, trained_tokens: int, *, head: str, accum_dtype: torch.dtype, compiled: bool):
     """Sum of the cross-entropy of the trained positions, nats, float32 scalar.
 
-    hidden is [T, H], weight [V, H], labels [T]: trained_tokens of them are targets, the others -100.
+    hidden is [T, H], weight [V, H], labels [T]: trained_tokens of them are targets, the others IGNORE.
     Only the ceil(trained_tokens / chunk) chunks that hold trained positions are computed: in chat data most do not.
     """
     if head == "liger":
@@ -20,7 +22,9 @@ def head_loss(hidden, weight, labels, trained_tokens: int, *, head: str, accum_d
 
         liger = LigerFusedLinearCrossEntropyLoss(reduction="sum", accum_dtype=accum_dtype)
         return liger(weight.to(hidden.dtype), hidden, labels)
-    return ChunkedLoss.apply(hidden, weight, labels, trained_tokens, accum_dtype, compiled, torch.is_grad_enabled())
+    # asked here: inside the forward of an autograd function gradients are always off
+    with_grads = torch.is_grad_enabled()
+    return ChunkedLoss.apply(hidden, weight, labels, trained_tokens, accum_dtype, compiled, with_grads)
 
 
 class ChunkedLoss(torch.autograd.Function):
@@ -31,18 +35,19 @@ class ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, labels, trained_tokens, accum_dtype, compiled, with_grads):
-        size = 1 << (LOGITS // weight.shape[0]).bit_length() - 1
+        chunk_size = 2 ** ((LOGITS // weight.shape[0]).bit_length() - 1)  # a power of two
+        chunk_step = compiled_chunk if compiled else chunk_loss
         head = weight.to(hidden.dtype)
         total = torch.zeros((), device=hidden.device, dtype=torch.float32)
         if with_grads:
             grad_hidden = torch.zeros_like(hidden)
             grad_weight = torch.zeros_like(weight, dtype=accum_dtype)
-        step = compiled_chunk if compiled else chunk_loss
-        trained_first = torch.argsort(labels == -100, stable=True)
-        for start in range(0, trained_tokens, size):
-            index = trained_first[start : start + size]
+        # trained positions first: the chunks after them have nothing to compute
+        order = torch.argsort(labels == IGNORE, stable=True)  # [T]
+        for start in range(0, trained_tokens, chunk_size):
+            index = order[start : start + chunk_size]
             chunk = hidden[index]  # [C, H]
-            loss, grad_logits = step(chunk @ head.T, labels[index])
+            loss, grad_logits = chunk_step(chunk @ head.T, labels[index])
             total += loss
             if not with_grads:
                 continue
@@ -60,17 +65,19 @@ class ChunkedLoss(torch.autograd.Function):
     def backward(ctx, grad):
         grad_hidden, grad_weight = ctx.saved_tensors
         # in place: both belong to this one backward, and the weight's is 1.2 GB for Qwen3-1.7B
-        return grad_hidden.mul_(grad), grad_weight.mul_(grad).to(ctx.weight_dtype), None, None, None, None, None
+        grad_hidden.mul_(grad)
+        grad_weight.mul_(grad)
+        return grad_hidden, grad_weight.to(ctx.weight_dtype), None, None, None, None, None
 
 
 def chunk_loss(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss sum of logits [C, V], computed in float32, and its gradient [C, V] in their own dtype."""
     exact = logits.float()
-    trained = labels != -100
+    trained = labels != IGNORE
     target = torch.where(trained, labels, 0)[:, None]  # [C, 1]
-    log_norm = exact.logsumexp(1, keepdim=True)
+    log_norm = exact.logsumexp(1, keepdim=True)  # [C, 1]
     loss = ((log_norm - exact.gather(1, target))[:, 0] * trained).sum()
-    hit = torch.arange(logits.shape[1], device=logits.device) == target
+    hit = torch.arange(logits.shape[1], device=logits.device) == target  # [C, V]
     grad = ((exact - log_norm).exp() - hit.float()) * trained[:, None]
     return loss, grad.to(logits.dtype)
 

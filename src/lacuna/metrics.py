@@ -9,16 +9,16 @@ import time
 from collections import Counter
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import datasets
 import torch
 from transformers import PreTrainedModel
 
-from lacuna.config import Config, NonFinite
-from lacuna.model import Trainee
+from lacuna.config import Config, NonFinite, log
+from lacuna.optim import trained
 from lacuna.parallel import Ranks
 
-log = logging.getLogger("lacuna")
 # Dense bf16 peaks, FLOP/s, from the vendors' datasheets; the first name that the device's name contains counts.
 PEAKS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10": 125e12, "4090": 165e12}
 MFU_CONVENTION = (
@@ -33,112 +33,133 @@ class Work:
     def __init__(self, model: PreTrainedModel, device: torch.device):
         config = model.config
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.a_pair = 6 * config.num_attention_heads * head_dim
+        self.flop_per_pair = 6 * config.num_attention_heads * head_dim  # of a query and a key, in one layer
         window = getattr(config, "sliding_window", None)
+        # a model that does not say what its layers are has the window, if any, in all of them
         kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
         self.windows = [window if kind == "sliding_attention" else None for kind in kinds]
         embeddings = model.get_input_embeddings().weight
         tied = embeddings is model.get_output_embeddings().weight
-        self.a_token = 6 * (sum(p.numel() for p in model.parameters()) - (0 if tied else embeddings.numel()))
+        weights = sum(p.numel() for p in model.parameters())
+        self.flop_per_token = 6 * (weights if tied else weights - embeddings.numel())
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         self.peak = next((peak for key, peak in PEAKS.items() if key in name), None)
 
     def mfu(self, slots: int, pairs: int, seconds: float, devices: int) -> float | None:
         """Share of the devices' peak, None where the peak is not known (on a CPU)."""
         attention = sum(min(pairs, 2 * window * slots) if window else pairs for window in self.windows)
-        flop = self.a_token * slots + self.a_pair * attention
+        flop = self.flop_per_token * slots + self.flop_per_pair * attention
         return flop / seconds / devices / self.peak if self.peak else None
+
+
+class Pending(NamedTuple):
+    """A step whose figures are on their way to the host."""
+
+    facts: dict  # what the host knew at once: step, lr, epoch, data_seconds
+    names: list[str]  # of the sums
+    values: torch.Tensor  # float64 [names + P]: the sums, then the squared norm of each parameter's gradient
+    done: torch.cuda.Event | None  # when the values are there; None on a CPU: at once
 
 
 class Report:
     """Every rank takes in the outcome of every step; rank 0 reports it."""
 
-    def __init__(self, config: Config, ranks: Ranks, folder: Path, steps: int, trainee: Trainee, state: dict):
-        self.config, self.ranks, self.steps = config, ranks, steps
-        self.names = [name.removeprefix("model.") for name, _ in trainee.named_parameters()]
-        self.work = Work(trainee.model, ranks.device)
+    def __init__(self, config: Config, ranks: Ranks, folder: Path, steps: int, model: PreTrainedModel, state: dict):
+        self.config = config
+        self.ranks = ranks
+        self.steps = steps
+        self.parameters = list(trained(model))
+        self.work = Work(model, ranks.device)
         self.totals = {key: state[key] for key in ("tokens", "trained_tokens")}  # since the run began
-        self.trackers, self.file, self.waiting, self.stop_asked = [], None, [], False
-        if ranks.rank != 0:
-            return
-        model, batch = trainee.model, f"{config.train.global_batch_size} rows x {config.train.seq_len} tokens"
-        what = f"{model.num_parameters():,} parameters, {trainee.backend} attention, {model.config.dtype}"
-        log.info("%s: %s, %d rank(s), %d steps of %s", config.model.name, what, ranks.world, steps, batch)
+        self.stop_asked = False  # by a signal on any rank
+        self.pending = []
+        trackers = config.log.trackers if ranks.rank == 0 else []
+        self.trackers = [open_tracker(name, config, folder) for name in trackers]
+        self.file = open_metrics(folder, state["step"]) if ranks.rank == 0 else None
         if self.work.peak:
             log.info(MFU_CONVENTION)
-        file, kept = folder / "metrics.jsonl", folder / ".metrics.jsonl"
-        kept.write_text("".join(lines_until(file, state["step"]) if state["step"] and file.exists() else []))
-        kept.replace(file)  # at once: a run killed just now loses no line
-        self.file = open(file, "a", buffering=1)  # noqa: SIM115  a killed run keeps its lines
-        self.trackers = [open_tracker(name, config, folder) for name in config.log.trackers]
 
     def start_clock(self):
         """Begin a new interval between two lines: what follows is measured, what was before (an evaluation) is not."""
-        self.since, self.interval = self.now(), Counter()
+        self.since = time.perf_counter()
+        self.interval = Counter()
 
-    def now(self):
-        """The time: on a GPU that of its queue, since the host is ahead of it by most of a step."""
-        if self.ranks.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def step(self, facts: dict, values: torch.Tensor, counts: torch.Tensor):
+    def step(self, facts: dict, sums: dict[str, torch.Tensor], squares: torch.Tensor):
         """Take in a step's figures, on their way to the host, and report it. Raises NonFinite.
 
         On a GPU report the step before the last one: it is done by now, so that neither waits for the other.
         """
-        figures = (values.to("cpu", non_blocking=True), counts.to("cpu", non_blocking=True))
-        self.waiting.append((facts, *figures, self.now()))
-        self.flush(2 * values.is_cuda)
+        values = torch.cat([torch.stack(list(sums.values())), squares]).to("cpu", non_blocking=True)
+        done = torch.cuda.current_stream().record_event() if squares.is_cuda else None
+        self.pending.append(Pending(facts, list(sums), values, done))
+        self.flush(in_flight=2 if squares.is_cuda else 0)
 
-    def flush(self, but: int = 0):
-        """Report all steps taken in, but so many."""
-        while len(self.waiting) > but:
-            self.report(*self.waiting.pop(0))
+    def flush(self, in_flight: int = 0):
+        """Report all steps taken in, but the last so many."""
+        while len(self.pending) > in_flight:
+            self.report(self.pending.pop(0))
 
-    def report(self, facts: dict, values: torch.Tensor, counts: torch.Tensor, done):
-        if not isinstance(done, float) and not done.query():
-            done.synchronize()
-        train, world = self.config.train, self.ranks.world
-        loss, stop, *bad_ranks = values[: 2 + world].tolist()
-        self.stop_asked |= stop > 0
-        norm, *squares = values[2 + world :].tolist()
-        trained, tokens, pairs, checksum, dropped = counts.tolist()
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            ranks = ", ".join(str(rank) for rank, bad in enumerate(bad_ranks) if bad)
-            where = f"the loss on rank {ranks}" if ranks else "a gradient"
-            bad = [name for name, square in zip(self.names, squares, strict=True) if not math.isfinite(square)]
-            what = f"step {facts['step']}: {where} is not finite (loss {loss}, grad norm {norm}, first bad gradient: "
-            what += f"{(bad or ['none'])[0]})"
-            raise NonFinite(f"{what}; it updated nothing. Lower optim.lr, or look at the data")
-        if dropped:
-            log.warning("step %d: %d documents dropped: no text, too long, or nothing to train", facts["step"], dropped)
-        self.totals["tokens"] += tokens
-        self.totals["trained_tokens"] += trained
-        slots = train.global_batch_size * train.seq_len
-        self.interval.update(steps=1, tokens=tokens, slots=slots, pairs=pairs, data_seconds=facts["data_seconds"])
-        if facts["step"] % self.config.log.every and facts["step"] not in (1, self.steps):
-            return
-        total, seconds = self.interval, seconds_between(self.since, done)
-        speed = total["tokens"] / seconds
-        metrics = {"step": facts["step"], "loss": loss, "grad_norm": norm, "lr": facts["lr"], **self.totals}
-        metrics |= {"epoch": round(facts["epoch"], 4)}
-        metrics |= {"packing_efficiency": total["tokens"] / total["slots"], "tokens_per_second": speed}
-        mfu = self.work.mfu(total["slots"], total["pairs"], seconds, world)
-        metrics |= {"tokens_per_second_per_device": speed / world, "mfu": mfu}
-        metrics |= {"step_seconds": seconds / total["steps"], "data_seconds": total["data_seconds"] / total["steps"]}
-        metrics |= {"peak_memory_gib": peak_memory(self.ranks.device), "batch_checksum": f"{checksum % 2**64:016x}"}
-        self.since, self.interval = done, Counter()
+    def report(self, step: Pending):
+        if step.done and not step.done.query():
+            step.done.synchronize()
+        values = step.values.tolist()
+        sums = dict(zip(step.names, values, strict=False))
+        number = step.facts["step"]
+        self.stop_asked |= sums["stop_asked"] > 0
+        if not math.isfinite(sums["loss"] + sums["grad_norm"]):
+            self.refuse_nonfinite(number, sums, values[len(sums) :])
+        if sums["dropped"]:
+            log.warning(
+                "step %d: %d documents dropped: no text, too long, or nothing to train", number, sums["dropped"]
+            )
+        for key in self.totals:
+            self.totals[key] += int(sums[key])
+        self.interval.update(steps=1, tokens=sums["tokens"], pairs=sums["pairs"], data=step.facts["data_seconds"])
+        if number % self.config.log.every == 0 or number in (1, self.steps):
+            self.say(self.metrics_of(step.facts, sums))
+            self.start_clock()
+
+    def refuse_nonfinite(self, step: int, sums: dict, squares: list[float]):
+        """Raise NonFinite with the first bad gradient and, where the loss is bad, whose it is."""
+        bad = [name for name, square in zip(self.parameters, squares, strict=True) if not math.isfinite(square)]
+        where = "a gradient"
+        if sums["bad_losses"] == 1:
+            where = f"the loss on rank {sums['bad_rank']:.0f}"
+        elif sums["bad_losses"]:
+            where = f"the loss on {sums['bad_losses']:.0f} ranks"
+        figures = f"loss {sums['loss']}, grad norm {sums['grad_norm']}, first bad gradient: {(bad or ['none'])[0]}"
+        cure = "it updated nothing. Lower optim.lr, or look at the data"
+        raise NonFinite(f"step {step}: {where} is not finite ({figures}); {cure}")
+
+    def metrics_of(self, facts: dict, sums: dict) -> dict:
+        """One line of metrics.jsonl: loss and norm of this step, speed and fill of the interval that ends with it."""
+        interval = self.interval
+        # on a GPU too: the host has just waited for this step, as it did for the one that began the interval
+        seconds = time.perf_counter() - self.since
+        slots = interval["steps"] * self.config.train.global_batch_size * self.config.train.seq_len
+        speed = interval["tokens"] / seconds
+        world = self.ranks.world
+        metrics = {"step": facts["step"], "loss": sums["loss"], "grad_norm": sums["grad_norm"], "lr": facts["lr"]}
+        metrics |= self.totals | {"epoch": round(facts["epoch"], 4), "packing_efficiency": interval["tokens"] / slots}
+        metrics |= {"tokens_per_second": speed, "tokens_per_second_per_device": speed / world}
+        metrics |= {"mfu": self.work.mfu(slots, interval["pairs"], seconds, world)}
+        metrics |= {"step_seconds": seconds / interval["steps"], "data_seconds": interval["data"] / interval["steps"]}
+        metrics |= {
+            "peak_memory_gib": peak_memory(self.ranks.device),
+            "batch_checksum": f"{int(sums['checksum']):016x}",
+        }
+        return metrics
+
+    def say(self, metrics: dict):
         self.write(metrics)
-        share = "" if mfu is None else f" | mfu {mfu:.1%}"
-        rates = f"{speed:,.0f} tokens/s{share} | {metrics['peak_memory_gib']:.1f} GiB"
-        text = f"loss {loss:.4f} | grad norm {norm:.2f} | {rates}"
-        left = timedelta(seconds=round((self.steps - facts["step"]) * metrics["step_seconds"]))
-        log.info("step %d/%d | %s | %s left", facts["step"], self.steps, text, left)
+        mfu = f" | mfu {metrics['mfu']:.1%}" if metrics["mfu"] else ""
+        left = timedelta(seconds=round((self.steps - metrics["step"]) * metrics["step_seconds"]))
+        learned = f"loss {metrics['loss']:.4f} | grad norm {metrics['grad_norm']:.2f}"
+        rates = f"{metrics['tokens_per_second']:,.0f} tokens/s{mfu} | {metrics['peak_memory_gib']:.1f} GiB"
+        log.info("step %d/%d | %s | %s | %s left", metrics["step"], self.steps, learned, rates, left)
 
     def evaluation(self, step: int, result: dict | None):
+        """Report an evaluation, or None for one that a signal broke off."""
         if result is None:
             self.stop_asked = True
             return
@@ -151,25 +172,25 @@ class Report:
         if self.file:
             self.file.write(json.dumps(metrics) + "\n")
         for track, _ in self.trackers:
-            track({k: v for k, v in metrics.items() if isinstance(v, int | float)})
+            track({key: value for key, value in metrics.items() if isinstance(value, int | float)})
 
     def close(self):
         for _, finish in self.trackers:
             finish()
 
 
-def lines_until(file: Path, step: int) -> list[str]:
-    """The lines of metrics.jsonl up to a step that a run goes on from; it evaluates again there if it is due."""
+def open_metrics(folder: Path, step: int):
+    """metrics.jsonl up to a step that a run goes on from, to be added to; it evaluates again there if it is due."""
+    file = folder / "metrics.jsonl"
     kept = []
-    for line in file.read_text().splitlines(keepends=True):
+    for line in file.read_text().splitlines(keepends=True) if step and file.exists() else []:
         metrics = json.loads(line) if line.endswith("\n") else {"step": math.inf}  # the last one may be cut off
         if metrics["step"] < step or (metrics["step"] == step and "eval_loss" not in metrics):
             kept.append(line)
-    return kept
-
-
-def seconds_between(begin, end) -> float:
-    return end - begin if isinstance(end, float) else begin.elapsed_time(end) / 1000
+    new = folder / ".metrics.jsonl"
+    new.write_text("".join(kept))
+    new.replace(file)  # at once: a run killed just now loses no line
+    return open(file, "a", buffering=1)  # line by line: a killed run keeps its lines
 
 
 def start_logging(folder: Path, rank: int):

@@ -9,14 +9,15 @@ import copy
 import difflib
 import functools
 import hashlib
+import importlib.util
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
 from huggingface_hub import snapshot_download
 from torch import nn
-from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
@@ -24,64 +25,108 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lacuna.attention import boundaries, choose_backend
 from lacuna.config import Config, ConfigError, ModelConfig
-from lacuna.data.loader import PackedBatch
+from lacuna.data.batch import PackedBatch
 from lacuna.loss import head_loss
 from lacuna.parallel import Ranks, shard_model
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a model computes on this machine: what the config left open is decided here, once."""
+
+    dtype: torch.dtype  # of computation; parameters and optimizer are float32
+    compiled: bool
+    kernels: str  # "liger" or "none"
+    backend: str  # of attention
+    head: str  # "chunked" or "liger"
+    accum_dtype: torch.dtype  # of the head's gradient over chunks
+
+
+def make_plan(config: Config, device: torch.device) -> Plan:
+    on_gpu = device.type == "cuda"
+    dtype = getattr(torch, config.model.dtype or ("bfloat16" if on_gpu else "float32"))
+    compiled = on_gpu if config.train.compile is None else config.train.compile
+    # under compile Inductor fuses better: Liger's norms and SwiGLU cost 3,500 of 40,000 tokens/s
+    kernels = config.model.kernels or ("liger" if on_gpu and not compiled else "none")
+    if kernels == "liger" and not on_gpu:
+        raise ConfigError('model.kernels = "liger" needs a GPU; use "none"')
+    backend = choose_backend(config.model.attention, device, dtype)
+    accum_dtype = torch.float32 if config.model.accum_dtype == "float32" else dtype
+    return Plan(dtype, compiled, kernels, backend, config.model.head, accum_dtype)
 
 
 class Trainee(nn.Module):
     """A transformers model with its loss: what is sharded, called and trained."""
 
-    def __init__(self, model: PreTrainedModel, backend: str, head_options: dict):
+    def __init__(self, model: PreTrainedModel, plan: Plan):
         super().__init__()
-        self.model, self.backend, self.head_options = model, backend, head_options
+        self.model = model
+        self.plan = plan
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         """The sum of the batch's losses, nats."""
+        plan = self.plan
+        how = {"head": plan.head, "accum_dtype": plan.accum_dtype, "compiled": plan.compiled}
         weight = self.model.get_output_embeddings().weight
-        return head_loss(self.hidden(batch), weight, batch.labels, batch.trained_tokens, **self.head_options)
+        return head_loss(self.hidden(batch), weight, batch.labels, batch.counts["trained_tokens"], **how)
 
     def hidden(self, batch: PackedBatch) -> torch.Tensor:
         """The decoder's last hidden states [T, H]."""
+        # transformers wants a batch: ours is one long sample
         inputs = {"input_ids": batch.input_ids[None], "position_ids": batch.position_ids[None], "use_cache": False}
-        return self.model.get_decoder()(**inputs, **boundaries(batch, self.backend)).last_hidden_state[0]
+        return self.model.get_decoder()(**inputs, **boundaries(batch, self.plan.backend)).last_hidden_state[0]
 
 
 def build_model(config: Config, ranks: Ranks, vocabulary: int, checkpoint: Path | None = None) -> Trainee:
     """The model of `config.model`, sharded over ranks.mesh, ready to train, with its own weights or a checkpoint's."""
-    on_gpu = ranks.device.type == "cuda"
-    dtype = getattr(torch, config.model.dtype or ("bfloat16" if on_gpu else "float32"))
-    compiled = on_gpu if config.train.compile is None else config.train.compile
-    model, folder = empty_model(config.model, vocabulary, checkpoint)
-    layers = list(model.get_decoder().layers)
-    apply_kernels(model, config.model, on_gpu, compiled)
-    if config.model.fp8:
-        compute_in_fp8(layers, ranks.device, dtype)
-    if ranks.mesh is None and dtype != torch.float32:
-        compute_in(model, layers, dtype)
-    checkpoint_activations(layers, config.train.activation_checkpointing)
-    options = {"post_grad_custom_pre_pass": Float32Gradients()} if on_gpu else {}
-    if compiled:  # regionally: all layers share one graph, which takes seconds; the whole model would take minutes
-        for layer in layers:
-            layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False, options=options)
-    accum_dtype = torch.float32 if config.model.accum_dtype == "float32" else dtype
-    backend = choose_backend(config.model.attention, ranks.device, dtype)
-    trainee = Trainee(model, backend, {"head": config.model.head, "accum_dtype": accum_dtype, "compiled": compiled})
-    if ranks.mesh is not None:
-        shard_model(trainee, layers, ranks, config.dist, dtype)
-    trainee.to_empty(device=ranks.device)
-    model.tie_weights(recompute_mapping=False)  # to_empty gives each module a tensor of its own
-    initialise(model, config.seed, buffers_only=folder is not None)
-    if folder is not None:
-        load_weights(model, folder)
-    model.config.dtype = dtype
+    trainee = assemble(config, ranks, vocabulary)
+    materialise(trainee, ranks.device, config.seed, weights_folder(config.model, checkpoint))
     return trainee
 
 
-def empty_model(config: ModelConfig, vocabulary: int, checkpoint: Path | None) -> tuple[PreTrainedModel, Path | None]:
-    """The model on the meta device, and the folder of its weights (None: from scratch)."""
+def assemble(config: Config, ranks: Ranks, vocabulary: int) -> Trainee:
+    """The recipe, on the meta device: nothing is allocated yet."""
+    plan = make_plan(config, ranks.device)
+    model = empty_model(config.model, vocabulary)
+    layers = decoder_layers(model)
+    if config.model.patch:
+        apply_patch(model, config.model.patch)
+    if plan.kernels == "liger":
+        apply_liger(model)
+    if ranks.mesh is None and plan.dtype != torch.float32:
+        cast_in_forward(model, layers, plan.dtype)
+    if config.train.activation_checkpointing != "none":
+        checkpoint_activations(layers, config.train.activation_checkpointing)
+    if plan.compiled:
+        compile_layers(layers)
+    trainee = Trainee(model, plan)
+    if ranks.mesh is not None:
+        shard_model(trainee, layers, ranks, config.dist, plan.dtype)
+    model.config.dtype = plan.dtype
+    return trainee
+
+
+def materialise(trainee: Trainee, device: torch.device, seed: int, folder: Path | None):
+    """Allocate this rank's share and fill it, from the folder's weights or, where there is none, from scratch."""
+    model = trainee.model
+    trainee.to_empty(device=device)
+    model.tie_weights(recompute_mapping=False)  # to_empty gives each module a tensor of its own
+    recompute_buffers(model)
+    if folder is None:
+        initialise(model, seed)
+    else:
+        load_weights(model, folder)
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    return list(model.get_decoder().layers)
+
+
+def empty_model(config: ModelConfig, vocabulary: int) -> PreTrainedModel:
+    """The model on the meta device, with lacuna's attention; ConfigError where it cannot be trained."""
+    trust = {"trust_remote_code": config.trust_remote_code}
     try:
-        hf_config = AutoConfig.from_pretrained(config.name, trust_remote_code=config.trust_remote_code)
+        hf_config = AutoConfig.from_pretrained(config.name, **trust)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.name {config.name}: {error}") from None
     for key, value in config.overrides.items():
@@ -90,28 +135,36 @@ def empty_model(config: ModelConfig, vocabulary: int, checkpoint: Path | None) -
             raise ConfigError(f"model.overrides.{key} is no field of {config.name}'s config; nearest: {near or 'none'}")
         setattr(hf_config, key, value)
     with torch.device("meta"):
-        trust = config.trust_remote_code
-        model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32, trust_remote_code=trust)
+        model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32, **trust)
     refuse_unfit(model)
     model.set_attn_implementation("lacuna")
     if vocabulary > hf_config.vocab_size:
         sizes = f"the tokenizer has {vocabulary} tokens, the model {hf_config.vocab_size}"
         raise ConfigError(f"{sizes}: set model.tokenizer, or train from_scratch with model.overrides.vocab_size")
-    if config.from_scratch or checkpoint:
-        return model, checkpoint
+    return model
+
+
+def weights_folder(config: ModelConfig, checkpoint: Path | None) -> Path | None:
+    """Where the weights are, downloaded if need be; None: from scratch."""
+    if checkpoint or config.from_scratch:
+        return checkpoint
     if Path(config.name).is_dir():
-        return model, Path(config.name)
-    return model, Path(snapshot_download(config.name, allow_patterns=["*.safetensors", "*.json"]))
+        return Path(config.name)
+    return Path(snapshot_download(config.name, allow_patterns=["*.safetensors", "*.json"]))
 
 
 def refuse_unfit(model: PreTrainedModel):
     """Refuse, by name, architectures that packed documents would leak through or whose head is not a plain matrix."""
-    config, name = model.config, type(model).__name__
-    kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
-    convolutions = [n for n, m in model.named_modules() if isinstance(m, nn.Conv1d)]
-    if not model._supports_attention_backend or getattr(model, "_is_stateful", False) or kinds or convolutions:
-        why = ", ".join(sorted(kinds)) or ("convolutions" if convolutions else "its attention cannot be replaced")
-        raise ConfigError(f"{name} cannot keep packed documents apart ({why}); use a model with attention layers only")
+    config = model.config
+    name = type(model).__name__
+    why = sorted(set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"})
+    if any(isinstance(module, nn.Conv1d) for module in model.modules()):
+        why.append("convolutions")
+    if not model._supports_attention_backend or getattr(model, "_is_stateful", False):
+        why.append("its attention cannot be replaced")
+    if why:
+        cure = "use a model with attention layers only"
+        raise ConfigError(f"{name} cannot keep packed documents apart ({', '.join(why)}); {cure}")
     for key in ("final_logit_softcapping", "attn_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(config, key, None) not in (None, 1.0):
             raise ConfigError(f"{name} has {key}, which lacuna's head and attention do not compute")
@@ -123,66 +176,38 @@ def refuse_unfit(model: PreTrainedModel):
         raise ConfigError("model.overrides.attention_dropout must be 0: packed attention has no dropout")
 
 
-def apply_kernels(model: PreTrainedModel, config: ModelConfig, on_gpu: bool, compiled: bool):
-    """Fused layers. Under compile Inductor fuses better: Liger's norms and SwiGLU cost 3,500 of 40,000 tokens/s."""
-    auto = "liger" if on_gpu and not compiled else "none"
-    kernels = config.kernels or auto
-    if kernels == "liger":
-        from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
-
-        if not on_gpu:
-            raise ConfigError('model.kernels = "liger" needs a GPU; use "none"')
-        _apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=False, cross_entropy=False)
-
-
-def compute_in_fp8(layers: list[nn.Module], device: torch.device, dtype: torch.dtype):
-    """The layers' matrix products in fp8, forward and backward, one scale a tensor (torchao); not the head's.
-
-    1.7B parameters, one H200: 49,900 tokens/s; in bf16 46,400; with a scale for each row 43,100, slower than bf16.
-    """
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0) or dtype != torch.bfloat16:
-        raise ConfigError("model.fp8 needs a Hopper GPU or later, and bfloat16: leave it false")
-    try:
-        from torchao.float8 import convert_to_float8_training
-    except ImportError:
-        raise ConfigError("model.fp8 needs the extra: uv sync --extra fp8") from None
-    for layer in layers:  # _scaled_mm takes multiples of 16 only
-        fits = lambda module, _: not (module.in_features % 16 or module.out_features % 16)  # noqa: E731
-        convert_to_float8_training(layer, module_filter_fn=fits)
+def apply_patch(model: PreTrainedModel, place: str):
+    """Call the user's `file.py:function` with the model: other kernels, fp8, anything that is not here."""
+    file, _, function = place.rpartition(":")
+    if not Path(file).is_file():
+        raise ConfigError(f"model.patch {place}: there is no file {file!r}; write file.py:function")
+    spec = importlib.util.spec_from_file_location("lacuna_patch", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, function):
+        raise ConfigError(f"model.patch {place}: {file} has no function {function}")
+    getattr(module, function)(model)
 
 
-def compute_in(model: PreTrainedModel, layers: list[nn.Module], dtype: torch.dtype):
+def apply_liger(model: PreTrainedModel):
+    """Liger's fused norms, rotary embeddings and MLPs."""
+    from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
+
+    _apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=False, cross_entropy=False)
+
+
+def cast_in_forward(model: PreTrainedModel, layers: list[nn.Module], dtype: torch.dtype):
     """On a rank without FSDP: float32 parameters, computation in dtype, the casts inside what is compiled."""
     for module in (*layers, model.get_decoder().norm):
-        template = copy.deepcopy(module)  # on meta: it has the code, `module` has the weights
+        template = copy.deepcopy(module)  # on meta for ever: it has the code, `module` has the weights
         module.forward = functools.partial(run_in, template, module, dtype)
     model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.to(dtype))
 
 
 def run_in(template: nn.Module, module: nn.Module, dtype: torch.dtype, *args, **kwargs):
-    return functional_call(template, {name: p.to(dtype) for name, p in module.named_parameters()}, args, kwargs)
-
-
-class Float32Gradients(CustomGraphPass):
-    """In a compiled graph, a matrix product that is cast to float32 writes float32 itself.
-
-    So the gradient of a weight that was cast to bf16 is never rounded to bf16, and 1.7B parameters on an H200 save the
-    2.3 ms that the casts took.
-    """
-
-    def __call__(self, graph: torch.fx.Graph):
-        for cast in graph.find_nodes(op="call_function", target=torch.ops.prims.convert_element_type.default):
-            product, dtype = cast.args
-            if product.target is torch.ops.aten.mm.default and len(product.users) == 1 and dtype == torch.float32:
-                with graph.inserting_before(cast):
-                    exact = graph.call_function(torch.ops.aten.mm.dtype, (*product.args, dtype))
-                exact.meta.update(cast.meta)
-                cast.replace_all_uses_with(exact)
-                graph.erase_node(cast)
-                graph.erase_node(product)
-
-    def uuid(self) -> str:
-        return "lacuna.Float32Gradients 1"  # part of the key of the compile cache: count up with every change
+    """The template's forward with the module's parameters in dtype."""
+    cast = {name: p.to(dtype) for name, p in module.named_parameters()}
+    return functional_call(template, cast, args, kwargs)
 
 
 # Dear to recompute: matrix products and attention. Everything else is cheap and recomputed.
@@ -199,33 +224,60 @@ def checkpoint_activations(layers: list[nn.Module], how: str):
     """Recompute in the backward pass: everything (full), or all but the dear operators (selective)."""
     contexts = functools.partial(create_selective_checkpoint_contexts, SAVED_OPS)
     options = {"context_fn": contexts} if how == "selective" else {}
-    for layer in layers if how != "none" else []:
+    for layer in layers:
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, **options)
 
 
+def compile_layers(layers: list[nn.Module]):
+    """Regional: all layers share one graph, which takes seconds; the whole model would take minutes."""
+    for layer in layers:
+        layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)
+
+
 @torch.no_grad()
-def initialise(model: PreTrainedModel, seed: int, buffers_only: bool):
-    """Initialise as transformers does, the same on any number of ranks; buffers always: `to_empty` leaves garbage."""
-    device, done = next(model.buffers()).device, set()
+def initialise(model: PreTrainedModel, seed: int):
+    """Weights as transformers begins with them, the same on any number of ranks: each module has a seed of its name."""
+    done = set()
     for name, module in model.named_modules():
-        mine = {} if buffers_only else {k: p for k, p in module.named_parameters(recurse=False) if p not in done}
-        done |= set(mine.values())
-        whole = {k: nn.Parameter(torch.empty(p.shape, device=device)) for k, p in mine.items()}
-        buffers = [b for b in module.buffers(recurse=False) if b.is_floating_point()]
-        tensors = [*whole.values(), *buffers]
-        for tensor in tensors:
-            tensor.fill_(float("nan"))
-        if tensors:
-            module._parameters.update(whole)
-            torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7]))
-            model._init_weights(module)
-            module._parameters.update(mine)
-        if any(tensor.isnan().any() for tensor in tensors):
-            raise ConfigError(f"{type(model).__name__} does not say how to initialise {name}")
-        for key, p in mine.items():
-            if isinstance(p, DTensor):  # this rank's part; nothing is sent, as every rank made the same whole
-                whole[key] = distribute_tensor(whole[key], p.device_mesh, p.placements, src_data_rank=None)
-            p.copy_(whole[key])
+        # tied weights are made once, with the first module that has them
+        mine = {key: p for key, p in module.named_parameters(recurse=False) if p not in done}
+        if not mine:
+            continue
+        done.update(mine.values())
+        whole = {key: nn.Parameter(torch.empty(p.shape, device=p.device)) for key, p in mine.items()}
+        torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7]))
+        module._parameters.update(whole)
+        fill_by_transformers(model, module, name, list(whole.values()))
+        module._parameters.update(mine)
+        for key, parameter in mine.items():
+            share = whole[key]
+            if isinstance(parameter, DTensor):  # nothing is sent: every rank has made the same whole
+                share = distribute_tensor(share, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            parameter.copy_(share)
+
+
+@torch.no_grad()
+def recompute_buffers(model: PreTrainedModel):
+    """`to_empty` leaves garbage in the buffers that no file holds, such as rotary frequencies."""
+    for name, module in model.named_modules():
+        buffers = [buffer for buffer in module.buffers(recurse=False) if buffer.is_floating_point()]
+        if buffers:
+            fill_by_transformers(model, module, name, buffers)
+
+
+def fill_by_transformers(model: PreTrainedModel, module: nn.Module, name: str, tensors: list[torch.Tensor]):
+    """Call the model's own initialisation of a module; ConfigError where it leaves one of these tensors out."""
+    for tensor in tensors:
+        tensor.fill_(float("nan"))
+    model._init_weights(module)
+    if any(tensor.isnan().any() for tensor in tensors):
+        raise ConfigError(f"{type(model).__name__} does not say how to initialise {name}")
+
+
+def held(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """What a folder of the model holds, by Hugging Face name: everything but what is tied to something else."""
+    tied = set(model.all_tied_weights_keys)
+    return {name: p for name, p in model.named_parameters(remove_duplicate=False) if name not in tied}
 
 
 def load_weights(model: PreTrainedModel, folder: Path):
@@ -234,18 +286,18 @@ def load_weights(model: PreTrainedModel, folder: Path):
     stored = {name: tensor.size for name, tensor in metadata.state_dict_metadata.items()}
     if not stored:
         raise ConfigError(f"model.name {folder} has no *.safetensors; to begin without, set model.from_scratch = true")
-    tied = set(model.all_tied_weights_keys)
-    parameters = {k: p for k, p in model.named_parameters(remove_duplicate=False) if k not in tied}
-    missing = sorted(parameters.keys() - stored)
-    unknown = stored.keys() - parameters - tied  # a checkpoint also holds the optimizer
-    unknown = sorted(k for k in unknown if not k.endswith("inv_freq") and not k.startswith("optimizer."))
+    places = held(model)
+    missing = sorted(places.keys() - stored)
+    unknown = sorted(stored.keys() - places - set(model.all_tied_weights_keys))
+    # a checkpoint also holds the optimizer, old folders the rotary frequencies
+    unknown = [name for name in unknown if not name.startswith("optimizer.") and not name.endswith("inv_freq")]
     misfit = f"model.name {folder} does not fit {type(model).__name__}"
     if missing or unknown:
         raise ConfigError(f"{misfit}: missing {missing[:3]}, unknown {unknown[:3]}")
-    for name, parameter in parameters.items():
-        if stored[name] != parameter.shape:
-            raise ConfigError(f"{misfit}: {name} is {list(stored[name])}, the model wants {list(parameter.shape)}")
-    read_tensors(parameters, folder)
+    for name, place in places.items():
+        if stored[name] != place.shape:
+            raise ConfigError(f"{misfit}: {name} is {list(stored[name])}, the model wants {list(place.shape)}")
+    read_tensors(places, folder)
 
 
 def read_tensors(tensors: dict[str, torch.Tensor], folder: Path, **options):

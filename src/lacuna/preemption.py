@@ -1,11 +1,12 @@
-"""What a cluster says before it takes a machine away: SIGTERM, or SIGUSR1 as `lacuna slurm` asks for."""
+"""What a cluster says before it takes a machine away: SIGTERM, or SIGUSR1 as configs/slurm.sh asks for."""
 
+import math
 import os
 import signal
 import time
 from threading import Thread
 
-REPEATS = 2  # seconds in which a signal comes twice: Slurm signals torchrun and its ranks, and torchrun passes it on
+REPEAT_SECONDS = 2  # in which a signal comes twice: Slurm signals torchrun and its ranks, and torchrun passes it on
 REQUEUE = 75  # exit status: start me again, I go on from my checkpoint (EX_TEMPFAIL of sysexits.h)
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -13,18 +14,21 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 class Preemption:
     """The first signal asks for a checkpoint at the next step boundary, a later one ends the process at once.
 
-    Where there is nothing new to save (data being tokenised, the first step being compiled, the model being exported),
-    the first one ends it too: a compilation may take longer than the time that is left.
+    Where there is nothing new to save (while tokenising, compiling, exporting) the first one ends it too: a compilation
+    may take longer than the time that is left.
     """
 
     def __init__(self):
-        self.asked = self.can_save = False
-        # heard by a thread: Python's own handlers wait for the main one, which may stand in a collective for minutes
+        self.asked = False
+        self.first = math.inf  # when
+        self.can_save = False  # set by the run
+        # Python's handlers wait for the main thread, which may stand in a collective for minutes. So the C handler
+        # writes each signal's number into a pipe, and a thread reads it there.
         pipe, wakeup = os.pipe()
         os.set_blocking(wakeup, False)
+        signal.set_wakeup_fd(wakeup)
         for number in SIGNALS:
             signal.signal(number, lambda number, frame: None)
-        signal.set_wakeup_fd(wakeup)
         Thread(target=self.listen, args=[pipe], daemon=True).start()
 
     def listen(self, pipe: int):
@@ -33,10 +37,11 @@ class Preemption:
                 self.receive()
 
     def receive(self):
-        if not self.can_save or (self.asked and time.monotonic() - self.first > REPEATS):
+        now = time.monotonic()
+        if not self.can_save or now > self.first + REPEAT_SECONDS:
             os._exit(REQUEUE)
-        if not self.asked:
-            self.asked, self.first = True, time.monotonic()
+        self.first = min(self.first, now)
+        self.asked = True
 
 
 def ignore_signals(worker: int = 0):

@@ -2,24 +2,24 @@
 
 import math
 import time
-from collections import Counter
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
 
-from lacuna.checkpoint import Checkpoints, export, find_checkpoint, in_order, optimizer_tensors, read_state
-from lacuna.config import Config, ConfigError, NonFinite, Preempted, to_toml
-from lacuna.data.conversations import ChatEncoder
-from lacuna.data.loader import Loader, PackedBatch, RowDataset
-from lacuna.data.tokenize import Encoder, load_tokenizer, token_bytes
-from lacuna.metrics import Report, log, start_logging
-from lacuna.model import Trainee, build_model, read_tensors
-from lacuna.optim import AdamW, learning_rate
+from lacuna.checkpoint import Checkpoints, export, find_checkpoint, in_order, match_eos, read_state
+from lacuna.config import Config, ConfigError, NonFinite, Preempted, log, to_toml
+from lacuna.data.batch import IGNORE, PackedBatch
+from lacuna.data.conversations import make_encoder
+from lacuna.data.loader import Loader, RowDataset
+from lacuna.data.tokenize import load_tokenizer, token_bytes
+from lacuna.metrics import Report, start_logging
+from lacuna.model import Trainee, build_model, decoder_layers, held, read_tensors
+from lacuna.optim import AdamW, learning_rate, trained
 from lacuna.parallel import Ranks, gradient_norm, start, sum_over_ranks
 from lacuna.preemption import Preemption
-from lacuna.profile import Profile
+from lacuna.profile import start_profile
 
 
 def run(config: Config) -> Path:
@@ -40,108 +40,114 @@ def run(config: Config) -> Path:
     if ranks.rank == 0:
         (folder / "config.toml").write_text(to_toml(config))
     tokenizer = load_tokenizer(config.model)
-    encoder = ChatEncoder(tokenizer, config) if config.task == "sft" else Encoder(tokenizer)
+    encoder = make_encoder(config, tokenizer)
 
     # Data comes before the model, so that it is read ahead while the model is built.
-    fraction = config.eval.fraction or 0.0
-    where = (encoder, ranks.rank, ranks.world)
-    dataset = RowDataset(config, config.data.sources, *where, config.train.epochs, share=(fraction, 1))
-    inventory = [source.inventory for source in dataset.sources]
-    if state.get("inventory", inventory) != inventory and not config.checkpoint.resume_changed:
+    dataset, held_out = open_rows(config, encoder, ranks)
+    if state.get("inventory", dataset.inventory) != dataset.inventory and not config.checkpoint.resume_changed:
         cure = "bring it back, set another name, or checkpoint.resume_changed = true"
-        raise ConfigError(f"data.sources: the data of {checkpoint} was {state['inventory']}, now {inventory}: {cure}")
+        now = f"was {state['inventory']}, now {dataset.inventory}"
+        raise ConfigError(f"data.sources: the data of {checkpoint} {now}: {cure}")
     steps = config.train.steps or math.ceil(dataset.count_rows() / config.train.global_batch_size)
     if config.optim.warmup_steps >= steps:
         raise ConfigError(f"optim.warmup_steps {config.optim.warmup_steps} must be below the run's {steps} steps")
-    loader = Loader(config, dataset, ranks.device, state["data"])
-    held_out, sources = None, config.eval.sources or (config.data.sources if fraction else [])
-    if sources:
-        held_out = RowDataset(config, sources, *where, 1, config.eval.rows, share=(0, fraction or 1))
+    loader = Loader(
+        dataset,
+        ranks.device,
+        micro_batch_size=config.train.micro_batch_size,
+        accumulation=config.train.global_batch_size // (config.train.micro_batch_size * ranks.world),
+        workers=config.data.workers,
+        context_len=config.data.context_len,
+        context_warmup_steps=config.data.context_warmup_steps,
+        state=state["data"],
+    )
 
-    # Model, optimizer, and where the run reports to.
+    # Model, optimizer, checkpoints, and where the run reports to.
     trainee = build_model(config, ranks, len(tokenizer), checkpoint)
-    layers, compiled = trainee.model.get_decoder().layers, trainee.head_options["compiled"]
-    optimizer = AdamW(trainee, layers, config.optim, compiled)
+    model = trainee.model
+    parameters = trained(model)
+    optimizer = AdamW(model, decoder_layers(model), config.optim, trainee.plan.compiled)
     if checkpoint:
-        read_tensors(optimizer_tensors(trainee, optimizer), checkpoint)
+        read_tensors(optimizer.tensors(parameters), checkpoint)
         log.info("Going on after step %d, from %s", state["step"], checkpoint)
-    if config.task == "sft":
-        encoder.adapt(tokenizer)
-    checkpoints = Checkpoints(config, ranks, folder, trainee, optimizer, tokenizer)
-    parameters = list(trainee.parameters())
-    report = Report(config, ranks, folder, steps, trainee, state)
-    sizes = torch.from_numpy(token_bytes(tokenizer)).to(ranks.device)
-    accumulation = config.train.global_batch_size // (config.train.micro_batch_size * ranks.world)
-    failed = torch.zeros((), device=ranks.device, dtype=torch.bool)  # a loss or gradient is not finite
+    encoder.adapt(tokenizer)
+    match_eos(config, model, tokenizer)
+    tensors = held(model) | optimizer.tensors(parameters)
+    checkpoints = Checkpoints(config, ranks, folder, tensors, model, tokenizer)
+    batch = f"{config.train.global_batch_size} rows x {config.train.seq_len} tokens"
+    what = f"{model.num_parameters():,} parameters, {trainee.plan.backend} attention, {trainee.plan.dtype}"
+    log.info("%s: %s, %d rank(s), %d steps of %s", config.model.name, what, ranks.world, steps, batch)
+    report = Report(config, ranks, folder, steps, model, state)
     if checkpoint is None:
-        report.write({"step": 0, "documents": sum((source.notes for source in dataset.sources), Counter())})
+        report.write({"step": 0, "documents": dataset.notes})
+    sizes = torch.from_numpy(token_bytes(tokenizer)).to(ranks.device)  # [V]
     if held_out and is_due(state["step"], config.eval.every, steps):
         report.evaluation(state["step"], evaluate(trainee, config, held_out, ranks, sizes, preemption))
-
-    profile = Profile(config.log.profile, ranks, folder, state["step"], steps)
+    profile = start_profile(ranks, folder) if config.log.profile else None
+    failed = torch.zeros((), device=ranks.device, dtype=torch.bool)  # a loss or gradient was not finite
     report.start_clock()
+
     for step in range(state["step"] + 1, steps + 1):
-        profile.begin(step)
         # of nothing but dropout, in models that have it: so it is the same after a resume
         torch.manual_seed(config.seed + step * ranks.world + ranks.rank)
 
         # 1. All micro-batches of the step, and what they hold together over all ranks.
         begin = time.perf_counter()
-        batches = [loader.next() for _ in range(accumulation)]
+        batches = loader.step()
         data_seconds = time.perf_counter() - begin
-        counts = torch.tensor([[b.trained_tokens, b.tokens, b.pairs, b.checksum, b.dropped] for b in batches]).sum(0)
-        counts = sum_over_ranks(counts.to(ranks.device, non_blocking=True))
+        sums = sum_over_ranks([batch.counts for batch in batches], ranks.device)
 
         # 2. Forward and backward; every trained token of the global batch weighs the same.
-        loss = accumulate_gradients(trainee, batches, counts[0].clamp(min=1), ranks)
+        loss = accumulate_gradients(trainee, batches, sums["trained_tokens"].clamp(min=1).float(), ranks)
 
         # 3. Clip and step, unless something is not finite: then the device updates nothing, now or later.
-        norm, squares = gradient_norm(parameters, ranks.mesh)
-        losses = torch.zeros(2 + ranks.world, device=ranks.device, dtype=torch.float64)
-        losses[0], losses[2 + ranks.rank] = loss, ~loss.isfinite()  # the mean, and a mark for each bad rank
-        losses[1].fill_(preemption.asked)  # `losses[1] = ` would wait for the GPU: it copies a tensor of the host
-        sum_over_ranks(losses)
-        failed |= ~(norm + losses[0]).isfinite()
+        norm, squares = gradient_norm(list(parameters.values()), ranks.mesh)
+        bad = ~loss.isfinite()
+        figures = {"loss": loss, "bad_losses": bad, "bad_rank": bad * ranks.rank, "stop_asked": preemption.asked}
+        sums |= sum_over_ranks([figures], ranks.device)
+        failed |= ~(norm + sums["loss"]).isfinite()
         lr = learning_rate(config.optim, step - 1, steps)
         checkpoints.wait_for_copy()
         optimizer.step(lr, (config.train.max_grad_norm / (norm + 1e-6)).clamp(max=1).float(), failed)
         trainee.zero_grad()
 
         # 4. Report the step, or on a GPU an earlier one, while this one runs. All ranks see the same.
-        facts = {"step": step, "lr": lr, "epoch": max(b.epoch for b in batches), "data_seconds": data_seconds}
+        facts = {"step": step, "lr": lr, "epoch": max(batch.epoch for batch in batches), "data_seconds": data_seconds}
         evaluating = held_out and is_due(step, config.eval.every, steps)
         saving = is_due(step, config.checkpoint.every, steps)
         try:
-            report.step(facts, torch.cat([losses, norm[None], squares]), counts)
+            report.step(facts, sums | {"grad_norm": norm}, squares)
             if evaluating or saving or report.stop_asked:
-                report.flush()
+                report.flush()  # what is saved must be known to be finite
         except NonFinite:
             checkpoints.finish()  # the last good one may be half written
             raise
         if evaluating and not report.stop_asked:
             report.evaluation(step, evaluate(trainee, config, held_out, ranks, sizes, preemption))
 
-        # 5. Save.
-        if step == state["step"] + 1:
-            checkpoints.prepare()
-        checkpoints.check()
+        # 5. Save: also where a signal asked to stop, during this step or its evaluation.
+        checkpoints.after_step()
         if saving or report.stop_asked:
-            checkpoints.save(step, report.totals | {"inventory": inventory}, loader.state)
+            checkpoints.save(step, report.totals | {"inventory": dataset.inventory}, loader.state)
         preemption.can_save = True
         if report.stop_asked:
             checkpoints.finish()
             report.close()
-            sum_over_ranks(counts).tolist()  # all leave together: Slurm ends the others of one that has left
+            # all leave together: Slurm ends the others of one that has left
+            sum_over_ranks([{"left": 1}], ranks.device)["left"].item()
             raise Preempted(f"stopped by a signal after step {step} of {steps}; the same command goes on from there")
-
-    profile.begin(steps + 1)
+        if profile:
+            profile.step()
 
     # The end: a plain Hugging Face folder. A signal ends it at once, since the checkpoint is whole.
     loader.close()
     checkpoints.finish()
     preemption.can_save = False
+    if profile:
+        profile.stop()
     if ranks.rank == 0:
-        export([checkpoint, *in_order(folder / "checkpoints")][-1], folder / "hf")
+        newest = [checkpoint, *in_order(folder / "checkpoints")][-1]
+        export(newest, folder / "hf")
     report.close()
     log.info("The model is in %s, a folder for transformers' from_pretrained. Next:", folder / "hf")
     if config.task == "sft":
@@ -150,6 +156,20 @@ def run(config: Config) -> Path:
     if dist.is_initialized():
         dist.destroy_process_group()
     return folder
+
+
+def open_rows(config: Config, encoder, ranks: Ranks) -> tuple[RowDataset, RowDataset | None]:
+    """The rows to train on, and those held out, if any: a share of the same data, or other data."""
+    fraction = config.eval.fraction or 0.0
+    where = {"rank": ranks.rank, "ranks": ranks.world}
+    epochs = config.train.epochs
+    dataset = RowDataset(config, config.data.sources, encoder, **where, epochs=epochs, share=(fraction, 1.0))
+    sources = config.data.sources if fraction else config.eval.sources
+    if not sources:
+        return dataset, None
+    share = (0.0, fraction or 1.0)
+    held_out = RowDataset(config, sources, encoder, **where, epochs=1, limit=config.eval.rows, share=share)
+    return dataset, held_out
 
 
 def is_due(step: int, every: int | None, steps: int) -> bool:
@@ -179,25 +199,27 @@ def evaluate(trainee: Trainee, config: Config, dataset: RowDataset, ranks: Ranks
     None where a signal came: then there is no time to finish.
     Every rank takes as many rows, and one that has no data left feeds rows that train nothing: so nobody hangs.
     """
-    data = config.data.model_copy(update={"context_len": None, "context_warmup_steps": 0, "workers": 0})
-    loader = Loader(config.model_copy(update={"data": data}), dataset, ranks.device)
-    sums = torch.zeros(3, device=ranks.device, dtype=torch.float64)  # nats, tokens, bytes
+    loader = Loader(dataset, ranks.device, micro_batch_size=config.train.micro_batch_size, workers=0)
+    totals = []
+    stopped = False
     trainee.eval()
     for _ in range(math.ceil(config.eval.rows / (config.train.micro_batch_size * ranks.world))):
-        batch = loader.next()
-        trained = batch.labels >= 0
-        marks = torch.stack([trained.sum(), torch.full_like(trained.sum(), preemption.asked)])
-        count, stop = sum_over_ranks(marks).tolist()
-        if stop:
+        [batch] = loader.step()
+        marks = {"trained": batch.counts["trained_tokens"], "stop_asked": preemption.asked}
+        marks = sum_over_ranks([marks], ranks.device)
+        stopped = marks["stop_asked"].item() > 0
+        if stopped:
             break
-        if not count:
+        if not marks["trained"].item():
             continue  # and not the end: of several streams, one may end before the others
+        trained = batch.labels != IGNORE
         size = (sizes[batch.labels.clamp(min=0)] * trained).sum()
-        sums += torch.stack([trainee(batch).double(), trained.sum().double(), size.double()])
-    nats, tokens, size = sum_over_ranks(sums).tolist()
+        totals.append({"nats": trainee(batch).double(), "tokens": batch.counts["trained_tokens"], "bytes": size})
     trainee.train()
     loader.close()
-    if stop:
+    if stopped:
         return None
+    sums = sum_over_ranks([{"nats": 0.0, "tokens": 0, "bytes": 0}, *totals], ranks.device)
+    nats, tokens, size = (figure.item() for figure in sums.values())
     bits = nats / math.log(2) / max(size, 1)
     return {"eval_loss": nats / max(tokens, 1), "eval_bits_per_byte": bits, "eval_tokens": int(tokens)}
