@@ -14,11 +14,10 @@ import os
 import shutil
 import time
 import weakref
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -131,11 +130,6 @@ class HostMemory:
                 piece.copy_(part, non_blocking=True)
 
 
-class Save(NamedTuple):
-    copied: Future  # the host has all of this rank's share: parameters may change again
-    written: Future  # the checkpoint is whole
-
-
 class Checkpoints:
     """Saves in a thread: training waits only where it would change what is not copied to the host yet."""
 
@@ -148,21 +142,18 @@ class Checkpoints:
         self.small_files = [model.config, model.generation_config, tokenizer]
         self.thread = ThreadPoolExecutor(max_workers=1)
         self.memory = None  # Future of HostMemory
-        self.under_way = None  # the last Save
-        self.group = None
-        if ranks.mesh is not None:
-            # the thread's own: two threads that use one group could meet in different orders on different ranks
-            self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.dist.timeout))
+        # of the last save: the host has this rank's share, so that parameters may change; the checkpoint is whole
+        self.copied = self.written = None
+        # the thread's own: two threads that use one group could meet in different orders on different ranks
+        timeout = timedelta(seconds=config.dist.timeout)
+        self.group = dist.new_group(backend="gloo", timeout=timeout) if ranks.mesh is not None else None
 
     def after_step(self):
-        """After every step: says at once that a save has failed. After the first, begins to allocate.
-
-        Not before it: beside compilation, 20 GB for a 1.7B model cost that 2 s.
-        """
-        if self.memory is None:
+        """After every step: says at once that a save has failed; after the first, begins to allocate."""
+        if self.memory is None:  # not before: beside compilation, 20 GB for a 1.7B model cost that 2 s
             sizes = [local(tensor).numel() for tensor in self.tensors.values()]
             self.memory = self.thread.submit(HostMemory, sizes, self.ranks.device.type == "cuda")
-        if self.under_way and self.under_way.written.done():
+        if self.written and self.written.done():
             self.finish()
 
     def save(self, step: int, facts: dict, data: dict):
@@ -175,18 +166,18 @@ class Checkpoints:
         state["config"] = self.config.model_dump(mode="json")
         # taken here, since FSDP2 may give a parameter other memory at its first use
         shares = [local(tensor).detach() for tensor in self.tensors.values()]
-        copied = self.thread.submit(self.copy, shares)
-        self.under_way = Save(copied, self.thread.submit(self.write, step, state, copied))
+        self.copied = self.thread.submit(self.copy, shares)
+        self.written = self.thread.submit(self.write, step, state)
 
     def wait_for_copy(self):
         """Before parameters change: whatever is being saved must be on the host."""
-        if self.under_way:
-            self.under_way.copied.result()
+        if self.copied:
+            self.copied.result()
 
     def finish(self):
         """Wait until what is being saved is whole. ConfigError where it cannot be."""
-        if self.under_way:
-            self.under_way.written.result()
+        if self.written:
+            self.written.result()
 
     def copy(self, shares: list[torch.Tensor]) -> tuple[float, float]:
         """Copy this rank's shares to the host, beside the computation of the next step; returns begin and end."""
@@ -199,11 +190,12 @@ class Checkpoints:
             stream.synchronize()
         return begin, time.perf_counter()
 
-    def write(self, step: int, state: dict, copied: Future):
+    def write(self, step: int, state: dict):
         """Write this rank's file and, once all ranks have, make the checkpoint of them."""
         path = self.folder / f".step_{step}"
         errors = [""] * self.ranks.world
         try:
+            begin, end = self.copied.result()
             path.mkdir(parents=True, exist_ok=True)
             self.write_safetensors(path / f"rank_{self.ranks.rank:05}.safetensors")
         except Exception as error:  # of any kind: the other ranks must hear of it
@@ -219,16 +211,13 @@ class Checkpoints:
             last = in_order(self.folder)[-1:]
             what = f"{last[0]} is whole, and the run goes on from it" if last else "there is none before it"
             raise ConfigError(f"no checkpoint of step {step}: {next(filter(None, errors))}. Make room there; {what}")
-        begin, end = copied.result()
         seconds = (end - begin, time.perf_counter() - end)
         log.info("step %d: checkpoint in %s, copied in %.2f s, written in %.2f s", step, self.folder, *seconds)
 
     def write_safetensors(self, file: Path):
-        """One file of float32 tensors, with their offsets in the whole ones for HuggingFaceStorageReader.
-
-        Not by torch's own writer: it joins all bytes in memory once more and holds the interpreter's lock, up to 3 s a
-        GB (measured on a CPU), in which training stands still.
-        """
+        """One file of float32 tensors, with their offsets in the whole ones for HuggingFaceStorageReader."""
+        # torch's own writer joins all bytes in memory once more and holds the interpreter's lock, up to 3 s a GB
+        # (measured on a CPU), in which training stands still
         shares = {}
         offsets = {}
         for (name, tensor), place in zip(self.tensors.items(), self.memory.result().places, strict=True):

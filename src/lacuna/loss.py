@@ -15,7 +15,6 @@ def head_loss(hidden, weight, labels, trained_tokens: int, *, head: str, accum_d
     """Sum of the cross-entropy of the trained positions, nats, float32 scalar.
 
     hidden is [T, H], weight [V, H], labels [T]: trained_tokens of them are targets, the others IGNORE.
-    Only the ceil(trained_tokens / chunk) chunks that hold trained positions are computed: in chat data most do not.
     """
     if head == "liger":
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
@@ -42,7 +41,7 @@ class ChunkedLoss(torch.autograd.Function):
         if with_grads:
             grad_hidden = torch.zeros_like(hidden)
             grad_weight = torch.zeros_like(weight, dtype=accum_dtype)
-        # trained positions first: the chunks after them have nothing to compute
+        # trained positions first: the chunks after them, most of them in chat data, have nothing to compute
         order = torch.argsort(labels == IGNORE, stable=True)  # [T]
         for start in range(0, trained_tokens, chunk_size):
             index = order[start : start + chunk_size]

@@ -1,4 +1,9 @@
-"""`log.profile`: where the time and the memory of a few steps go, in files that the usual viewers open."""
+"""`log.profile`: where the time and the memory of a few steps go, in files that the usual viewers open.
+
+rank_N.json.gz        every operator and kernel, for ui.perfetto.dev or chrome://tracing
+rank_N.memory.pickle  the last allocations on the GPU with their Python stacks, for docs.pytorch.org/memory_viz
+rank_N.txt            the operators and kernels that took longest
+"""
 
 from pathlib import Path
 
@@ -13,12 +18,7 @@ SCHEDULE = schedule(skip_first=9, wait=0, warmup=1, active=3, repeat=1)
 
 
 def start_profile(ranks: Ranks, folder: Path) -> profile:
-    """A profiler whose step() is called after every step. Steps 11 to 13 go to the run's `profile`, a file a rank:
-
-    rank_N.json.gz        every operator and kernel, for ui.perfetto.dev or chrome://tracing
-    rank_N.memory.pickle  the last allocations on the GPU with their Python stacks, for docs.pytorch.org/memory_viz
-    rank_N.txt            the operators and kernels that took longest
-    """
+    """A profiler to be told of every step: 11 to 13 are traced into the run's `profile`, by each rank."""
     place = folder / "profile" / f"rank_{ranks.rank}"
     on_gpu = ranks.device.type == "cuda"
     if on_gpu:
