@@ -199,14 +199,14 @@ class Checkpoints:
             path.mkdir(parents=True, exist_ok=True)
             self.write_safetensors(path / f"rank_{self.ranks.rank:05}.safetensors")
         except Exception as error:  # of any kind: the other ranks must hear of it
-            errors[self.ranks.rank] = str(error)
+            errors[self.ranks.rank] = str(error) or repr(error)
         if self.group:
             dist.all_gather_object(errors, errors[self.ranks.rank], group=self.group)
         if self.ranks.rank == 0 and not any(errors):
             try:
                 self.publish(path, state)
             except Exception as error:
-                errors[0] = str(error)
+                errors[0] = str(error) or repr(error)
         if any(errors):
             last = in_order(self.folder)[-1:]
             what = f"{last[0]} is whole, and the run goes on from it" if last else "there is none before it"
