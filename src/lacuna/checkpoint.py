@@ -102,13 +102,11 @@ def flat(config: dict) -> dict:
 
 
 class HostMemory:
-    """Room on the host for the float32 tensors of a checkpoint, pinned for a GPU: else copies take ten times as long.
-
-    While the driver pins, launches of kernels wait for it: .8 s for 20 GB at once, and up to 8 s were seen. In pieces
-    of huge pages none waits longer than 8 ms (H100). A copy may not cross from one piece to the next.
-    """
+    """Room on the host for the float32 tensors of a checkpoint, pinned for a GPU: else copies take ten times as long."""
 
     def __init__(self, sizes: list[int], pinned: bool):
+        # While the driver pins, launches of kernels wait for it: .8 s for 20 GB at once, and up to 8 s were seen. In
+        # pieces of huge pages none waits longer than 8 ms (H100). A copy may not cross from one piece to the next.
         spans = [-(-size // mmap.PAGESIZE) * mmap.PAGESIZE for size in sizes]  # no two tensors on one page
         offsets = [0, *itertools.accumulate(spans)]
         pages = mmap.mmap(-1, 4 * offsets[-1] + 4, mmap.MAP_PRIVATE)  # shared memory would have small pages only

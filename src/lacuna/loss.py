@@ -27,10 +27,7 @@ def head_loss(hidden, weight, labels, trained_tokens: int, *, head: str, accum_d
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """Computes gradients together with the loss, chunk by chunk, so that no logits outlive their chunk.
-
-    The weight's gradient is summed in accum_dtype inside the matrix product: on an H200 that saves 10 ms a step.
-    """
+    """Computes gradients together with the loss, chunk by chunk, so that no logits outlive their chunk."""
 
     @staticmethod
     def forward(ctx, hidden, weight, labels, trained_tokens, accum_dtype, compiled, with_grads):
@@ -51,6 +48,7 @@ class ChunkedLoss(torch.autograd.Function):
             if not with_grads:
                 continue
             grad_hidden[index] = grad_logits @ head
+            # summed in accum_dtype inside the matrix product: on an H200 that saves 10 ms a step
             if chunk.is_cuda and accum_dtype != chunk.dtype:
                 torch.addmm(grad_weight, grad_logits.T, chunk, out_dtype=accum_dtype, out=grad_weight)
             else:

@@ -85,13 +85,11 @@ class Report:
         self.interval = Counter()
 
     def step(self, facts: dict, sums: dict[str, torch.Tensor], squares: torch.Tensor):
-        """Take in a step's figures, on their way to the host, and report it. Raises NonFinite.
-
-        On a GPU report the step before the last one: it is done by now, so that neither waits for the other.
-        """
+        """Take in a step's figures, on their way to the host, and report it. Raises NonFinite."""
         values = torch.cat([torch.stack(list(sums.values())), squares]).to("cpu", non_blocking=True)
         done = torch.cuda.current_stream().record_event() if squares.is_cuda else None
         self.pending.append(Pending(facts, list(sums), values, done))
+        # on a GPU that is the step before the last one: it is done by now, so that neither waits for the other
         self.flush(in_flight=2 if squares.is_cuda else 0)
 
     def flush(self, in_flight: int = 0):

@@ -1,7 +1,5 @@
 """The builder: kernels -> activation checkpointing -> torch.compile -> FSDP2, then weights into the shards.
 
-Kernels patch modules, so they come first. Compile wraps the checkpointed layer, because the partitioner recomputes
-inside it; the other way round would recompute twice. FSDP2 comes last, because its hooks would break the graphs.
 Everything replaces `layer.forward` in place: parameter names stay those of Hugging Face from beginning to end.
 """
 
@@ -87,6 +85,7 @@ def assemble(config: Config, ranks: Ranks, vocabulary: int) -> Trainee:
     on_gpu = ranks.device.type == "cuda"
     model = empty_model(config.model, vocabulary)
     layers = list(model.get_decoder().layers)
+    # kernels replace modules, so they come first
     if config.model.patch:
         apply_patch(model, config.model.patch)
     # under compile Inductor fuses better: Liger's norms and SwiGLU cost 3,500 of 40,000 tokens/s
@@ -96,9 +95,11 @@ def assemble(config: Config, ranks: Ranks, vocabulary: int) -> Trainee:
         cast_in_forward(model, layers, plan.dtype)
     if config.train.activation_checkpointing != "none":
         checkpoint_activations(layers, config.train.activation_checkpointing)
-    # regional: all layers share one graph, which takes seconds; the whole model would take minutes
+    # Compile wraps the checkpointed layer: the partitioner recomputes inside it, and the other way round it would be
+    # done twice. Regional: all layers share one graph, which takes seconds; the whole model would take minutes.
     for layer in layers if plan.compiled else []:
         layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)
+    # last, because FSDP2's hooks would break the graphs
     trainee = Trainee(model, plan)
     if ranks.mesh is not None:
         shard_model(trainee, layers, ranks, config.dist, plan.dtype)

@@ -68,17 +68,16 @@ def start(config: DistConfig, train: TrainConfig) -> Ranks:
 
 
 def shard_model(model: nn.Module, layers: list[nn.Module], ranks: Ranks, config: DistConfig, dtype: torch.dtype):
-    """FSDP2 over every layer, then over the rest; compute in dtype, reduce gradients in float32.
-
-    A large model's layers are freed again after their forward. One that takes less than a twentieth of the GPU stays
-    till its backward: half as much to gather. The root's parameters are needed at once for the backward, and stay.
-    """
+    """FSDP2 over every layer, then over the rest; compute in dtype, reduce gradients in float32."""
+    # A large model's layers are freed again after their forward. One that takes less than a twentieth of the GPU stays
+    # till its backward, which is half as much to gather: 93 -> 95% of linear on two H200s, for 2.6 GiB (1.7B).
     reshard = config.reshard_after_forward
     if reshard is None:
         size = sum(p.numel() for p in model.parameters()) * dtype.itemsize
         reshard = ranks.device.type == "cpu" or size > torch.cuda.mem_get_info(ranks.device)[1] / 20
     mesh = ranks.mesh if ranks.mesh["dp_replicate"].size() > 1 else ranks.mesh["dp_shard"]
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    # the root's parameters are needed at once for the backward, and stay
     for module in (*layers, model):
         fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard and module is not model)
         module.set_gradient_divide_factor(1.0)  # the loss is divided by the tokens of all ranks: gradients add up
@@ -108,10 +107,8 @@ def sum_over_ranks(parts: list[dict], device: torch.device) -> dict[str, torch.T
 
 
 def gradient_norm(parameters: list, mesh: DeviceMesh | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """The global L2 norm of gradients, sharded or not, and the squared norm of each [P]: nothing waits for the device.
-
-    In float64: in float32 a CPU's norm of a million values is off by 1e-5, and an H200 reads both at the same speed.
-    """
+    """The global L2 norm of gradients, sharded or not, and the squared norm of each [P]: nothing waits for the device."""
+    # float64: in float32 a CPU's norm of a million values is off by 1e-5, and an H200 reads both at the same speed
     squares = torch.stack(torch._foreach_norm([local(p.grad) for p in parameters], 2, torch.float64)).square()
     if mesh is not None:
         dist.all_reduce(squares, group=mesh.get_group("dp_shard"))

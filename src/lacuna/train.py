@@ -178,14 +178,12 @@ def is_due(step: int, every: int | None, steps: int) -> bool:
 
 
 def accumulate_gradients(trainee: Trainee, batches: list[PackedBatch], trained_tokens, ranks: Ranks) -> torch.Tensor:
-    """Forward and backward of this rank's micro-batches; returns its part of the step's mean loss.
-
-    trained_tokens counts the whole global batch, so gradients add up to the mean over all its trained tokens.
-    """
+    """Forward and backward of this rank's micro-batches; returns its part of the step's mean loss."""
     total = torch.zeros((), device=ranks.device)
     for i, batch in enumerate(batches):
         if ranks.mesh is not None:
             trainee.set_requires_all_reduce(i == len(batches) - 1)  # between replicas, once a step is enough
+        # of the whole global batch: so gradients add up to the mean over all of its trained tokens
         loss = trainee(batch) / trained_tokens
         loss.backward()
         total += loss.detach()
@@ -197,12 +195,12 @@ def evaluate(trainee: Trainee, config: Config, dataset: RowDataset, ranks: Ranks
     """Mean loss a token (nats) and bits a byte over held-out data; sizes [V] are the bytes of each token.
 
     None where a signal came: then there is no time to finish.
-    Every rank takes as many rows, and one that has no data left feeds rows that train nothing: so nobody hangs.
     """
     loader = Loader(dataset, ranks.device, micro_batch_size=config.train.micro_batch_size, workers=0)
     totals = []
     stopped = False
     trainee.eval()
+    # every rank takes as many rows, and one without data feeds rows that train nothing: so nobody hangs
     for _ in range(math.ceil(config.eval.rows / (config.train.micro_batch_size * ranks.world))):
         [batch] = loader.step()
         marks = {"trained": batch.counts["trained_tokens"], "stop_asked": preemption.asked}
