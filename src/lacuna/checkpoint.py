@@ -102,7 +102,7 @@ def flat(config: dict) -> dict:
 
 
 class HostMemory:
-    """Room on the host for the float32 tensors of a checkpoint, pinned for a GPU: else copies take ten times as long."""
+    """Room on the host for the float32 tensors of a checkpoint, pinned for a GPU, or copies take ten times as long."""
 
     def __init__(self, sizes: list[int], pinned: bool):
         # While the driver pins, launches of kernels wait for it: .8 s for 20 GB at once, and up to 8 s were seen. In
