@@ -11,14 +11,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lacuna.config import load_config
-from lacuna.data.conversations import ChatEncoder
+from lacuna.data.conversations import make_encoder
 from lacuna.data.loader import RowDataset
 from lacuna.data.tokenize import load_tokenizer
 
 folder = Path(sys.argv[1])
 prompts, limit = (int(word) for word in [*sys.argv[2:], "20", "1024"][:2])
 config = load_config(str(folder / "config.toml"), [], "sft")
-encoder = ChatEncoder(load_tokenizer(config.model), config)
+encoder = make_encoder(config, load_tokenizer(config.model))
 share = (0, config.eval.fraction)
 held_out = RowDataset(config, config.data.sources, encoder, rank=0, ranks=1, share=share).sources[0]
 tokenizer = AutoTokenizer.from_pretrained(folder / "hf", padding_side="left")
