@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from lacuna.config import load_config
-from lacuna.data.conversations import make_encoder
 from lacuna.data.loader import Loader, RowDataset
-from lacuna.data.tokenize import load_tokenizer
+from lacuna.data.tokenize import TextEncoder, load_tokenizer
 from lacuna.optim import learning_rate
 
 
@@ -25,8 +24,7 @@ def main():
     path, out, *argv = sys.argv[1:]
     config = load_config(path, argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    encoder = make_encoder(config, load_tokenizer(config.model))
-    dataset = RowDataset(config, config.data.sources, encoder, rank=0, ranks=1)
+    dataset = RowDataset(config, config.data.sources, TextEncoder(load_tokenizer(config.model)), rank=0, ranks=1)
     loader = Loader(config, dataset, device)
     model = AutoModelForCausalLM.from_pretrained(config.model.name, dtype=torch.float32).to(device)
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
