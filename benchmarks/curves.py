@@ -25,7 +25,7 @@ def main():
     config = load_config(path, argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dataset = RowDataset(config, config.data.sources, TextEncoder(load_tokenizer(config.model)), rank=0, ranks=1)
-    loader = Loader(dataset, device, micro_batch_size=config.train.micro_batch_size)
+    loader = Loader(config, dataset, device)
     model = AutoModelForCausalLM.from_pretrained(config.model.name, dtype=torch.float32).to(device)
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     decay = [p for p in model.parameters() if p.ndim > 1 and id(p) not in embeddings]
@@ -37,7 +37,7 @@ def main():
     causal = torch.ones(size, size, dtype=torch.bool, device=device).tril()
     with open(out, "w") as file:
         for step in range(1, config.train.steps + 1):
-            batch = loader.next()
+            [batch] = loader.step()
             ids, labels, positions = (
                 getattr(batch, key).view(rows, size) for key in ("input_ids", "labels", "position_ids")
             )

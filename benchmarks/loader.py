@@ -12,7 +12,7 @@ turns, `--rounds` times; the fastest round of each counts. tokens = tokens of do
 
     encode_batch_fast          the backend of the tokenizer, without offsets and masks: what lacuna calls
     tokenizer(texts)           the plain call
-    loader, workers 0 or 1     Loader.next() in a loop: in this process (a thread), or in one worker process
+    loader, workers 0 or 1     Loader.step() in a loop: in this process (a thread), or in one worker process
 """
 
 import argparse
@@ -107,8 +107,8 @@ def main():
             }
         )
         dataset = RowDataset(config, config.data.sources, TextEncoder(tokenizer), rank=0, ranks=1)
-        loader = Loader(dataset, torch.device("cpu"), micro_batch_size=size, workers=workers)
-        speed = time_tokens(lambda: loader.next().counts["tokens"], warmup, tokens)
+        loader = Loader(config, dataset, torch.device("cpu"))
+        speed = time_tokens(lambda: loader.step()[0].counts["tokens"], warmup, tokens)
         loader.close()
         return speed
 
