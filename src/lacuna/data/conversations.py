@@ -222,17 +222,18 @@ def read_turn(turn: dict) -> dict:
     """A turn in OpenAI's words, or in ShareGPT's, as one of OpenAI's messages."""
     if "from" in turn:
         turn = read_shared(turn)
-    content = turn.pop("content", "")
+    content = turn.get("content", "")
     if not isinstance(content, str):
         content = "".join(part["text"] for part in content)
-    calls = turn.pop("tool_calls", None)
-    if not calls:
-        return turn | {"content": content}
+    turn["content"] = content
+    calls = turn.pop("tool_calls", [])
     for call in calls:
         function = call.get("function", call)
         if isinstance(function["arguments"], str):  # else a template would quote it a second time
             function["arguments"] = json.loads(function["arguments"] or "{}")
-    return turn | {"content": content, "tool_calls": calls}
+    if calls:  # some templates look for the key alone
+        turn["tool_calls"] = calls
+    return turn
 
 
 def read_shared(turn: dict) -> dict:
@@ -243,8 +244,7 @@ def read_shared(turn: dict) -> dict:
     if speaker != "function_call":
         return turn | {"content": text}
     calls = json.loads(text)
-    if not isinstance(calls, list):
-        calls = [calls]
+    calls = calls if isinstance(calls, list) else [calls]
     return turn | {"tool_calls": [{"type": "function", "function": call} for call in calls]}
 
 

@@ -150,6 +150,8 @@ class RowDataset(IterableDataset):
             else:
                 source = MapSource(group, encoder, [self.seed, i], cache=config.data.cache, share=share)
             self.sources.append(source)
+        self.inventory = [source.inventory for source in self.sources]  # what a run that goes on must find again
+        self.notes = sum((source.notes for source in self.sources), Counter())  # how many documents became what
         self.map_style = not any(source.streaming for source in sources)
         self.num_streams = 1
         self.window_documents = math.inf
@@ -163,16 +165,6 @@ class RowDataset(IterableDataset):
             if config.data.num_streams and self.num_streams < asked and sources == config.data.sources:
                 problem = f"data.num_streams {asked} exceeds the shards (or documents) of a source"
                 raise ConfigError(f"{problem}: use at most {self.num_streams}")
-
-    @property
-    def inventory(self) -> list[str]:
-        """What a run that goes on must find again."""
-        return [source.inventory for source in self.sources]
-
-    @property
-    def notes(self) -> Counter:
-        """How many documents became what; of streams nothing is known."""
-        return sum((source.notes for source in self.sources), Counter())
 
     def count_rows(self) -> int:
         """Rows of all epochs of map-style data, from the lengths alone."""
@@ -244,7 +236,8 @@ class Loader:
         if dataset.rank == 0 and dataset.num_streams % readers and not dataset.map_style:
             problem = f"{dataset.num_streams} virtual streams do not divide over {readers} readers (ranks x workers)"
             times = readers // math.gcd(dataset.num_streams, readers)
-            log.warning("data: %s, so each is read %d times; a multiple of %d would be fast", problem, times, readers)
+            cure = f"a multiple of {readers} would be fast (data.num_streams, at most the number of shards)"
+            log.warning("data: %s, so each is read %d times; %s", problem, times, cure)
         # JSON: the rows of the run that are consumed, and each stream's state (by its number, as text).
         self.state = state or {"rows": 0, "streams": {}}
         if any("cursors" not in stream for stream in self.state["streams"].values()):
@@ -294,6 +287,5 @@ def merge_states(states: list[dict]) -> dict:
     latest = {}
     for state in states:
         for number, stream in state["streams"].items():
-            if number not in latest or stream["row"] > latest[number]["row"]:
-                latest[number] = stream
+            latest[number] = max(latest.get(number, stream), stream, key=lambda stream: stream["row"])
     return {"rows": states[0]["rows"], "streams": latest}
