@@ -25,5 +25,4 @@ def chat(name: str):
         while line := input("you: ").strip():
             print("model: ", end="", flush=True)
             messages.append({"role": "user", "content": line})
-            answer = model(messages, streamer=streamer, max_new_tokens=512)
-            messages = answer[0]["generated_text"]
+            messages = model(messages, streamer=streamer, max_new_tokens=512)[0]["generated_text"]

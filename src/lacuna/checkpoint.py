@@ -233,7 +233,11 @@ class Checkpoints:
         offsets = {}
         for (name, tensor), place in zip(self.tensors.items(), self.memory.result().places, strict=True):
             shares[name] = place.view(local(tensor).shape)
-            offsets[name] = {"saved_offsets": offsets_of(tensor)}
+            begin = [0] * tensor.ndim
+            if isinstance(tensor, DTensor):
+                where = (tensor.shape, tensor.device_mesh, tensor.placements)
+                begin = list(compute_local_shape_and_global_offset(*where)[1])
+            offsets[name] = {"saved_offsets": begin}
         save_file(shares, file, {"format": "pt", "DCP_SHARDING_INFO": json.dumps(offsets)})
         sync(file)
 
@@ -263,13 +267,6 @@ def sync(file: Path):
     """Wait until a file is on the disk, and not only in the system's memory."""
     with open(file, "rb") as content:
         os.fsync(content.fileno())
-
-
-def offsets_of(tensor: torch.Tensor) -> list[int]:
-    """Where this rank's part lies in the whole tensor."""
-    if not isinstance(tensor, DTensor):
-        return [0] * tensor.ndim
-    return list(compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)[1])
 
 
 def match_eos(config: Config, model: PreTrainedModel, tokenizer):

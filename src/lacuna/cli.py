@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 from glob import glob
+from importlib import import_module
 from pathlib import Path
 
 from lacuna.config import Config, ConfigError, NonFinite, Preempted, load_config
@@ -25,26 +26,19 @@ def main():
     try:
         command, config, words = parse(sys.argv[1:])
         if command == "chat":
-            from lacuna.chat import chat
-
-            chat(*words)
+            import_module("lacuna.chat").chat(*words)
         if command == "export":
-            from lacuna.checkpoint import export
-
-            export(*map(Path, words))
+            import_module("lacuna.checkpoint").export(*map(Path, words))
         if command == "explain":
-            from lacuna.explain import explain
-
-            explain(config)
+            import_module("lacuna.explain").explain(config)
         if command in ("pt", "sft"):
             launch(words)
             Preemption()  # imports alone take seconds, and one or two more with garbage collection
             gc.disable()
-            from lacuna.train import run
-
+            train = import_module("lacuna.train")
             gc.freeze()  # what imports make stays: looking through it takes half a second every few dozen steps
             gc.enable()
-            run(config)
+            train.run(config)
         leave(0)
     except Preempted as error:
         leave(REQUEUE, str(error))
@@ -65,15 +59,13 @@ def parse(argv: list[str]) -> tuple[str, Config | None, list[str]]:
     task = words.pop(0) if command == "explain" and words else command
     if task not in ("pt", "sft"):
         raise ConfigError(f"unknown command {' '.join(argv)}\n{USAGE}")
-    path = f"configs/{task}.toml"
     if words and not words[0].startswith("-"):
         path = words.pop(0)
-    elif {"-h", "--help"} & set(words):
-        path = None
-    elif Path(path).exists():
-        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one GPU is more than enough for this one
     else:
-        raise ConfigError(f"no config given, and no {path} here: give one, or run in a clone of lacuna")
+        path = f"configs/{task}.toml"
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one GPU is more than enough for this one
+        if not (Path(path).exists() or {"-h", "--help"} & set(words)):
+            raise ConfigError(f"no config given, and no {path} here: give one, or run in a clone of lacuna")
     return command, load_config(path, words, task), [task, path, *words]
 
 
@@ -96,58 +88,44 @@ def leave(status: int, sentence: str = ""):
     """Exit, saying why."""
     rank = os.environ.get("RANK")
     if sentence:
-        name = "lacuna" if rank is None else f"lacuna (rank {rank})"
+        name = f"lacuna (rank {rank})" if rank else "lacuna"
         print(f"{name}: {sentence}", file=sys.stderr)
     sys.stdout.flush()
-    sys.stderr.flush()
     # One of several ranks skips the interpreter's end: gloo's threads outlive it, and 1 run in 20 aborted. So does a
     # run that stops early: the end would wait 10 s for loader workers, which ignore SIGTERM.
-    if status or rank is not None:
+    if status or rank:
         os._exit(status)
     sys.exit(0)
 
 
 def launch(words: list[str]):
     """Set this process's share of the cores; alone with several GPUs, become torchrun."""
-    ranks = ranks_here()
-    gpus = count_gpus()
-    set_threads(ranks or max(1, gpus))
-    if not ranks and gpus > 1:
-        become_torchrun(gpus, words)
-
-
-def ranks_here() -> int:
-    """Ranks on this node if torchrun, or srun with several tasks, started this one; else 0."""
-    if "RANK" in os.environ:
-        return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if "SLURM_STEP_ID" in os.environ and os.environ["SLURM_NTASKS"] != "1":  # an sbatch script is no step
-        return int(os.environ["SLURM_STEP_TASKS_PER_NODE"].partition("(")[0])  # such as 4(x2)
-    return 0
-
-
-def count_gpus() -> int:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return len(glob("/dev/nvidia[0-9]*"))
-    return len([device for device in visible.split(",") if device])
+    gpus = len(glob("/dev/nvidia[0-9]*")) if visible is None else len(visible.replace(",", " ").split())
+    if "RANK" in os.environ:
+        set_threads(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    elif "SLURM_STEP_ID" in os.environ and os.environ["SLURM_NTASKS"] != "1":  # an sbatch script is no step
+        set_threads(int(os.environ["SLURM_STEP_TASKS_PER_NODE"].partition("(")[0]))  # such as 4(x2)
+    else:
+        set_threads(max(1, gpus))
+        if gpus > 1:
+            become_torchrun(gpus, words)
 
 
 def become_torchrun(gpus: int, words: list[str]):
     """One rank a GPU. The ranks' 75 is passed on: torchrun alone would end with 1."""
-    from torch.distributed.elastic.multiprocessing import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.multiprocessing import SignalException, errors
     from torch.distributed.run import main as torchrun
 
-    options = ["--standalone", "--nproc-per-node", str(gpus)]
-    options += ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
+    options = f"--standalone --nproc-per-node {gpus} --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
     try:
-        torchrun([*options, "-m", "lacuna", *words])
-        leave(0)
+        torchrun([*options.split(), "-m", "lacuna", *words])
     except SignalException as error:
         leave(REQUEUE if error.sigval in SIGNALS else 128 + error.sigval, str(error))
-    except ChildFailedError as error:  # of a fault, torchrun ends the other ranks by a signal
+    except errors.ChildFailedError as error:  # of a fault, torchrun ends the other ranks by a signal
         saved = all(rank.exitcode == REQUEUE for rank in error.failures.values())
         leave(REQUEUE if saved else 1, "a rank has ended before the run has, as it says above")
+    leave(0)
 
 
 def set_threads(processes: int):

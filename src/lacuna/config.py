@@ -1,14 +1,13 @@
-"""Every knob of a run: strict pydantic models, read from a TOML file and from `--section.key value`.
+"""Every knob of a run: strict pydantic models, read from a TOML file and from `--section.key value`, which wins.
 
-Nothing here imports torch, so that `--help` and a wrong key answer at once. The command line wins over the file, and
-that over the defaults. None, which is a key left out, always means "choose for me".
+Imports no torch, so that `--help` and a wrong key answer at once. None, a key left out, means "choose for me".
 """
 
 import difflib
 import logging
+import re
 import tomllib
 from argparse import ArgumentParser
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -47,7 +46,6 @@ class ModelConfig(Section):
     tokenizer: str | None = key(None, "Hub id or folder; default: the model's own")
     patch: str | None = key(None, "file.py:function, called with the empty model before all else")
     dtype: Literal["bfloat16", "float32"] | None = key(None, "of computation; default: bfloat16 on GPUs")
-    fp8: bool = key(False, "the layers' products in fp8 (extra fp8), from Hopper GPUs on")
     attention: Literal["varlen", "fa4", "sdpa"] | None = key(None, "default: fa4, varlen or sdpa, what runs")
     kernels: Literal["none", "liger"] | None = key(None, "default: liger on GPUs if not compiled")
     head: Literal["chunked", "liger"] = key("chunked", "loss without full logits: lacuna's, or Liger's")
@@ -91,9 +89,7 @@ class TrainConfig(Section):
     steps: int | None = key(None, "optimizer steps (this or train.epochs)", ge=1)
     epochs: int | None = key(None, "passes over map-style data (this or train.steps)", ge=1)
     compile: bool | None = key(None, "torch.compile each layer; default: on a GPU")
-    activation_checkpointing: Literal["none", "full", "selective"] = key(
-        "none", "recompute in the backward: everything (full), or what is cheap (selective)"
-    )
+    activation_checkpointing: Literal["none", "full", "selective"] = key("none", "recompute all, or what is cheap")
     max_grad_norm: float = key(1.0, "gradients are scaled down to this global L2 norm", gt=0)
     deterministic: bool = key(False, "deterministic GPU kernels, where they exist (slower)")
 
@@ -154,77 +150,61 @@ class Config(Section):
 
     @model_validator(mode="after")
     def check(self):
-        for contradiction in contradictions(self):
-            raise ValueError(contradiction)
+        for broken, message in contradictions(self):
+            if broken:
+                raise ValueError(message)
         if self.optim.lr is None:
             self.optim.lr = {"pt": 3e-4, "sft": 2e-5}[self.task]
         return self
 
 
-def contradictions(config: Config) -> Iterator[str]:
-    """What keys say against each other, a sentence each; the user reads the first."""
+def contradictions(config: Config) -> list[tuple]:
+    """What keys may say against each other: whether they do, and a sentence. The user reads the first that holds."""
     data = config.data
     train = config.train
-    held_out = config.eval
+    resume = config.checkpoint.resume
+    held_out = config.eval.sources
+    fraction = config.eval.fraction
+    context = data.context_len or 0
     streams = any(source.streaming for source in data.sources)
-    weights = [source.weight for source in data.sources if source.weight]
-    if not data.sources:
-        yield "data.sources is empty: add a [[data.sources]] table with a path"
-    if (train.steps is None) == (train.epochs is None):
-        yield "give exactly one of train.steps and train.epochs"
-    if train.epochs and (streams or weights):
-        yield "train.epochs of a stream or of weights: set train.steps, or streaming = false and no weights"
-    if weights and len(weights) < len(data.sources):
-        yield "data.sources: give every source a weight, or none"
-    if streams and len(data.sources) > 1 and not weights:
-        yield "data.sources: a mixture that streams needs weights"
-    if train.global_batch_size % train.micro_batch_size:
-        yield uneven_batch(train)
-    if data.context_len and data.context_len > train.seq_len:
-        yield f"data.context_len {data.context_len} is over train.seq_len {train.seq_len}: lower it"
-    if data.context_warmup_steps and not data.context_len:
-        yield "data.context_warmup_steps needs data.context_len"
-    if config.task == "sft" and data.context_len:
-        yield "data.context_len would cut conversations apart: it belongs to lacuna pt"
-    if config.task == "pt" and data.chat_template:
-        yield "data.chat_template belongs to lacuna sft: text has no template"
-    if config.optim.decay_steps and config.optim.schedule != "wsd":
-        yield 'optim.decay_steps needs optim.schedule = "wsd"'
-    if config.model.attention in ("varlen", "fa4") and config.model.dtype == "float32":
-        yield f'model.attention = "{config.model.attention}" needs model.dtype = "bfloat16"; or use "sdpa"'
-    if config.checkpoint.resume == "auto":
-        yield 'checkpoint.resume = "auto" is no folder; leave it out for the default, the newest'
-    if any(source.weight for source in held_out.sources):
-        yield "eval.sources have no weight: all of their data counts"
-    if len(held_out.sources) > 1 and any(source.streaming for source in held_out.sources):
-        yield "eval.sources: what streams must stand alone"
-    if held_out.fraction and held_out.sources:
-        yield "give eval.sources or eval.fraction, not both"
-    if held_out.fraction and (streams or weights):
-        yield "eval.fraction: data streams or has weights: name eval.sources"
-    if held_out.every and not (held_out.sources or held_out.fraction):
-        yield "eval.every needs eval.sources or eval.fraction"
+    weights = [source.weight for source in data.sources]
+    flash_in_float32 = config.model.attention in ("varlen", "fa4") and config.model.dtype == "float32"
+    return [
+        (not data.sources, "data.sources is empty: add a [[data.sources]] table with a path"),
+        ((train.steps is None) == (train.epochs is None), "give exactly one of train.steps and train.epochs"),
+        (train.epochs and streams, "train.epochs of a stream: set train.steps, or streaming = false"),
+        (train.epochs and any(weights), "train.epochs of a weighted mixture: set train.steps, or drop the weights"),
+        (any(weights) and not all(weights), "data.sources: give every source a weight, or none"),
+        (streams and len(weights) > 1 and not all(weights), "data.sources: a mixture that streams needs weights"),
+        (train.global_batch_size % train.micro_batch_size, uneven_batch(train)),
+        (context > train.seq_len, f"data.context_len {context} is over train.seq_len {train.seq_len}: lower it"),
+        (data.context_warmup_steps and not context, "data.context_warmup_steps needs data.context_len"),
+        (config.task == "sft" and context, "data.context_len would cut conversations apart: it belongs to lacuna pt"),
+        (config.task == "pt" and data.chat_template, "data.chat_template belongs to lacuna sft: text has no template"),
+        (config.optim.decay_steps and config.optim.schedule != "wsd", 'optim.decay_steps needs optim.schedule = "wsd"'),
+        (flash_in_float32, f'model.attention = "{config.model.attention}" needs model.dtype = "bfloat16"; or "sdpa"'),
+        (resume == "auto", 'checkpoint.resume = "auto" is no folder; leave it out for the default, the newest'),
+        (any(source.weight for source in held_out), "eval.sources have no weight: all of their data counts"),
+        (len(held_out) > 1 and any(s.streaming for s in held_out), "eval.sources: what streams must stand alone"),
+        (fraction and held_out, "give eval.sources or eval.fraction, not both"),
+        (fraction and (streams or any(weights)), "eval.fraction: data streams or has weights: name eval.sources"),
+        (config.eval.every and not (held_out or fraction), "eval.every needs eval.sources or eval.fraction"),
+    ]
 
 
 def uneven_batch(train: TrainConfig, ranks: int = 1) -> str:
     """A sentence for a global batch that does not divide into the micro-batches of all ranks."""
-    near = nearest_multiple(train.global_batch_size, train.micro_batch_size * ranks)
-    rows = f"train.micro_batch_size {train.micro_batch_size} x {ranks} rank(s)"
-    return f"train.global_batch_size {train.global_batch_size} is no multiple of {rows}: use {near}"
-
-
-def nearest_multiple(n: int, of: int) -> str:
-    """The multiples of `of` on both sides of n, as words."""
-    below = n // of * of
-    return f"{below} or {below + of}" if below else str(of)
+    rows = train.micro_batch_size * ranks
+    below = train.global_batch_size // rows * rows
+    near = f"{below} or {below + rows}" if below else rows
+    factors = f"train.micro_batch_size {train.micro_batch_size} x {ranks} rank(s)"
+    return f"train.global_batch_size {train.global_batch_size} is no multiple of {factors}: use {near}"
 
 
 class Parser(ArgumentParser):
     def error(self, message):
-        options = [word for word in message.split() if word.startswith("--")]
-        if message.startswith("unrecognized arguments") and options:
-            message = unknown_key(options[0].split("=")[0].lstrip("-"))
-        raise ConfigError(message)
+        unknown = re.match(r"unrecognized arguments: .*?--([^ =]+)", message)
+        raise ConfigError(unknown_key(unknown[1]) if unknown else message)
 
 
 def unknown_key(wrong: str) -> str:

@@ -31,9 +31,8 @@ def explain(config: Config):
                 continue
             # a token is trained where the position before it, in the same document, has a label
             trained = [False, *(row.labels[start : end - 1] >= 0)]
-            tokens = zip(trained, row.ids[start:end].tolist(), strict=True)
-            for is_trained, run in groupby(tokens, key=lambda token: token[0]):
-                ids = [index for _, index in run]
+            for is_trained, run in groupby(range(start, end), key=lambda at: trained[at - start]):
+                ids = row.ids[list(run)].tolist()
                 words = tokenizer.decode(ids)
                 if config.log.show_ids:
                     words = " ".join(f"{i}:{tokenizer.decode([i])!r}" for i in ids)

@@ -116,8 +116,10 @@ class Report:
             self.totals[key] += int(sums[key])
         self.interval.update(steps=1, tokens=sums["tokens"], pairs=sums["pairs"], data=step.facts["data_seconds"])
         if number % self.config.log.every == 0 or number in (1, self.steps):
-            self.say(self.metrics_of(step.facts, sums))
+            metrics = self.metrics_of(step.facts, sums)
             self.start_clock()
+            self.write(metrics)
+            log.info(line_of(metrics, self.steps))
 
     def refuse_nonfinite(self, step: int, sums: dict, squares: list[float]):
         """Raise NonFinite with the first bad gradient and, where the loss is bad, whose it is."""
@@ -150,14 +152,6 @@ class Report:
         }
         return metrics
 
-    def say(self, metrics: dict):
-        self.write(metrics)
-        mfu = f" | mfu {metrics['mfu']:.1%}" if metrics["mfu"] else ""
-        left = timedelta(seconds=round((self.steps - metrics["step"]) * metrics["step_seconds"]))
-        learned = f"loss {metrics['loss']:.4f} | grad norm {metrics['grad_norm']:.2f}"
-        rates = f"{metrics['tokens_per_second']:,.0f} tokens/s{mfu} | {metrics['peak_memory_gib']:.1f} GiB"
-        log.info("step %d/%d | %s | %s | %s left", metrics["step"], self.steps, learned, rates, left)
-
     def evaluation(self, step: int, result: dict | None):
         """Report an evaluation, or None for one that a signal broke off."""
         if result is None:
@@ -177,6 +171,15 @@ class Report:
     def close(self):
         for _, finish in self.trackers:
             finish()
+
+
+def line_of(metrics: dict, steps: int) -> str:
+    """A step's metrics for a terminal."""
+    mfu = f" | mfu {metrics['mfu']:.1%}" if metrics["mfu"] else ""
+    left = timedelta(seconds=round((steps - metrics["step"]) * metrics["step_seconds"]))
+    learned = f"loss {metrics['loss']:.4f} | grad norm {metrics['grad_norm']:.2f}"
+    rates = f"{metrics['tokens_per_second']:,.0f} tokens/s{mfu} | {metrics['peak_memory_gib']:.1f} GiB"
+    return f"step {metrics['step']}/{steps} | {learned} | {rates} | {left} left"
 
 
 def open_metrics(folder: Path, step: int):

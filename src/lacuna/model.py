@@ -32,27 +32,21 @@ from lacuna.parallel import Ranks, shard_model
 
 @dataclass(frozen=True)
 class Plan:
-    """How a model computes on this machine: what the config left open is decided here, once."""
+    """How a model computes on this machine: what the config left open is decided once."""
 
     dtype: torch.dtype  # of computation; parameters and optimizer are float32
     compiled: bool
-    kernels: str  # "liger" or "none"
     backend: str  # of attention
-    head: str  # "chunked" or "liger"
-    accum_dtype: torch.dtype  # of the head's gradient over chunks
+    head: dict  # options of head_loss
 
 
 def make_plan(config: Config, device: torch.device) -> Plan:
     on_gpu = device.type == "cuda"
     dtype = getattr(torch, config.model.dtype or ("bfloat16" if on_gpu else "float32"))
     compiled = on_gpu if config.train.compile is None else config.train.compile
-    # under compile Inductor fuses better: Liger's norms and SwiGLU cost 3,500 of 40,000 tokens/s
-    kernels = config.model.kernels or ("liger" if on_gpu and not compiled else "none")
-    if kernels == "liger" and not on_gpu:
-        raise ConfigError('model.kernels = "liger" needs a GPU; use "none"')
-    backend = choose_backend(config.model.attention, device, dtype)
     accum_dtype = torch.float32 if config.model.accum_dtype == "float32" else dtype
-    return Plan(dtype, compiled, kernels, backend, config.model.head, accum_dtype)
+    head = {"head": config.model.head, "accum_dtype": accum_dtype, "compiled": compiled}
+    return Plan(dtype, compiled, choose_backend(config.model.attention, device, dtype), head)
 
 
 class Trainee(nn.Module):
@@ -65,10 +59,8 @@ class Trainee(nn.Module):
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         """The sum of the batch's losses, nats."""
-        plan = self.plan
-        how = {"head": plan.head, "accum_dtype": plan.accum_dtype, "compiled": plan.compiled}
         weight = self.model.get_output_embeddings().weight
-        return head_loss(self.hidden(batch), weight, batch.labels, batch.counts["trained_tokens"], **how)
+        return head_loss(self.hidden(batch), weight, batch.labels, batch.counts["trained_tokens"], **self.plan.head)
 
     def hidden(self, batch: PackedBatch) -> torch.Tensor:
         """The decoder's last hidden states [T, H]."""
@@ -80,25 +72,33 @@ class Trainee(nn.Module):
 def build_model(config: Config, ranks: Ranks, vocabulary: int, checkpoint: Path | None = None) -> Trainee:
     """The model of `config.model`, sharded over ranks.mesh, ready to train, with its own weights or a checkpoint's."""
     trainee = assemble(config, ranks, vocabulary)
-    materialise(trainee, ranks.device, config.seed, weights_folder(config.model, checkpoint))
+    folder = checkpoint
+    if folder is None and not config.model.from_scratch:
+        folder = Path(config.model.name)
+        if not folder.is_dir():
+            folder = Path(snapshot_download(config.model.name, allow_patterns=["*.safetensors", "*.json"]))
+    materialise(trainee, ranks.device, config.seed, folder)
     return trainee
 
 
 def assemble(config: Config, ranks: Ranks, vocabulary: int) -> Trainee:
     """The recipe, on the meta device: nothing is allocated yet."""
     plan = make_plan(config, ranks.device)
+    on_gpu = ranks.device.type == "cuda"
     model = empty_model(config.model, vocabulary)
-    layers = decoder_layers(model)
+    layers = list(model.get_decoder().layers)
     if config.model.patch:
         apply_patch(model, config.model.patch)
-    if plan.kernels == "liger":
-        apply_liger(model)
+    # under compile Inductor fuses better: Liger's norms and SwiGLU cost 3,500 of 40,000 tokens/s
+    if config.model.kernels == "liger" or (config.model.kernels is None and on_gpu and not plan.compiled):
+        apply_liger(model, on_gpu)
     if ranks.mesh is None and plan.dtype != torch.float32:
         cast_in_forward(model, layers, plan.dtype)
     if config.train.activation_checkpointing != "none":
         checkpoint_activations(layers, config.train.activation_checkpointing)
-    if plan.compiled:
-        compile_layers(layers)
+    # regional: all layers share one graph, which takes seconds; the whole model would take minutes
+    for layer in layers if plan.compiled else []:
+        layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)
     trainee = Trainee(model, plan)
     if ranks.mesh is not None:
         shard_model(trainee, layers, ranks, config.dist, plan.dtype)
@@ -107,7 +107,7 @@ def assemble(config: Config, ranks: Ranks, vocabulary: int) -> Trainee:
 
 
 def materialise(trainee: Trainee, device: torch.device, seed: int, folder: Path | None):
-    """Allocate this rank's share and fill it, from the folder's weights or, where there is none, from scratch."""
+    """Allocate this rank's share and fill it, from a folder of weights or a checkpoint, or without one from scratch."""
     model = trainee.model
     trainee.to_empty(device=device)
     model.tie_weights(recompute_mapping=False)  # to_empty gives each module a tensor of its own
@@ -116,10 +116,6 @@ def materialise(trainee: Trainee, device: torch.device, seed: int, folder: Path 
         initialise(model, seed)
     else:
         load_weights(model, folder)
-
-
-def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    return list(model.get_decoder().layers)
 
 
 def empty_model(config: ModelConfig, vocabulary: int) -> PreTrainedModel:
@@ -142,15 +138,6 @@ def empty_model(config: ModelConfig, vocabulary: int) -> PreTrainedModel:
         sizes = f"the tokenizer has {vocabulary} tokens, the model {hf_config.vocab_size}"
         raise ConfigError(f"{sizes}: set model.tokenizer, or train from_scratch with model.overrides.vocab_size")
     return model
-
-
-def weights_folder(config: ModelConfig, checkpoint: Path | None) -> Path | None:
-    """Where the weights are, downloaded if need be; None: from scratch."""
-    if checkpoint or config.from_scratch:
-        return checkpoint
-    if Path(config.name).is_dir():
-        return Path(config.name)
-    return Path(snapshot_download(config.name, allow_patterns=["*.safetensors", "*.json"]))
 
 
 def refuse_unfit(model: PreTrainedModel):
@@ -189,10 +176,12 @@ def apply_patch(model: PreTrainedModel, place: str):
     getattr(module, function)(model)
 
 
-def apply_liger(model: PreTrainedModel):
+def apply_liger(model: PreTrainedModel, on_gpu: bool):
     """Liger's fused norms, rotary embeddings and MLPs."""
     from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
 
+    if not on_gpu:
+        raise ConfigError('model.kernels = "liger" needs a GPU; use "none"')
     _apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=False, cross_entropy=False)
 
 
@@ -205,9 +194,7 @@ def cast_in_forward(model: PreTrainedModel, layers: list[nn.Module], dtype: torc
 
 
 def run_in(template: nn.Module, module: nn.Module, dtype: torch.dtype, *args, **kwargs):
-    """The template's forward with the module's parameters in dtype."""
-    cast = {name: p.to(dtype) for name, p in module.named_parameters()}
-    return functional_call(template, cast, args, kwargs)
+    return functional_call(template, {name: p.to(dtype) for name, p in module.named_parameters()}, args, kwargs)
 
 
 # Dear to recompute: matrix products and attention. Everything else is cheap and recomputed.
@@ -226,12 +213,6 @@ def checkpoint_activations(layers: list[nn.Module], how: str):
     options = {"context_fn": contexts} if how == "selective" else {}
     for layer in layers:
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, **options)
-
-
-def compile_layers(layers: list[nn.Module]):
-    """Regional: all layers share one graph, which takes seconds; the whole model would take minutes."""
-    for layer in layers:
-        layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)
 
 
 @torch.no_grad()
@@ -275,15 +256,15 @@ def fill_by_transformers(model: PreTrainedModel, module: nn.Module, name: str, t
 
 
 def held(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """What a folder of the model holds, by Hugging Face name: everything but what is tied to something else."""
+    """What a folder of the model holds, by name: everything but what is tied to something else."""
     tied = set(model.all_tied_weights_keys)
     return {name: p for name, p in model.named_parameters(remove_duplicate=False) if name not in tied}
 
 
 def load_weights(model: PreTrainedModel, folder: Path):
     """Read this rank's part of every parameter from safetensors files."""
-    metadata = dcp.HuggingFaceStorageReader(str(folder)).read_metadata()
-    stored = {name: tensor.size for name, tensor in metadata.state_dict_metadata.items()}
+    metadata = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    stored = {name: tensor.size for name, tensor in metadata.items()}
     if not stored:
         raise ConfigError(f"model.name {folder} has no *.safetensors; to begin without, set model.from_scratch = true")
     places = held(model)

@@ -1,8 +1,7 @@
 """Ranks, meshes, sharding, and the collectives of a step.
 
-Data parallelism is a 2-D mesh (dp_replicate, dp_shard): parameters are sharded over the second dimension (FSDP2) and
-copied over the first (HSDP). One rank alone has no process group and no FSDP: there is nothing to shard, and FSDP2's
-copies would cost 28 ms of a 433 ms step of a 1.7B model (H200).
+The mesh is (dp_replicate, dp_shard): parameters are sharded over the second dimension (FSDP2) and copied over the first
+(HSDP). One rank alone has no FSDP: it has nothing to shard, and the copies cost 28 of 433 ms of a 1.7B model (H200).
 """
 
 import os
@@ -109,10 +108,9 @@ def sum_over_ranks(parts: list[dict], device: torch.device) -> dict[str, torch.T
 
 
 def gradient_norm(parameters: list, mesh: DeviceMesh | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """The global L2 norm of gradients, sharded or not, and what it is made of: the squared norm of each [P].
+    """The global L2 norm of gradients, sharded or not, and the squared norm of each [P]: nothing waits for the device.
 
-    As tensors: nothing waits for the device. Summed in float64: in float32 a CPU's norm of a million values is off by
-    1e-5, and on an H200 both are read at the same speed.
+    In float64: in float32 a CPU's norm of a million values is off by 1e-5, and an H200 reads both at the same speed.
     """
     squares = torch.stack(torch._foreach_norm([local(p.grad) for p in parameters], 2, torch.float64)).square()
     if mesh is not None:

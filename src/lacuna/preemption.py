@@ -14,13 +14,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 class Preemption:
     """The first signal asks for a checkpoint at the next step boundary, a later one ends the process at once.
 
-    Where there is nothing new to save (while tokenising, compiling, exporting) the first one ends it too: a compilation
-    may take longer than the time that is left.
+    So does the first while nothing can be saved: a compilation may take longer than the time that is left.
     """
 
     def __init__(self):
         self.asked = False
-        self.first = math.inf  # when
         self.can_save = False  # set by the run
         # Python's handlers wait for the main thread, which may stand in a collective for minutes. So the C handler
         # writes each signal's number into a pipe, and a thread reads it there.
@@ -32,16 +30,13 @@ class Preemption:
         Thread(target=self.listen, args=[pipe], daemon=True).start()
 
     def listen(self, pipe: int):
-        while True:
-            if os.read(pipe, 1)[0] in SIGNALS:
-                self.receive()
-
-    def receive(self):
-        now = time.monotonic()
-        if not self.can_save or now > self.first + REPEAT_SECONDS:
-            os._exit(REQUEUE)
-        self.first = min(self.first, now)
-        self.asked = True
+        first = math.inf  # when the first one came
+        while number := os.read(pipe, 1)[0]:
+            if number in SIGNALS:
+                first = min(first, time.monotonic())
+                if not self.can_save or time.monotonic() > first + REPEAT_SECONDS:
+                    os._exit(REQUEUE)
+                self.asked = True
 
 
 def ignore_signals(worker: int = 0):

@@ -15,7 +15,7 @@ from lacuna.data.conversations import make_encoder
 from lacuna.data.loader import Loader, RowDataset
 from lacuna.data.tokenize import load_tokenizer, token_bytes
 from lacuna.metrics import Report, start_logging
-from lacuna.model import Trainee, build_model, decoder_layers, held, read_tensors
+from lacuna.model import Trainee, build_model, held, read_tensors
 from lacuna.optim import AdamW, learning_rate, trained
 from lacuna.parallel import Ranks, gradient_norm, start, sum_over_ranks
 from lacuna.preemption import Preemption
@@ -66,7 +66,7 @@ def run(config: Config) -> Path:
     trainee = build_model(config, ranks, len(tokenizer), checkpoint)
     model = trainee.model
     parameters = trained(model)
-    optimizer = AdamW(model, decoder_layers(model), config.optim, trainee.plan.compiled)
+    optimizer = AdamW(model, model.get_decoder().layers, config.optim, trainee.plan.compiled)
     if checkpoint:
         read_tensors(optimizer.tensors(parameters), checkpoint)
         log.info("Going on after step %d, from %s", state["step"], checkpoint)
@@ -74,9 +74,9 @@ def run(config: Config) -> Path:
     match_eos(config, model, tokenizer)
     tensors = held(model) | optimizer.tensors(parameters)
     checkpoints = Checkpoints(config, ranks, folder, tensors, model, tokenizer)
-    batch = f"{config.train.global_batch_size} rows x {config.train.seq_len} tokens"
+    batch = f"{steps} steps of {config.train.global_batch_size} rows x {config.train.seq_len} tokens"
     what = f"{model.num_parameters():,} parameters, {trainee.plan.backend} attention, {trainee.plan.dtype}"
-    log.info("%s: %s, %d rank(s), %d steps of %s", config.model.name, what, ranks.world, steps, batch)
+    log.info("%s: %s, %d rank(s), %s", config.model.name, what, ranks.world, batch)
     report = Report(config, ranks, folder, steps, model, state)
     if checkpoint is None:
         report.write({"step": 0, "documents": dataset.notes})

@@ -64,15 +64,13 @@ class ChatEncoder:
             self.tokenizer.eos_token = self.stop_token()
         except LookupError as error:  # token ids, and prompts and completions of plain text, need no template
             self.problem = error
+        except jinja2.TemplateError as error:
+            raise ConfigError(f"data.chat_template: {error}") from None
         self.eos = self.tokenizer.eos_token_id
 
     def stop_token(self) -> str:
-        """What ends the turns that the template marks; ConfigError where the tokenizer has it not as one token."""
-        try:
-            messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "yes"}]
-            ids, mask = self.render(messages, self.template)
-        except jinja2.TemplateError as error:
-            raise ConfigError(f"data.chat_template: {error}") from None
+        """What ends the turns that the template marks, if it is one token."""
+        ids, mask = self.render(as_turns("?", "user") + as_turns("yes", "assistant"), self.template)
         stop = int(ids[mask][-1]) if mask.any() else None
         if stop not in self.tokenizer.added_tokens_decoder:
             problem = f"do not end with a stop token that {self.tokenizer.name_or_path} has as one token"
@@ -126,15 +124,13 @@ class ChatEncoder:
             mask[begin:end] = flag
         return self.fit(ids, mask)
 
-    def render(self, messages: list[dict], template: str | None, tools: list | None = None):
+    def render(self, messages: list[dict], template: str | None, tools: list | str | None = None):
         """Token ids [n] of the whole conversation, and what of them the template marks, bool [n]."""
         if template is None:
             raise ConfigError(self.problem)
-        if isinstance(tools, str):
-            tools = json.loads(tools) or None
-        used = {"tools": tools, "tool_calls": any("tool_calls" in message for message in messages)}
-        for key in used:
-            if used[key] and key not in template:
+        tools = (json.loads(tools) if tools and isinstance(tools, str) else tools) or None
+        for key, used in [("tools", tools), ("tool_calls", any("tool_calls" in turn for turn in messages))]:
+            if used and key not in template:
                 raise ValueError(f"the chat template knows no {key}, which would be lost")
         options = {"chat_template": template, "return_dict": True, "return_assistant_tokens_mask": True}
         with RENDERING:
