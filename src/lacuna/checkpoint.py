@@ -206,14 +206,14 @@ class Checkpoints:
         try:
             path.mkdir(parents=True, exist_ok=True)
             self.write_safetensors(path / f"rank_{self.ranks.rank:05}.safetensors")
-        except OSError as error:
+        except Exception as error:  # of any kind: the other ranks must hear of it
             errors[self.ranks.rank] = str(error)
         if self.group:
             dist.all_gather_object(errors, errors[self.ranks.rank], group=self.group)
         if self.ranks.rank == 0 and not any(errors):
             try:
                 self.publish(path, state)
-            except OSError as error:
+            except Exception as error:
                 errors[0] = str(error)
         if any(errors):
             last = in_order(self.folder)[-1:]

@@ -153,8 +153,7 @@ class Config(Section):
         for broken, message in contradictions(self):
             if broken:
                 raise ValueError(message)
-        if self.optim.lr is None:
-            self.optim.lr = {"pt": 3e-4, "sft": 2e-5}[self.task]
+        self.optim.lr = self.optim.lr or {"pt": 3e-4, "sft": 2e-5}[self.task]
         return self
 
 
@@ -213,13 +212,11 @@ def unknown_key(wrong: str) -> str:
     for name, field in Config.model_fields.items():
         inner = getattr(field.annotation, "model_fields", {})
         known += [name, *(f"{name}.{k}" for k in inner)]
-        if "sources" in inner:
-            known += [f"{name}.sources.{k}" for k in Source.model_fields]
+        known += [f"{name}.sources.{k}" for k in Source.model_fields if "sources" in inner]
     near = [k for k in known if k.split(".")[-1] == wrong.split(".")[-1]]
     near += difflib.get_close_matches(wrong, known, 1, cutoff=0.65)
-    if near:
-        return f"unknown key {wrong}: did you mean {near[0]}?"
-    return f"unknown key {wrong}: take it out, or see `lacuna pt --help` for all keys"
+    cure = f"did you mean {near[0]}?" if near else "take it out, or see `lacuna pt --help` for all keys"
+    return f"unknown key {wrong}: {cure}"
 
 
 def load_config(path: str | None, argv: list[str], task: str = "pt") -> Config:

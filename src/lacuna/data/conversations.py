@@ -1,8 +1,8 @@
 """Conversations to token ids and a loss mask: five formats of rows, and one way to find what the assistant wrote.
 
 A row becomes messages as OpenAI writes them; the chat template renders them whole, and the text is encoded once. What
-stands between the template's {% generation %} marks is trained: transformers' own mask says so, and nothing here looks
-for headers or stop tokens in ids. Only then is it checked that every turn ends with the stop token and has no other.
+stands between the template's {% generation %} marks is trained, as transformers' own mask says. Only then is it checked
+that every turn ends with the stop token and has no other.
 """
 
 import copy
@@ -28,16 +28,13 @@ FORMATS = {  # recognised by these columns
     "token ids": ["input_ids"],
 }
 OPTIONAL = ["tools", "system", "input", "labels", "assistant_masks", "completion_mask"]
-# Speakers of ShareGPT's `from`; other names are roles already.
+# who speaks in ShareGPT's `from`; other names are roles already
 ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
 TEMPLATES = Path(__file__).parent / "templates"
 MARKS = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
 CURE = "put {% generation %} before and {% endgeneration %} after what the assistant writes, its stop token included"
 # A prompt and a completion that are plain text go through the same machinery, as the simplest of chats.
-PLAIN = (
-    "{{ messages[0].content }}{% generation %}{{ messages[1].content }}"
-    "{% if not messages[1].content.endswith(eos_token) %}{{ eos_token }}{% endif %}{% endgeneration %}"
-)
+PLAIN = "{{ messages[0].content }}{% generation %}{{ messages[1].content }}{{ eos_token }}{% endgeneration %}"
 NO_IDS = np.empty(0, dtype=np.int32)
 RENDERING = Lock()  # transformers keeps the mask that it is making in the template: one at a time
 
@@ -104,15 +101,16 @@ class ChatEncoder:
         messages = read_messages(row, row_format)
         template = self.template
         if isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str) and not row.get("system"):
-            messages[0]["content"] = self.bos + row["prompt"].removeprefix(self.bos)
             template = PLAIN
+            messages[0]["content"] = self.bos + row["prompt"].removeprefix(self.bos)
+            messages[1]["content"] = row["completion"].removesuffix(self.tokenizer.eos_token)
         flags = []
-        for message in messages:
-            flag = message.pop("train", True) and message.pop("weight", 1)  # templates see neither
+        for message in messages:  # templates see neither
+            flag = message.pop("train", True) and message.pop("weight", 1)
             if message["role"] == "assistant":
                 flags.append(flag)
-        ids, mask = self.render(messages, template, row.get("tools") or None)
-        # Marked tokens come in runs, one a turn: where each begins and ends, [turns, 2].
+        ids, mask = self.render(messages, template, row.get("tools"))
+        # marked tokens come in runs, one a turn: where each begins and ends, [turns, 2]
         turns = np.flatnonzero(np.diff(mask, prepend=False, append=False)).reshape(-1, 2)
         if len(turns) != len(flags) or not set(flags) <= {0, 1}:
             raise ValueError(f"{len(turns)} of {len(flags)} assistant turns are marked, with weights {flags} (0 or 1)")
@@ -128,13 +126,14 @@ class ChatEncoder:
         """Token ids [n] of the whole conversation, and what of them the template marks, bool [n]."""
         if template is None:
             raise ConfigError(self.problem)
-        tools = (json.loads(tools) if tools and isinstance(tools, str) else tools) or None
+        if isinstance(tools, str):
+            tools = json.loads(tools or "null")
         for key, used in [("tools", tools), ("tool_calls", any("tool_calls" in turn for turn in messages))]:
             if used and key not in template:
                 raise ValueError(f"the chat template knows no {key}, which would be lost")
         options = {"chat_template": template, "return_dict": True, "return_assistant_tokens_mask": True}
         with RENDERING:
-            out = self.tokenizer.apply_chat_template(messages, tools=tools, **options)
+            out = self.tokenizer.apply_chat_template(messages, tools=tools or None, **options)
         return np.asarray(out["input_ids"], dtype=np.int32), np.asarray(out["assistant_masks"], dtype=bool)
 
     def fit(self, ids: np.ndarray, mask: np.ndarray) -> Tokens:
@@ -187,31 +186,21 @@ def read_ids(row: dict) -> tuple[np.ndarray, np.ndarray]:
 
 def read_messages(row: dict, row_format: str) -> list[dict]:
     """A row as OpenAI's messages, text in one piece, arguments of tool calls as objects."""
-    if row_format == "prompt and completion":
-        turns = read_prompt(row)
+    if row_format == "prompt and completion":  # each of them text or messages; the completion alone is trained
+        turns = [turn | {"train": False} for turn in as_turns(row["prompt"], "user")]
+        turns += as_turns(row["completion"], "assistant")
     elif row_format == "instruction and output":
-        turns = read_instruction(row)
+        asked = "\n\n".join(filter(None, [row["instruction"], row.get("input")]))
+        turns = as_turns(asked, "user") + as_turns(row["output"], "assistant")
     else:
         turns = row[row_format]
     if row.get("system"):
-        turns = [{"role": "system", "content": row["system"]}, *turns]
+        turns = as_turns(row["system"], "system") + turns
     return [read_turn(turn) for turn in turns]
-
-
-def read_prompt(row: dict) -> list[dict]:
-    """Prompt and completion, each text or messages; only the completion is trained."""
-    prompt = as_turns(row["prompt"], "user")
-    return [turn | {"train": False} for turn in prompt] + as_turns(row["completion"], "assistant")
 
 
 def as_turns(said: str | list[dict], role: str) -> list[dict]:
     return [{"role": role, "content": said}] if isinstance(said, str) else said
-
-
-def read_instruction(row: dict) -> list[dict]:
-    """Alpaca's: instruction and input with an empty line between them, and output."""
-    asked = "\n\n".join(filter(None, [row["instruction"], row.get("input")]))
-    return as_turns(asked, "user") + as_turns(row["output"], "assistant")
 
 
 def read_turn(turn: dict) -> dict:
@@ -245,10 +234,7 @@ def read_shared(turn: dict) -> dict:
 
 
 def training_template(tokenizer, given: str | None) -> str:
-    """The template with marks: the user's, else the tokenizer's own, else the one of lacuna's that renders the same.
-
-    LookupError where there is none, which matters only if the data needs one; ConfigError where the user's is wrong.
-    """
+    """The template with marks: the user's, the tokenizer's, or lacuna's that renders the same; LookupError if none."""
     shipped = {file.stem: file.read_text() for file in sorted(TEMPLATES.glob("*.jinja"))}
     if given is not None:
         if "{" not in given and given not in shipped and not Path(given).is_file():
