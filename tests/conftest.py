@@ -24,11 +24,14 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
-def transformers_own_functions(monkeypatch):
-    """Liger's kernels replace a function of transformers' module for the whole process: put it back after each test."""
-    for name in ("llama", "qwen2", "qwen3", "mistral") if torch.cuda.is_available() else ():
-        module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
-        monkeypatch.setattr(module, "apply_rotary_pos_emb", module.apply_rotary_pos_emb)
+def transformers_own_modules():
+    """Liger replaces functions and classes of transformers' modules for the whole process: put them back."""
+    names = ("llama", "qwen2", "qwen3", "mistral") if torch.cuda.is_available() else ()
+    modules = [importlib.import_module(f"transformers.models.{name}.modeling_{name}") for name in names]
+    before = [dict(vars(module)) for module in modules]
+    yield
+    for module, own in zip(modules, before, strict=True):
+        vars(module).update(own)
 
 
 @pytest.fixture

@@ -73,7 +73,7 @@ def open_rows(config, tokenizer) -> RowDataset:
 
 def open_loader(config, tokenizer, device) -> tuple[Loader, RowDataset]:
     dataset = open_rows(config, tokenizer)
-    return Loader(dataset, device, micro_batch_size=config.train.micro_batch_size), dataset
+    return Loader(config, dataset, device), dataset
 
 
 @pytest.mark.parametrize("name", ["smollm2", "qwen3"])
@@ -82,7 +82,7 @@ def test_loss_and_gradient_of_packed_conversations_are_those_of_each_alone(name,
     config = load_config(None, options(folder, chats, tmp_path, "--train.epochs", "1"), "sft")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     loader, dataset = open_loader(config, tokenizer, ONE.device)
-    batches = [loader.next() for _ in range(-(-dataset.count_rows() // 2))]
+    batches = [batch for _ in range(-(-dataset.count_rows() // 2)) for batch in loader.step()]
     loader.close()
     trained = sum(batch.counts["trained_tokens"] for batch in batches)
     trainee = build_model(config, ONE, len(tokenizer))
@@ -111,7 +111,7 @@ def test_on_a_gpu_they_are_as_near_as_plain_transformers_in_bfloat16_is(chats, t
     config = load_config(None, options(tmp_path / "model", chats, tmp_path, "--train.epochs", "1"), "sft")
     ranks = Ranks(0, 1, torch.device("cuda"), None)
     loader, dataset = open_loader(config, tokenizer, ranks.device)
-    batches = [loader.next() for _ in range(-(-dataset.count_rows() // 2))]
+    batches = [batch for _ in range(-(-dataset.count_rows() // 2)) for batch in loader.step()]
     loader.close()
     trained = torch.tensor(sum(batch.counts["trained_tokens"] for batch in batches), device="cuda")
     trainee = build_model(config, ranks, len(tokenizer))

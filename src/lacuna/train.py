@@ -43,7 +43,7 @@ def run(config: Config) -> Path:
     encoder = make_encoder(config, tokenizer)
 
     # Data comes before the model, so that it is read ahead while the model is built.
-    dataset, held_out = open_rows(config, encoder, ranks)
+    dataset, held_out = open_rows(config, encoder, ranks, state["data"])
     if state.get("inventory", dataset.inventory) != dataset.inventory and not config.checkpoint.resume_changed:
         cure = "bring it back, set another name, or checkpoint.resume_changed = true"
         now = f"was {state['inventory']}, now {dataset.inventory}"
@@ -51,16 +51,7 @@ def run(config: Config) -> Path:
     steps = config.train.steps or math.ceil(dataset.count_rows() / config.train.global_batch_size)
     if config.optim.warmup_steps >= steps:
         raise ConfigError(f"optim.warmup_steps {config.optim.warmup_steps} must be below the run's {steps} steps")
-    loader = Loader(
-        dataset,
-        ranks.device,
-        micro_batch_size=config.train.micro_batch_size,
-        accumulation=config.train.global_batch_size // (config.train.micro_batch_size * ranks.world),
-        workers=config.data.workers,
-        context_len=config.data.context_len,
-        context_warmup_steps=config.data.context_warmup_steps,
-        state=state["data"],
-    )
+    loader = Loader(config, dataset, ranks.device)
 
     # Model, optimizer, checkpoints, and where the run reports to.
     trainee = build_model(config, ranks, len(tokenizer), checkpoint)
@@ -158,12 +149,12 @@ def run(config: Config) -> Path:
     return folder
 
 
-def open_rows(config: Config, encoder, ranks: Ranks) -> tuple[RowDataset, RowDataset | None]:
-    """The rows to train on, and those held out, if any: a share of the same data, or other data."""
+def open_rows(config: Config, encoder, ranks: Ranks, state) -> tuple[RowDataset, RowDataset | None]:
+    """The rows to train on, from a Loader's state on, and those held out, if any: a share of the same, or others."""
     fraction = config.eval.fraction or 0.0
     where = {"rank": ranks.rank, "ranks": ranks.world}
-    epochs = config.train.epochs
-    dataset = RowDataset(config, config.data.sources, encoder, **where, epochs=epochs, share=(fraction, 1.0))
+    goes_on = {"epochs": config.train.epochs, "share": (fraction, 1.0), "state": state}
+    dataset = RowDataset(config, config.data.sources, encoder, **where, **goes_on)
     sources = config.data.sources if fraction else config.eval.sources
     if not sources:
         return dataset, None
@@ -196,7 +187,7 @@ def evaluate(trainee: Trainee, config: Config, dataset: RowDataset, ranks: Ranks
 
     None where a signal came: then there is no time to finish.
     """
-    loader = Loader(dataset, ranks.device, micro_batch_size=config.train.micro_batch_size, workers=0)
+    loader = Loader(config, dataset, ranks.device, training=False)
     totals = []
     stopped = False
     trainee.eval()

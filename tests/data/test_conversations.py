@@ -461,6 +461,15 @@ def test_arguments_as_text_and_as_an_object_render_alike(qwen):
             assert encoded(encoder, {"messages": calling(given)}) == expected(qwen, text), given
 
 
+def test_an_empty_list_of_calls_is_none_for_templates_that_look_for_the_key(tokenizer):
+    strict = MINE.replace(
+        "{% for m in messages %}", "{% for m in messages %}{% if 'tool_calls' in m %}{{ 1 / 0 }}{% endif %}"
+    )
+    messages = [m | {"tool_calls": []} for m in LONG]
+    encoder = make(tokenizer, "--data.chat_template", strict)
+    assert encoded(encoder, {"messages": messages}) == expected(tokenizer, chatml(LONG))
+
+
 def test_nulls_that_arrow_fills_in_do_not_get_into_the_text(qwen):
     chats = [calling({"city": "Köln"}), calling({"days": 2, "deep": {"x": [1]}}), calling({}), LONG]
     chats[3] = [*LONG[:-1], LONG[-1] | {"train": True}]

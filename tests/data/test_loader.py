@@ -42,31 +42,23 @@ def encoder():
 # Reading, and taking batches apart again
 
 
-def loader_of(dataset, config, state=None) -> Loader:
-    """As a run makes it, but one micro-batch at a time."""
-    return Loader(
-        dataset,
-        CPU,
-        micro_batch_size=config.train.micro_batch_size,
-        workers=config.data.workers,
-        context_len=config.data.context_len,
-        context_warmup_steps=config.data.context_warmup_steps,
-        state=state,
-    )
-
-
-def open_loader(config, encoder, rank=0, ranks=1, state=None, sources=None, **limits) -> Loader:
+def open_loader(config, encoder, rank=0, ranks=1, **limits) -> Loader:
+    """As a run makes it."""
     limits = {"epochs": config.train.epochs} | limits
-    dataset = RowDataset(config, sources or config.data.sources, encoder, rank=rank, ranks=ranks, **limits)
-    return loader_of(dataset, config, state)
+    dataset = RowDataset(config, config.data.sources, encoder, rank=rank, ranks=ranks, **limits)
+    return Loader(config, dataset, CPU)
+
+
+def take(loader, steps: int) -> list[PackedBatch]:
+    """The micro-batches of the next steps."""
+    return [batch for _ in range(steps) for batch in loader.step()]
 
 
 def read(config, encoder, steps: int, ranks: int = 1, state=None, workers: int = 0, **limits):
     """The micro-batches [rank][i] of this many steps, and the state of all ranks after them, as a checkpoint has it."""
     config = config.model_copy(update={"data": config.data.model_copy(update={"workers": workers})})
-    accumulation = config.train.global_batch_size // (config.train.micro_batch_size * ranks)
-    loaders = [open_loader(config, encoder, rank, ranks, state, **limits) for rank in range(ranks)]
-    batches = [[loader.next() for _ in range(steps * accumulation)] for loader in loaders]
+    loaders = [open_loader(config, encoder, rank, ranks, state=state, **limits) for rank in range(ranks)]
+    batches = [take(loader, steps) for loader in loaders]
     after = merge_states([round_trip(loader.state) for loader in loaders])
     for loader in loaders:
         loader.close()
@@ -255,12 +247,8 @@ def test_every_token_of_a_stream_is_a_target_exactly_once_an_epoch(tmp_path, enc
 def read_one_epoch(config, encoder, ranks) -> list:
     """What evaluation reads of a stream, up to where all streams have ended."""
     config.data.workers = 0
-    datasets = [
-        RowDataset(config, config.data.sources, encoder, rank=rank, ranks=ranks, epochs=1) for rank in range(ranks)
-    ]
-    loaders = [loader_of(dataset, config) for dataset in datasets]
-    rows = 8 * (sum(LONG.targets.values()) // SEQ_LEN + 10)
-    batches = [[loader.next() for _ in range(rows // config.train.micro_batch_size // ranks)] for loader in loaders]
+    loaders = [open_loader(config, encoder, rank, ranks, epochs=1) for rank in range(ranks)]
+    batches = [take(loader, sum(LONG.targets.values()) // SEQ_LEN + 10) for loader in loaders]
     for loader in loaders:
         loader.close()
     assert not any(batch.counts["trained_tokens"] for of_rank in batches for batch in of_rank[-2:]), (
@@ -407,7 +395,7 @@ def test_a_spawned_worker_gives_the_same_rows_where_special_tokens_are_spelled_o
     loader = open_loader(config, TextEncoder(tokenizer))
     assert config.data.workers is None
     assert loader.rows._num_workers == 1
-    batches = [[loader.next() for _ in range(2 * ROWS // config.train.micro_batch_size)]]
+    batches = [take(loader, 2)]
     loader.close()
     assert rows_in_order(batches) == reference
 
@@ -494,36 +482,45 @@ def test_a_run_resumes_exactly_with_other_workers(tmp_path, encoder, kind, quick
 
 
 def test_what_is_prefetched_does_not_count_as_consumed(tmp_path, encoder):
-    config = make_config(tmp_path, *LONG.sources(tmp_path, "stream"), workers=0)
+    config = make_config(tmp_path, *LONG.sources(tmp_path, "stream"), workers=0, global_batch_size=2)
     loader = open_loader(config, encoder)
-    first = loader.next()
+    [first] = loader.step()
     loader.thread.submit(lambda: None).result(timeout=30)  # all that was to be prefetched now is
     state = round_trip(loader.state)
-    second = loader.next()
+    [second] = loader.step()
     loader.close()
     assert state["rows"] == config.train.micro_batch_size
     resumed = open_loader(config, encoder, state=state)
-    batch = resumed.next()
+    [batch] = resumed.step()
     resumed.close()
     assert (batch.input_ids == second.input_ids).all()
     assert (batch.input_ids != first.input_ids).any()
 
 
-def test_a_state_of_the_form_before_is_refused_in_one_sentence(tmp_path, encoder):
-    config = make_config(tmp_path, *LONG.sources(tmp_path, "map"))
-    old = {"sources": [{"epoch": 0, "taken": 0}], "drawn": [0], "window": 0, "row": 0}
-    with pytest.raises(ConfigError, match="older lacuna"):
-        open_loader(config, encoder, state={"rows": 8, "streams": {"0": old}})
-
-
-def test_a_step_is_its_micro_batches(tmp_path, encoder):
+def test_a_step_is_the_micro_batches_of_a_global_batch(tmp_path, encoder):
     config = make_config(tmp_path, *LONG.sources(tmp_path, "map"), workers=0)
+    small = make_config(tmp_path, *LONG.sources(tmp_path, "map"), workers=0, global_batch_size=2)
+    loader = open_loader(config, encoder)
+    steps = [loader.step(), loader.step()]
+    loader.close()
+    assert [len(step) for step in steps] == [4, 4]
+    alone = read(small, encoder, 8)[0][0]
+    assert [batch.input_ids.tolist() for step in steps for batch in step] == [b.input_ids.tolist() for b in alone]
+    assert loader.state["rows"] == 16
+
+
+@pytest.mark.parametrize("kind", ["map", "stream"])
+def test_evaluation_has_one_micro_batch_a_step_whole_context_and_no_workers(tmp_path, encoder, kind):
+    whole = make_config(tmp_path, *LONG.sources(tmp_path, kind))
+    config = make_config(tmp_path, *LONG.sources(tmp_path, kind), workers=2, context_len=12)
     dataset = RowDataset(config, config.data.sources, encoder, rank=0, ranks=1)
-    by_steps = Loader(dataset, CPU, micro_batch_size=2, accumulation=4)
-    found = [batch.input_ids.tolist() for _ in range(2) for batch in by_steps.step()]
-    by_steps.close()
-    assert found == [batch.input_ids.tolist() for batch in read(config, encoder, 2)[0][0]]
-    assert by_steps.state["rows"] == 16
+    for _ in range(2):  # each from the beginning
+        loader = Loader(config, dataset, CPU, training=False)
+        assert loader.rows._num_workers == 0
+        batches = [batch for _ in range(8) for [batch] in [loader.step()]]
+        loader.close()
+        for ours, expected in zip(batches, read(whole, encoder, 2)[0][0], strict=True):
+            assert [ours[i].tolist() for i in range(4)] == [expected[i].tolist() for i in range(4)]
 
 
 def test_the_end_of_map_style_data_resumes_as_the_end(tmp_path, encoder):
@@ -593,12 +590,8 @@ def without_text_in_between(folder, shards: int) -> dict:
 def test_documents_without_text_are_counted_once_each(tmp_path, encoder, ranks):
     config = make_config(tmp_path, without_text_in_between(tmp_path / "s", 2))
     config.data.workers = 0
-    limits = {"epochs": 1}
-    datasets = [
-        RowDataset(config, config.data.sources, encoder, rank=rank, ranks=ranks, **limits) for rank in range(ranks)
-    ]
-    loaders = [loader_of(dataset, config) for dataset in datasets]
-    dropped = sum(loader.next().counts["dropped"] for loader in loaders for _ in range(120 // ranks))
+    loaders = [open_loader(config, encoder, rank, ranks, epochs=1) for rank in range(ranks)]
+    dropped = sum(batch.counts["dropped"] for loader in loaders for batch in take(loader, 30))
     for loader in loaders:
         loader.close()
     once = 2 * len(LONG.documents)
@@ -657,7 +650,7 @@ def test_the_numbers_of_streams_that_it_says_would_be_fast_can_be_used_and_are(t
         config = make_config(tmp_path, source, workers=0, num_streams=number)
         with lacuna_log() as messages:
             loader = open_loader(config, encoder, 0, ranks)
-            loader.next()
+            loader.step()
             loader.close()
         assert messages == [], number
 
@@ -701,21 +694,21 @@ def failing_config(folder):
     return make_config(folder, source)
 
 
-def next_until_error(loader) -> BaseException:
+def step_until_error(loader) -> BaseException:
     """Ask for batches, but never wait for ever."""
     caught = []
 
     def ask():
         try:
             for _ in range(200):
-                loader.next()
+                loader.step()
         except BaseException as error:
             caught.append(error)
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(timeout=60)
-    assert not thread.is_alive(), "next() waits for ever"
+    assert not thread.is_alive(), "step() waits for ever"
     assert caught, "no error"
     return caught[0]
 
@@ -726,7 +719,7 @@ class Panic(BaseException):
 
 @pytest.mark.parametrize("error", [ValueError, ConfigError, Panic])
 @pytest.mark.parametrize("workers", [0, 1])
-def test_what_goes_wrong_in_the_background_reaches_next(tmp_path, quick_workers, workers, error):
+def test_what_goes_wrong_in_the_background_reaches_step(tmp_path, quick_workers, workers, error):
     if workers and error is Panic:
         pytest.skip("a worker that dies is DataLoader's to report")
     config = failing_config(tmp_path)
@@ -734,10 +727,10 @@ def test_what_goes_wrong_in_the_background_reaches_next(tmp_path, quick_workers,
     encoder = Failing(number_tokenizer())
     encoder.error = error
     loader = open_loader(config, encoder)
-    raised = next_until_error(loader)
+    raised = step_until_error(loader)
     assert isinstance(raised, error)
     assert "no such luck" in str(raised)
-    assert isinstance(next_until_error(loader), BaseException), "asked again, it says so again"
+    assert isinstance(step_until_error(loader), BaseException), "asked again, it says so again"
     loader.close()
 
 
@@ -746,7 +739,7 @@ def test_bad_data_met_in_a_worker_is_one_sentence(tmp_path, encoder, quick_worke
     path.write_text("".join(json.dumps({"text": i}) + "\n" for i in range(5)))
     config = make_config(tmp_path, make_source(path, streaming=True), workers=1)
     loader = open_loader(config, encoder)
-    raised = next_until_error(loader)
+    raised = step_until_error(loader)
     loader.close()
     assert isinstance(raised, ConfigError)
     assert "holds int, not text" in str(raised)
@@ -758,6 +751,6 @@ def test_a_closed_loader_leaves_no_thread_behind(tmp_path, encoder):
     before = set(threading.enumerate())
     for _ in range(3):
         loader = open_loader(config, encoder)
-        loader.next()
+        loader.step()
         loader.close()
     assert not [thread for thread in threading.enumerate() if thread not in before and thread.is_alive()]

@@ -140,9 +140,10 @@ def s3(shards, monkeypatch):
     moto.stop()
 
 
-def open_loader(config, dataset, state=None) -> Loader:
-    size = config.train.micro_batch_size
-    return Loader(dataset, torch.device("cpu"), micro_batch_size=size, workers=0, state=state)
+def open_loader(config, encoder, rank=0, ranks=1, **limits) -> Loader:
+    config.data.workers = 0
+    dataset = RowDataset(config, config.data.sources, encoder, rank=rank, ranks=ranks, **limits)
+    return Loader(config, dataset, torch.device("cpu"))
 
 
 def read(config, encoder, ranks: int, steps: int, server=None, state=None, **limits) -> list[tuple]:
@@ -152,11 +153,8 @@ def read(config, encoder, ranks: int, steps: int, server=None, state=None, **lim
         if server:
             server.who = (ranks, rank)
             fsspec.filesystem("http").clear_instance_cache()
-        dataset = RowDataset(config, config.data.sources, encoder, rank=rank, ranks=ranks, **limits)
-        loader = open_loader(config, dataset, state)
-        a_step = config.train.global_batch_size // config.train.micro_batch_size // ranks
-        for i in range(steps * a_step):
-            batch = loader.next()
+        loader = open_loader(config, encoder, rank, ranks, state=state, **limits)
+        for i, batch in enumerate(batch for _ in range(steps) for batch in loader.step()):
             for j in range(config.train.micro_batch_size):
                 part = slice(j * SEQ_LEN, (j + 1) * SEQ_LEN)
                 row = batch.input_ids[part].tolist(), batch.labels[part].tolist()
@@ -226,9 +224,9 @@ def test_http_shards_are_read_map_style_too(tmp_path, encoder, server):
 def test_a_run_over_http_resumes_exactly(tmp_path, encoder, server):
     config = make_config(tmp_path, make_source(f"{server.url}/shard-*.parquet", streaming=True), workers=0)
     whole = read(config, encoder, 1, 6)
-    loader = open_loader(config, RowDataset(config, config.data.sources, encoder, rank=0, ranks=1))
-    for _ in range(3 * ROWS // config.train.micro_batch_size):
-        loader.next()
+    loader = open_loader(config, encoder)
+    for _ in range(3):
+        loader.step()
     state = loader.state
     loader.close()
     assert read(config, encoder, 2, 3, state=state) == whole[3 * ROWS :]

@@ -371,7 +371,7 @@ def test_every_document_is_read_exactly_once_an_epoch_over_all_streams(tmp_path,
     shards = numbered([9, 4, 7, 6, 3])
     path = write_numbered(tmp_path / "shards", shards)
     source = open_source(tmp_path, numbers, make_source(path, streaming=True))
-    assert source.num_shards == len(shards)
+    assert source.num_shards == source.most_streams == len(shards)
     readers = [Reader(source, stream, streams) for stream in range(streams)]
     expected = sorted([*document, 0] for shard in shards for document in shard)
     for _ in range(3):

@@ -1,7 +1,7 @@
 """The contract between data and training: a document, a row, a micro-batch. Imports numpy and torch only.
 
-A document's loss mask travels in the sign of its ids, from the encoder through the token cache into a row: `hide` puts
-it there, `reveal` takes it out. So it cannot be lost, or shifted against the ids, on the way.
+A document's loss mask travels in the sign of its ids, from the encoder through the token cache into a row: so it cannot
+be lost, or shifted against the ids, on the way.
 """
 
 import zlib
@@ -18,7 +18,7 @@ IGNORE = -100  # a label that trains nothing, as in torch and transformers
 class Tokens(NamedTuple):
     """A document as an encoder makes it."""
 
-    ids: np.ndarray  # int32 [n], the complement ~id where a token is context only
+    ids: np.ndarray  # int32 [n], ~id where a token is context only: see `hide`
     note: str = ""  # why it was cut, or dropped: then n is 0
 
 
@@ -47,10 +47,7 @@ class Row(NamedTuple):
 
 
 def assemble(pieces: list[tuple], seq_len: int, *, filler: int, mask_boundary: bool, place: int) -> Row:
-    """A row of pieces (ids with their mask hidden, start, end): tokens start to end of a document.
-
-    What is left over is a document of `filler` that trains nothing. place: of the row in its global batch.
-    """
+    """The row at a place of its global batch, of pieces (ids, start, end); `filler` trains nothing."""
     ids = np.full(seq_len, filler, dtype=np.int32)
     labels = np.full(seq_len, IGNORE, dtype=np.int32)
     starts = []
@@ -70,35 +67,32 @@ def assemble(pieces: list[tuple], seq_len: int, *, filler: int, mask_boundary: b
 
 
 class PackedBatch(NamedTuple):
-    """One micro-batch: T = micro_batch_size * seq_len slots at every step.
-
-    A tensor of floats would be rounded on the way: FSDP2 casts those among its inputs to bf16.
-    """
+    """One micro-batch: T = micro_batch_size * seq_len slots at every step."""
 
     input_ids: torch.Tensor  # int64 [T]
     labels: torch.Tensor  # int64 [T], already shifted inside each document; IGNORE trains nothing
     position_ids: torch.Tensor  # int64 [T], from 0 in every document
     cu_seqlens: torch.Tensor  # int32 [N + 1], boundaries of the N documents: the one shape that changes
+    # No more tensors, least of all of floats: FSDP2 casts those among its inputs to bf16.
     max_seqlen: int  # a constant
     epoch: float
-    counts: dict[str, int]  # by name, to be added over micro-batches and ranks: see `collate`
+    counts: dict[str, int]  # by name, to be added over micro-batches and ranks
 
     def to(self, device: torch.device) -> "PackedBatch":
         """The same on a device, which nothing waits for."""
-        tensors = {key: value for key, value in self._asdict().items() if isinstance(value, torch.Tensor)}
-        if device.type == "cuda":
-            tensors = {key: value.pin_memory().to(device, non_blocking=True) for key, value in tensors.items()}
-        return self._replace(**tensors)
+        if device.type != "cuda":
+            return self
+        tensors = [tensor.pin_memory().to(device, non_blocking=True) for tensor in self[:4]]
+        return PackedBatch(*tensors, *self[4:])
 
 
 def collate(rows: list[Row], context_len: int) -> PackedBatch:
     """Lay rows end to end as one long sample, cutting documents to context_len."""
     seq_len = len(rows[0].ids)
-    total = len(rows) * seq_len
     ids = np.concatenate([row.ids for row in rows]).astype(np.int64)
     labels = np.concatenate([row.labels for row in rows]).astype(np.int64)
     begins = np.concatenate([row.starts + i * seq_len for i, row in enumerate(rows)])
-    document, start, lengths = split_documents(np.diff(begins, append=total), context_len)
+    document, start, lengths = split_documents(np.diff(begins, append=len(ids)), context_len)
     starts = begins[document] + start
     counts = {
         "trained_tokens": int((labels != IGNORE).sum()),
@@ -107,12 +101,7 @@ def collate(rows: list[Row], context_len: int) -> PackedBatch:
         "checksum": sum(row.checksum for row in rows),  # each below 2**32, so that sums are exact in float64
         "dropped": sum(row.dropped for row in rows),
     }
-    return PackedBatch(
-        input_ids=torch.from_numpy(ids),
-        labels=torch.from_numpy(labels),
-        position_ids=torch.from_numpy(np.arange(total) - np.repeat(starts, lengths)),
-        cu_seqlens=torch.from_numpy(np.append(starts, total).astype(np.int32)),
-        max_seqlen=seq_len,
-        epoch=max(row.epoch for row in rows),
-        counts=counts,
-    )
+    positions = np.arange(len(ids)) - np.repeat(starts, lengths)
+    boundaries = np.append(starts, len(ids)).astype(np.int32)
+    tensors = [torch.from_numpy(array) for array in (ids, labels, positions, boundaries)]
+    return PackedBatch(*tensors, max_seqlen=seq_len, epoch=max(row.epoch for row in rows), counts=counts)

@@ -207,17 +207,18 @@ def read_turn(turn: dict) -> dict:
     """A turn in OpenAI's words, or in ShareGPT's, as one of OpenAI's messages."""
     if "from" in turn:
         turn = read_shared(turn)
-    content = turn.pop("content", "")
+    content = turn.get("content", "")
     if not isinstance(content, str):
         content = "".join(part["text"] for part in content)
-    calls = turn.pop("tool_calls", None)
-    if not calls:
-        return turn | {"content": content}
+    turn["content"] = content
+    calls = turn.pop("tool_calls", [])
     for call in calls:
         function = call.get("function", call)
         if isinstance(function["arguments"], str):  # else a template would quote it a second time
             function["arguments"] = json.loads(function["arguments"] or "{}")
-    return turn | {"content": content, "tool_calls": calls}
+    if calls:  # some templates look for the key alone
+        turn["tool_calls"] = calls
+    return turn
 
 
 def read_shared(turn: dict) -> dict:

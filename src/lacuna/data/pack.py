@@ -8,10 +8,7 @@ import numpy as np
 
 
 def split_documents(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cut documents of these lengths [n] into pieces of at most seq_len tokens, none lost and none twice.
-
-    Returns (document [m], start [m], length [m]) of each piece, in order.
-    """
+    """Cut documents of lengths [n] into pieces of at most seq_len: the document [m], start [m], length [m] of each."""
     counts = -(-lengths // seq_len)
     document = np.repeat(np.arange(len(lengths)), counts)
     first_piece = np.cumsum(counts) - counts
@@ -20,10 +17,7 @@ def split_documents(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.n
 
 
 def best_fit(lengths: np.ndarray, seq_len: int) -> list[np.ndarray]:
-    """Assign pieces of these lengths [m], each in 1..seq_len, to rows of seq_len slots.
-
-    Returns for each row the indices of its pieces. The result depends on nothing but the arguments.
-    """
+    """Assign pieces of lengths [m], each in 1..seq_len, to rows of seq_len slots: the indices of each row's pieces."""
     order = np.argsort(-lengths, kind="stable")
     distinct, counts = np.unique(-lengths, return_counts=True)
     free_rows = [[] for _ in range(seq_len + 1)]  # rows by free slots; only rows that may take one more piece

@@ -1,7 +1,7 @@
 """Where documents come from: map-style and streaming datasets, read by virtual streams.
 
-`read` yields the documents of one virtual stream, endless, epoch after epoch; `load` gives the token ids of one. An
-epoch is a seeded permutation: of documents, or of whole shards. By a document's cursor reading begins with it again.
+`read` yields the documents of one virtual stream, endless; `load` gives the token ids of one. An epoch is a seeded
+permutation: of documents, or of whole shards. By a document's cursor reading begins with it again.
 """
 
 import itertools
@@ -33,7 +33,7 @@ SILENCE = {"client_kwargs": {"timeout": aiohttp.ClientTimeout(sock_connect=10, s
 
 @dataclass(frozen=True)
 class Cursor:
-    """A place in a source, before a document; plain enough for a checkpoint's JSON."""
+    """A place in a source, before a document; `asdict` makes a checkpoint's JSON of it."""
 
     epoch: int = 0
     taken: int = 0  # documents before it: of its epoch if data is map-style, of its chunk if it streams
@@ -58,9 +58,9 @@ class Document(NamedTuple):
 
 
 class MapSource:
-    """Tokenised documents that can be had by index. Several datasets make one source: all of each, once an epoch.
+    """Tokenised documents that can be had by index: those of all its datasets, once an epoch.
 
-    share: which part is taken of the documents in a seeded order of their own; what is held out is the rest.
+    share: the part taken of them, in a seeded order of their own; what is held out is the rest.
     """
 
     def __init__(self, sources: list[Source], encoder: Encoder, seed: list[int], *, cache: str, share: tuple):
@@ -72,21 +72,20 @@ class MapSource:
         documents = np.flatnonzero(self.lengths)
         begin, end = (round(len(documents) * edge) for edge in share)
         self.documents = np.random.default_rng(seed).permutation(documents)[begin:end]
-        if len(self.documents) == 0:
+        self.most_streams = len(self.documents)
+        if self.most_streams == 0:
             raise ConfigError(f"data.sources: no document is left of {', '.join(s.path for s in sources)}")
         self.inventory = f"{len(self.documents)} documents of {self.lengths[self.documents].sum()} tokens"
-        self.most_streams = len(self.documents)
 
     def read(self, stream: int, num_streams: int, cursor: Cursor) -> Iterator[Document]:
         """The documents of one virtual stream, in an order of each epoch's own; endless."""
-        taken = cursor.taken
         for epoch in itertools.count(cursor.epoch):
             order = np.random.default_rng([*self.seed, epoch]).permutation(self.documents)[stream::num_streams]
             lengths = self.lengths[order]
             begin = Cursor(epoch)
-            for i in range(taken, len(order)):
+            for i in range(cursor.taken, len(order)):
                 yield Document(order.item(i), lengths.item(i), begin, i, epoch + i / len(order))
-            taken = 0
+            cursor = begin
 
     def load(self, key: int) -> np.ndarray:
         return self.tokens[key]["ids"]
@@ -96,17 +95,16 @@ def tokenise(source: Source, encoder: Encoder, cache: str) -> datasets.Dataset:
     """A map-style source as Tokens, made once: the cache's key holds data, columns, tokenizer and code."""
     dataset = open_dataset(source, encoder)
     name = digest(dataset._fingerprint, source.column, encoder.fingerprint())
-    folder = Path(cache).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
+    file = Path(cache).expanduser() / f"{name}.arrow"
+    file.parent.mkdir(parents=True, exist_ok=True)
 
     def encode(batch, numbers):
         documents = encoder.documents(batch, source, numbers)
         return {"ids": [tokens.ids for tokens in documents], "note": [tokens.note for tokens in documents]}
 
     options = {"batched": True, "with_indices": True, "remove_columns": dataset.column_names, "features": CACHED}
-    options |= {"cache_file_name": str(folder / f"{name}.arrow"), "new_fingerprint": name}
-    with FileLock(folder / f"{name}.lock"):  # one rank makes it, the others wait here and read it
-        tokens = dataset.map(encode, **options)
+    with FileLock(file.with_suffix(".lock")):  # one rank makes it, the others wait here and read it
+        tokens = dataset.map(encode, cache_file_name=str(file), new_fingerprint=name, **options)
     for note, count in Counter(tokens.data["note"].to_pylist()).items():
         if note:
             log.warning("%s: %d of %d documents %s", source.path, count, len(tokens), note)
@@ -117,9 +115,7 @@ class StreamSource:
     """Documents that are read and tokenised as the run goes. A virtual stream has whole shards to itself."""
 
     def __init__(self, source: Source, encoder: Encoder, seed: list[int]):
-        self.source = source
-        self.encoder = encoder
-        self.seed = seed
+        self.source, self.encoder, self.seed = source, encoder, seed
         self.dataset = open_dataset(source, encoder)
         self.most_streams = self.num_shards = self.dataset.num_shards
         self.inventory = f"{self.num_shards} shards"
@@ -135,12 +131,11 @@ class StreamSource:
             if epoch > last_epoch + 1:
                 raise ConfigError(f"data.sources {self.source.path}: stream {stream} finds no text")
             for begin, rows in self.read_epoch(stream, num_streams, cursor):
-                size = len(next(iter(rows.values())))
-                encoded = self.encoder.documents(rows, self.source, range(begin.row, begin.row + size))
+                numbers = range(begin.row, begin.row + len(next(iter(rows.values()))))
+                encoded = self.encoder.documents(rows, self.source, numbers)
                 documents = [tokens.ids for tokens in encoded if len(tokens.ids)]
-                dropped += size - len(documents)
-                for i in range(begin.taken, len(documents)):
-                    ids = documents[i]
+                dropped += len(encoded) - len(documents)
+                for i, ids in enumerate(documents[begin.taken :], begin.taken):
                     yield Document(ids, len(ids), begin, i, epoch + begin.shard / shards, dropped)
                     last_epoch = epoch
             cursor = Cursor(epoch + 1)
@@ -180,7 +175,7 @@ def open_dataset(source: Source, encoder: Encoder) -> datasets.Dataset | dataset
     builder = BUILDERS.get(endings[-1]) if endings and not path.is_dir() else None
     files = {"path": source.path, "name": source.name, "data_files": source.data_files}
     if builder and (source.name or source.data_files):
-        raise ConfigError(f"data.sources: {source.path} is a file, so name and data_files have no meaning: remove them")
+        raise ConfigError(f"data.sources: {source.path} is a file: remove name and data_files, which have no meaning")
     if builder:
         files = {"path": builder, "data_files": source.path}
     remote = {"storage_options": {"http": SILENCE, "https": SILENCE}}
@@ -191,13 +186,12 @@ def open_dataset(source: Source, encoder: Encoder) -> datasets.Dataset | dataset
         if builder == "parquet":
             # the schema first: then only columns that are needed are read from disk or network
             schema = datasets.load_dataset(**files, split="train", streaming=True, **remote)
-            options["columns"] = columns = encoder.columns(schema.column_names, source)
+            options["columns"] = encoder.columns(schema.column_names, source)
         dataset = datasets.load_dataset(**files, **options)
-        if builder != "parquet":
-            columns = encoder.columns(dataset.column_names or list(next(iter(dataset), {})), source)
+        names = dataset.column_names or list(next(iter(dataset), {}))
     except ConfigError:
         raise
     except Exception as error:
         cause = error.__cause__ or error
         raise ConfigError(f"data.sources path {source.path}, split {source.split}: {cause}") from None
-    return dataset.select_columns(columns)
+    return dataset.select_columns(options.get("columns") or encoder.columns(names, source))

@@ -1,7 +1,7 @@
-"""Text to token ids, with the traps of huggingface.co/blog/qgallouedec/gotchas-in-tokenizer-behavior in one place.
+"""Text to token ids, past the traps of huggingface.co/blog/qgallouedec/gotchas-in-tokenizer-behavior.
 
-A pretraining document is `[BOS] text EOS`: BOS only where the tokenizer itself would add one, EOS always, because no
-tokenizer adds it to plain text. Special tokens spelled out in the text stay text, so that EOS stands at true ends only.
+A document is `[BOS] text EOS`: BOS only where the tokenizer itself would add one, EOS always, because none adds it to
+plain text. Special tokens spelled out in the text stay text, so that EOS stands at true ends only.
 """
 
 import copy
@@ -23,17 +23,14 @@ class Encoder(Protocol):
 
     eos: int  # ends documents or turns, and fills what is left of a row
 
-    def columns(self, columns: list[str], source: Source) -> list[str]:
-        """Those columns that it reads; ConfigError where it can read none."""
-
-    def documents(self, batch: dict[str, list], source: Source, numbers: Sequence[int]) -> list[Tokens]:
-        """The document of each row; ConfigError with the row's number where it has no right shape."""
-
-    def fingerprint(self) -> str:
-        """Changes with anything that could change a token or a mask, and so makes the token cache anew."""
-
-    def adapt(self, tokenizer):
-        """Make the model's own tokenizer end documents, or turns, as in training."""
+    # Those columns that it reads; ConfigError where it can read none.
+    def columns(self, columns: list[str], source: Source) -> list[str]: ...
+    # The document of each row; ConfigError with the row's number where it has no right shape.
+    def documents(self, batch: dict[str, list], source: Source, numbers: Sequence[int]) -> list[Tokens]: ...
+    # Changes with anything that could change a token or a mask, and so makes the token cache anew.
+    def fingerprint(self) -> str: ...
+    # Make the model's own tokenizer end documents, or turns, as in training.
+    def adapt(self, tokenizer): ...
 
 
 class TextEncoder:
@@ -62,19 +59,19 @@ class TextEncoder:
         return [source.column]
 
     def documents(self, batch: dict[str, list], source: Source, numbers: Sequence[int]) -> list[Tokens]:
-        texts = []
-        for number, value in zip(numbers, batch[source.column], strict=True):
+        values = batch[source.column]
+        for number, value in zip(numbers, values, strict=True):
             if not isinstance(value, str | None):
                 found = f"row {number} of {source.column!r} holds {type(value).__name__}"
                 raise ConfigError(f"data.sources {source.path}: {found}, not text")
-            texts.append(value or "")
-        return [Tokens(ids, "" if len(ids) else "dropped: no text") for ids in self.encode(texts)]
+        documents = self.encode([value or "" for value in values])
+        return [Tokens(ids, "" if len(ids) else "dropped: no text") for ids in documents]
 
     def fingerprint(self) -> str:
         return digest(self.backend.to_str(), self.bos, self.eos, Path(__file__).read_text())
 
     def adapt(self, tokenizer):
-        """Nothing: its EOS ends documents already."""
+        """Nothing to do: its EOS ends documents already."""
 
 
 def digest(*parts) -> str:
@@ -89,7 +86,7 @@ def load_tokenizer(model: ModelConfig):
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"model.tokenizer: no tokenizer in {name}: {error}") from None
     if not tokenizer.is_fast:
-        raise ConfigError(f"model.tokenizer {name} is a slow one, in Python: it can neither mark nor keep up")
+        raise ConfigError(f"model.tokenizer {name} is a slow one, in Python: use one of the tokenizers library")
     return tokenizer
 
 
@@ -99,20 +96,18 @@ def adds_bos(tokenizer) -> bool:
 
 
 def token_bytes(tokenizer) -> np.ndarray:
-    """UTF-8 bytes that each token stands for, int64 [vocabulary]; special tokens stand for none.
-
-    With it, bits per byte counts the bytes of exactly the tokens that were predicted, packed or cut.
-    """
+    """UTF-8 bytes that each token stands for, int64 [vocabulary], for bits per byte; special tokens stand for none."""
     backend = tokenizer.backend_tokenizer
     byte_level = "ByteLevel" in f"{backend.pre_tokenizer} {backend.decoder}"
     vocabulary = tokenizer.get_vocab()
     sizes = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)
     for token, index in vocabulary.items():
+        # Byte-level BPE writes each byte as one character; SentencePiece a space as ▁, and what has no token as bytes.
         if byte_level and index not in tokenizer.added_tokens_decoder:
-            sizes[index] = len(token)  # byte-level BPE writes each byte as one character
+            sizes[index] = len(token)
         elif re.fullmatch(r"<0x[0-9A-F]{2}>", token):
-            sizes[index] = 1  # SentencePiece: a byte without a token of its own
+            sizes[index] = 1
         else:
-            sizes[index] = len(token.replace("▁", " ").encode())  # and ▁ for a space
+            sizes[index] = len(token.replace("▁", " ").encode())
     sizes[tokenizer.all_special_ids] = 0
     return sizes
