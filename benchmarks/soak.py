@@ -4,7 +4,7 @@
 
 The run saves at every step, so many kills come inside a save; one in five comes while the run starts or resumes, the
 others a random number of steps later, at a random moment of a step. After each kill every checkpoint that is there is
-compared, byte for byte, with the one of the same step of the undisturbed run; at the end all losses, checksums of
+compared, bit for bit, with the one of the same step of the undisturbed run; at the end all losses, checksums of
 batches, evaluations and the exported model. Prints a summary; exits 1 if anything differs.
 """
 
@@ -111,18 +111,23 @@ def soak(folder: Path, kills: int, seed: int, steps: int) -> dict:
 
 
 def differences(folder: Path, wanted: Path) -> list[str]:
-    """Files that are not byte for byte those of the other folder; of state.json the config may differ."""
-    names = {file.name for file in folder.iterdir()}, {file.name for file in wanted.iterdir()}
-    if names[0] != names[1]:
-        return [f"{folder} has {sorted(names[0])}, not {sorted(names[1])}"]
-    found = []
-    for name in names[0]:
-        a, b = (folder / name).read_bytes(), (wanted / name).read_bytes()
-        if name == "state.json":
-            a, b = ({**json.loads(text), "config": None} for text in (a, b))
-        if a != b:
-            found.append(f"{folder / name} differs")
-    return found
+    """Files that do not hold what those of the other folder hold."""
+    names = {file.name for file in folder.iterdir()}
+    wanted_names = {file.name for file in wanted.iterdir()}
+    if names != wanted_names:
+        return [f"{folder} has {sorted(names)}, not {sorted(wanted_names)}"]
+    return [f"{folder / name} differs" for name in sorted(names) if content(folder / name) != content(wanted / name)]
+
+
+def content(file: Path):
+    """The bytes of a file; but the config in state.json may differ, and a safetensors header has no fixed order."""
+    data = file.read_bytes()
+    if file.name == "state.json":
+        return {**json.loads(data), "config": None}
+    if file.suffix == ".safetensors":
+        end = 8 + int.from_bytes(data[:8], "little")
+        return json.loads(data[8:end]), data[end:]
+    return data
 
 
 def main():
