@@ -7,10 +7,10 @@ import copy
 import difflib
 import functools
 import hashlib
-import importlib.util
+import runpy
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -28,23 +28,13 @@ from lacuna.loss import head_loss
 from lacuna.parallel import Ranks, shard_model
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How a model computes on this machine: what the config left open is decided once."""
+class Plan(NamedTuple):
+    """How a model computes on this machine: what the config left open is decided once, in `assemble`."""
 
     dtype: torch.dtype  # of computation; parameters and optimizer are float32
     compiled: bool
     backend: str  # of attention
     head: dict  # options of head_loss
-
-
-def make_plan(config: Config, device: torch.device) -> Plan:
-    on_gpu = device.type == "cuda"
-    dtype = getattr(torch, config.model.dtype or ("bfloat16" if on_gpu else "float32"))
-    compiled = on_gpu if config.train.compile is None else config.train.compile
-    accum_dtype = torch.float32 if config.model.accum_dtype == "float32" else dtype
-    head = {"head": config.model.head, "accum_dtype": accum_dtype, "compiled": compiled}
-    return Plan(dtype, compiled, choose_backend(config.model.attention, device, dtype), head)
 
 
 class Trainee(nn.Module):
@@ -72,43 +62,48 @@ def build_model(config: Config, ranks: Ranks, vocabulary: int, checkpoint: Path 
     trainee = assemble(config, ranks, vocabulary)
     folder = checkpoint
     if folder is None and not config.model.from_scratch:
-        folder = Path(config.model.name)
-        if not folder.is_dir():
-            folder = Path(snapshot_download(config.model.name, allow_patterns=["*.safetensors", "*.json"]))
+        name = config.model.name
+        files = ["*.safetensors", "*.json"]
+        folder = Path(name if Path(name).is_dir() else snapshot_download(name, allow_patterns=files))
     materialise(trainee, ranks.device, config.seed, folder)
     return trainee
 
 
 def assemble(config: Config, ranks: Ranks, vocabulary: int) -> Trainee:
     """The recipe, on the meta device: nothing is allocated yet."""
-    plan = make_plan(config, ranks.device)
     on_gpu = ranks.device.type == "cuda"
+    dtype = getattr(torch, config.model.dtype or ("bfloat16" if on_gpu else "float32"))
+    compiled = on_gpu if config.train.compile is None else config.train.compile
+    accum_dtype = torch.float32 if config.model.accum_dtype == "float32" else dtype
+    head = {"head": config.model.head, "accum_dtype": accum_dtype, "compiled": compiled}
+    plan = Plan(dtype, compiled, choose_backend(config.model.attention, ranks.device, dtype), head)
+
     model = empty_model(config.model, vocabulary)
     layers = list(model.get_decoder().layers)
     # kernels replace modules, so they come first
     if config.model.patch:
         apply_patch(model, config.model.patch)
     # under compile Inductor fuses better: Liger's norms and SwiGLU cost 3,500 of 40,000 tokens/s
-    if config.model.kernels == "liger" or (config.model.kernels is None and on_gpu and not plan.compiled):
+    if config.model.kernels == "liger" or (config.model.kernels is None and on_gpu and not compiled):
         apply_liger(model, on_gpu)
-    if ranks.mesh is None and plan.dtype != torch.float32:
-        cast_in_forward(model, layers, plan.dtype)
+    if ranks.mesh is None and dtype != torch.float32:
+        cast_in_forward(model, layers, dtype)
     if config.train.activation_checkpointing != "none":
         checkpoint_activations(layers, config.train.activation_checkpointing)
     # Compile wraps the checkpointed layer: the partitioner recomputes inside it, and the other way round it would be
     # done twice. Regional: all layers share one graph, which takes seconds; the whole model would take minutes.
-    for layer in layers if plan.compiled else []:
+    for layer in layers if compiled else []:
         layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)
     # last, because FSDP2's hooks would break the graphs
     trainee = Trainee(model, plan)
     if ranks.mesh is not None:
-        shard_model(trainee, layers, ranks, config.dist, plan.dtype)
-    model.config.dtype = plan.dtype
+        shard_model(trainee, layers, ranks, config.dist, dtype)
+    model.config.dtype = dtype
     return trainee
 
 
 def materialise(trainee: Trainee, device: torch.device, seed: int, folder: Path | None):
-    """Allocate this rank's share and fill it, from a folder of weights or a checkpoint, or without one from scratch."""
+    """Allocate this rank's share and fill it: from a folder's weights, or without one from scratch."""
     model = trainee.model
     trainee.to_empty(device=device)
     model.tie_weights(recompute_mapping=False)  # to_empty gives each module a tensor of its own
@@ -169,12 +164,10 @@ def apply_patch(model: PreTrainedModel, place: str):
     file, _, function = place.rpartition(":")
     if not Path(file).is_file():
         raise ConfigError(f"model.patch {place}: there is no file {file!r}; write file.py:function")
-    spec = importlib.util.spec_from_file_location("lacuna_patch", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, function):
+    names = runpy.run_path(file)
+    if function not in names:
         raise ConfigError(f"model.patch {place}: {file} has no function {function}")
-    getattr(module, function)(model)
+    names[function](model)
 
 
 def apply_liger(model: PreTrainedModel, on_gpu: bool):
