@@ -5,6 +5,7 @@ import re
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -543,3 +544,15 @@ def test_the_task_decides_the_learning_rate_and_must_be_the_files(tmp_path):
 
 
 ONE_STEP = ["--train.steps", "1", "--data.sources", '[{"path": "x"}]']
+
+
+def test_every_key_is_read_somewhere():
+    """A key that a change of the code has forgotten would be accepted and do nothing."""
+    package = Path(__file__).parents[1] / "src" / "lacuna"
+    code = "".join(file.read_text() for file in package.rglob("*.py") if file.name != "config.py")
+    for section, field in Config.model_fields.items():
+        for key in getattr(field.annotation, "model_fields", {section: None}):
+            # a mixture's weights and lr are read in config.py too, but used elsewhere
+            assert re.search(rf"\.{key}\b", code), f"{section}.{key}"
+    for key in Source.model_fields:
+        assert re.search(rf"source\.{key}\b|\]\.{key}\b", code), f"data.sources.{key}"
