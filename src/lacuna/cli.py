@@ -22,7 +22,6 @@ USAGE = """usage: lacuna pt [CONFIG.toml] [--section.key VALUE ...]    train on 
 
 
 def main():
-    """Entry point of `lacuna` and `python -m lacuna`."""
     try:
         command, config, words = parse(sys.argv[1:])
         if command == "chat":
@@ -145,10 +144,8 @@ def set_threads(processes: int):
 def count_lines():
     """Print the physical lines of every file of the package; exit 1 at 3,000 or more."""
     package = Path(__file__).parent
-    total = 0
-    for file in sorted(package.rglob("*.py")):
-        lines = len(file.read_text().splitlines())
-        print(f"{lines:6,}  {file.relative_to(package)}")
-        total += lines
-    print(f"{total:6,}  in all, of 3,000")
-    sys.exit(total >= 3000)
+    lines = {file: len(file.read_text().splitlines()) for file in sorted(package.rglob("*.py"))}
+    for file, count in lines.items():
+        print(f"{count:6,}  {file.relative_to(package)}")
+    print(f"{sum(lines.values()):6,}  in all, of 3,000")
+    sys.exit(sum(lines.values()) >= 3000)

@@ -19,8 +19,7 @@ def explain(config: Config):
     console = Console(highlight=False)
     tokenizer = load_tokenizer(config.model)
     encoder = make_encoder(config, tokenizer)
-    share = (config.eval.fraction or 0.0, 1.0)
-    rows = RowDataset(config, config.data.sources, encoder, rank=0, ranks=1, share=share)
+    rows = RowDataset(config, config.data.sources, encoder, rank=0, ranks=1, share=(config.eval.fraction or 0, 1))
     for number, row in enumerate(islice(rows, config.log.show)):
         text = Text()
         for start, end in pairwise([*row.starts, len(row.ids)]):

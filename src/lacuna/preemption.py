@@ -1,6 +1,5 @@
 """What a cluster says before it takes a machine away: SIGTERM, or SIGUSR1 as configs/slurm.sh asks for."""
 
-import math
 import os
 import signal
 import time
@@ -12,14 +11,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Preemption:
-    """The first signal asks for a checkpoint at the next step boundary, a later one ends the process at once.
-
-    So does the first while nothing can be saved: a compilation may take longer than the time that is left.
-    """
+    """A signal asks for a checkpoint at the next step boundary; a later one ends the process at once."""
 
     def __init__(self):
         self.asked = False
-        self.can_save = False  # set by the run
+        self.can_save = False  # set by the run; before, one signal is enough: to compile may outlast the time left
         # Python's handlers wait for the main thread, which may stand in a collective for minutes. So the C handler
         # writes each signal's number into a pipe, and a thread reads it there.
         pipe, wakeup = os.pipe()
@@ -30,7 +26,7 @@ class Preemption:
         Thread(target=self.listen, args=[pipe], daemon=True).start()
 
     def listen(self, pipe: int):
-        first = math.inf  # when the first one came
+        first = float("inf")  # when the first one came
         while number := os.read(pipe, 1)[0]:
             if number in SIGNALS:
                 first = min(first, time.monotonic())

@@ -1,9 +1,4 @@
-"""Conversations to token ids and a loss mask: five formats of rows, and one way to find what the assistant wrote.
-
-A row becomes messages as OpenAI writes them; the chat template renders them whole, and the text is encoded once. What
-stands between the template's {% generation %} marks is trained, as transformers' own mask says. Only then is it checked
-that every turn ends with the stop token and has no other.
-"""
+"""Conversations to token ids and a loss mask: what stands between the template's {% generation %} marks is trained."""
 
 import copy
 import json
@@ -35,12 +30,10 @@ MARKS = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
 CURE = "put {% generation %} before and {% endgeneration %} after what the assistant writes, its stop token included"
 # A prompt and a completion that are plain text go through the same machinery, as the simplest of chats.
 PLAIN = "{{ messages[0].content }}{% generation %}{{ messages[1].content }}{{ eos_token }}{% endgeneration %}"
-NO_IDS = np.empty(0, dtype=np.int32)
 RENDERING = Lock()  # transformers keeps the mask that it is making in the template: one at a time
 
 
 def make_encoder(config: Config, tokenizer) -> Encoder:
-    """The encoder of the run's task."""
     return ChatEncoder(tokenizer, config) if config.task == "sft" else TextEncoder(tokenizer)
 
 
@@ -51,27 +44,23 @@ class ChatEncoder:
         self.tokenizer = copy.deepcopy(tokenizer)
         # some leave the space before a word out of its token's place, and transformers' mask ends at such a turn
         self.tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=False)
-        self.overlong = config.data.overlong
-        self.seq_len = config.train.seq_len
+        self.overlong, self.seq_len = config.data.overlong, config.train.seq_len
         self.bos = tokenizer.bos_token if adds_bos(tokenizer) else ""
         self.given = config.data.chat_template
-        self.template = None
         try:
             self.template = training_template(tokenizer, self.given)
             self.tokenizer.eos_token = self.stop_token()
         except LookupError as error:  # token ids, and prompts and completions of plain text, need no template
-            self.problem = error
+            self.template, self.problem = None, error
         except jinja2.TemplateError as error:
             raise ConfigError(f"data.chat_template: {error}") from None
         self.eos = self.tokenizer.eos_token_id
 
     def stop_token(self) -> str:
-        """What ends the turns that the template marks, if it is one token."""
         ids, mask = self.render(as_turns("?", "user") + as_turns("yes", "assistant"), self.template)
         stop = int(ids[mask][-1]) if mask.any() else None
         if stop not in self.tokenizer.added_tokens_decoder:
-            problem = f"do not end with a stop token that {self.tokenizer.name_or_path} has as one token"
-            raise ConfigError(f"the turns that the chat template marks {problem}: {CURE}")
+            raise ConfigError(f"the chat template marks turns that do not end with one stop token: {CURE}")
         return self.tokenizer.convert_ids_to_tokens(stop)
 
     def columns(self, columns, source):
@@ -95,7 +84,6 @@ class ChatEncoder:
         return documents
 
     def document(self, row: dict, row_format: str) -> Tokens:
-        """What is trained of a row; without ids where it is dropped."""
         if row_format == "token ids":
             return self.fit(*read_ids(row))
         messages = read_messages(row, row_format)
@@ -117,7 +105,7 @@ class ChatEncoder:
         # Each turn has one stop token, and it is the last one: else the model would learn to go on after it.
         stops = np.flatnonzero(mask & (ids == self.eos))
         if stops.tolist() != [end - 1 for _, end in turns]:
-            return Tokens(NO_IDS, "dropped: a stop token inside a turn, or none at its end")
+            return Tokens(ids[:0], "dropped: a stop token inside a turn, or none at its end")
         for (begin, end), flag in zip(turns, flags, strict=True):
             mask[begin:end] = flag
         return self.fit(ids, mask)
@@ -138,16 +126,14 @@ class ChatEncoder:
 
     def fit(self, ids: np.ndarray, mask: np.ndarray) -> Tokens:
         """The document of ids [n] that are trained where mask [n] says so: at most seq_len of them."""
-        note = ""
-        if len(ids) > self.seq_len:
-            if self.overlong == "error":
-                raise ValueError(f"{len(ids)} tokens, over train.seq_len {self.seq_len}; or set data.overlong")
-            if self.overlong == "drop":
-                return Tokens(NO_IDS, "dropped: longer than train.seq_len")
-            note = "truncated to train.seq_len"
+        long = len(ids) > self.seq_len
+        if long and self.overlong == "error":
+            raise ValueError(f"{len(ids)} tokens, over train.seq_len {self.seq_len}; or set data.overlong")
+        if long and self.overlong == "drop":
+            return Tokens(ids[:0], "dropped: longer than train.seq_len")
         if not mask[1 : self.seq_len].any():  # nothing predicts a first token
-            return Tokens(NO_IDS, "dropped: without a trained token")
-        return Tokens(hide(ids, mask)[: self.seq_len], note)
+            return Tokens(ids[:0], "dropped: without a trained token")
+        return Tokens(hide(ids, mask)[: self.seq_len], "truncated to train.seq_len" if long else "")
 
     def fingerprint(self):
         parts = [self.tokenizer.backend_tokenizer.to_str(), self.template, self.bos, self.tokenizer.special_tokens_map]
@@ -206,31 +192,23 @@ def as_turns(said: str | list[dict], role: str) -> list[dict]:
 def read_turn(turn: dict) -> dict:
     """A turn in OpenAI's words, or in ShareGPT's, as one of OpenAI's messages."""
     if "from" in turn:
-        turn = read_shared(turn)
-    content = turn.get("content", "")
-    if not isinstance(content, str):
-        content = "".join(part["text"] for part in content)
-    turn["content"] = content
-    calls = turn.pop("tool_calls", [])
-    for call in calls:
+        speaker, said = turn.pop("from"), turn.pop("value")
+        turn["role"] = ROLES.get(speaker, speaker)
+        if speaker == "function_call":
+            calls = json.loads(said)
+            calls = calls if isinstance(calls, list) else [calls]
+            turn["tool_calls"] = [{"type": "function", "function": call} for call in calls]
+        else:
+            turn["content"] = said
+    if not isinstance(turn.setdefault("content", ""), str):
+        turn["content"] = "".join(part["text"] for part in turn["content"])
+    for call in turn.get("tool_calls", []):
         function = call.get("function", call)
         if isinstance(function["arguments"], str):  # else a template would quote it a second time
             function["arguments"] = json.loads(function["arguments"] or "{}")
-    if calls:  # some templates look for the key alone
-        turn["tool_calls"] = calls
+    if "tool_calls" in turn and not turn["tool_calls"]:  # some templates look for the key alone
+        del turn["tool_calls"]
     return turn
-
-
-def read_shared(turn: dict) -> dict:
-    """A turn of ShareGPT's in OpenAI's words."""
-    speaker = turn.pop("from")
-    text = turn.pop("value")
-    turn["role"] = ROLES.get(speaker, speaker)
-    if speaker != "function_call":
-        return turn | {"content": text}
-    calls = json.loads(text)
-    calls = calls if isinstance(calls, list) else [calls]
-    return turn | {"tool_calls": [{"type": "function", "function": call} for call in calls]}
 
 
 def training_template(tokenizer, given: str | None) -> str:
@@ -250,18 +228,17 @@ def training_template(tokenizer, given: str | None) -> str:
     if MARKS.search(own):
         return own
     probes = json.loads((TEMPLATES / "probes.json").read_text())
-    wanted = [rendered(tokenizer, own, probe) for probe in probes]
+    wanted = [rendered(tokenizer, own, **probe) for probe in probes]
     for template in shipped.values():
-        if [rendered(tokenizer, template, probe) for probe in probes] == wanted:
+        if [rendered(tokenizer, template, **probe) for probe in probes] == wanted:
             return template
     problem = f"{name}'s chat template has no marks, and none of lacuna's ({', '.join(shipped)}) renders the same"
     raise LookupError(f"{problem}: copy it to a file, {CURE}, and set data.chat_template to that file")
 
 
-def rendered(tokenizer, template: str, probe: dict) -> str | None:
+def rendered(tokenizer, template: str, messages: list[dict], tools: list[dict] | None = None) -> str | None:
     """The text of a probe, or None where the template refuses it: tools, or a system turn."""
-    options = {"tools": probe.get("tools"), "chat_template": template}
     try:
-        return tokenizer.apply_chat_template(probe["messages"], tokenize=False, **options)
+        return tokenizer.apply_chat_template(messages, tools, chat_template=template, tokenize=False)
     except Exception:
         return None
