@@ -6,7 +6,6 @@ The mesh is (dp_replicate, dp_shard): parameters are sharded over the second dim
 
 import os
 import subprocess
-from collections import Counter
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -99,9 +98,9 @@ def sum_over_ranks(parts: list[dict], device: torch.device) -> dict[str, torch.T
 
     A figure is a number, or a scalar tensor of the device; all ranks give the same names.
     """
-    totals = Counter()
+    totals = {}
     for part in parts:
-        totals.update(part)
+        totals = {name: totals.get(name, 0) + figure for name, figure in part.items()}
     vector = torch.zeros(len(totals), dtype=torch.float64, device=device)
     for place, figure in zip(vector, totals.values(), strict=True):
         # `vector[i] = number` would wait for the device: it copies a tensor of the host
