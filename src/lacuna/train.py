@@ -45,9 +45,8 @@ def run(config: Config) -> Path:
     # Data comes before the model, so that it is read ahead while the model is built.
     dataset, held_out = open_rows(config, encoder, ranks, state["data"])
     if state.get("inventory", dataset.inventory) != dataset.inventory and not config.checkpoint.resume_changed:
-        cure = "bring it back, set another name, or checkpoint.resume_changed = true"
-        now = f"was {state['inventory']}, now {dataset.inventory}"
-        raise ConfigError(f"data.sources: the data of {checkpoint} {now}: {cure}")
+        change = f"the data of {checkpoint} was {state['inventory']}, now {dataset.inventory}"
+        raise ConfigError(f"data.sources: {change}: bring it back, or set checkpoint.resume_changed = true")
     steps = config.train.steps or math.ceil(dataset.count_rows() / config.train.global_batch_size)
     if config.optim.warmup_steps >= steps:
         raise ConfigError(f"optim.warmup_steps {config.optim.warmup_steps} must be below the run's {steps} steps")
@@ -65,9 +64,9 @@ def run(config: Config) -> Path:
     match_eos(config, model, tokenizer)
     tensors = held(model) | optimizer.tensors(parameters)
     checkpoints = Checkpoints(config, ranks, folder, tensors, model, tokenizer)
-    batch = f"{steps} steps of {config.train.global_batch_size} rows x {config.train.seq_len} tokens"
     what = f"{model.num_parameters():,} parameters, {trainee.plan.backend} attention, {trainee.plan.dtype}"
-    log.info("%s: %s, %d rank(s), %s", config.model.name, what, ranks.world, batch)
+    length = f"{steps} steps of {config.train.global_batch_size} rows x {config.train.seq_len} tokens"
+    log.info("%s: %s, %d rank(s), %s", config.model.name, what, ranks.world, length)
     report = Report(config, ranks, folder, steps, model, state)
     if checkpoint is None:
         report.write({"step": 0, "documents": dataset.notes})
@@ -183,32 +182,28 @@ def accumulate_gradients(trainee: Trainee, batches: list[PackedBatch], trained_t
 
 @torch.no_grad()
 def evaluate(trainee: Trainee, config: Config, dataset: RowDataset, ranks: Ranks, sizes, preemption) -> dict | None:
-    """Mean loss a token (nats) and bits a byte over held-out data; sizes [V] are the bytes of each token.
+    """Mean loss a token (nats) and bits a byte over held-out data; None where a signal came, so that no time is left.
 
-    None where a signal came: then there is no time to finish.
+    sizes [V] are the bytes of each token.
     """
     loader = Loader(config, dataset, ranks.device, training=False)
-    totals = []
-    stopped = False
+    parts = [{"nats": 0.0, "tokens": 0, "bytes": 0}]
     trainee.eval()
     # every rank takes as many rows, and one without data feeds rows that train nothing: so nobody hangs
     for _ in range(math.ceil(config.eval.rows / (config.train.micro_batch_size * ranks.world))):
         [batch] = loader.step()
-        marks = {"trained": batch.counts["trained_tokens"], "stop_asked": preemption.asked}
-        marks = sum_over_ranks([marks], ranks.device)
+        tokens = batch.counts["trained_tokens"]
+        marks = sum_over_ranks([{"tokens": tokens, "stop_asked": preemption.asked}], ranks.device)
         stopped = marks["stop_asked"].item() > 0
         if stopped:
             break
-        if not marks["trained"].item():
-            continue  # and not the end: of several streams, one may end before the others
-        trained = batch.labels != IGNORE
-        size = (sizes[batch.labels.clamp(min=0)] * trained).sum()
-        totals.append({"nats": trainee(batch).double(), "tokens": batch.counts["trained_tokens"], "bytes": size})
+        if marks["tokens"].item():  # none is not the end: of several streams, one may end before the others
+            size = (sizes[batch.labels.clamp(min=0)] * (batch.labels != IGNORE)).sum()
+            parts.append({"nats": trainee(batch).double(), "tokens": tokens, "bytes": size})
     trainee.train()
     loader.close()
     if stopped:
         return None
-    sums = sum_over_ranks([{"nats": 0.0, "tokens": 0, "bytes": 0}, *totals], ranks.device)
-    nats, tokens, size = (figure.item() for figure in sums.values())
+    nats, tokens, size = (figure.item() for figure in sum_over_ranks(parts, ranks.device).values())
     bits = nats / math.log(2) / max(size, 1)
     return {"eval_loss": nats / max(tokens, 1), "eval_bits_per_byte": bits, "eval_tokens": int(tokens)}
