@@ -1,7 +1,4 @@
-"""Every knob of a run: strict pydantic models, read from a TOML file and from `--section.key value`, which wins.
-
-Imports no torch, so that `--help` and a wrong key answer at once. None, a key left out, means "choose for me".
-"""
+"""Every knob of a run, from a TOML file and `--section.key value`, which wins. No torch, so that --help is quick."""
 
 import difflib
 import logging
@@ -31,7 +28,7 @@ class Preempted(Exception):
 
 
 def key(default, meaning: str, **limits):
-    """One key of the config, with its meaning and unit for --help."""
+    """One key of the config, with its meaning and unit for --help; None means "choose for me"."""
     return Field(default, description=meaning, **limits)
 
 

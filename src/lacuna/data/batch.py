@@ -1,8 +1,4 @@
-"""The contract between data and training: a document, a row, a micro-batch. Imports numpy and torch only.
-
-A document's loss mask travels in the sign of its ids, from the encoder through the token cache into a row: so it cannot
-be lost, or shifted against the ids, on the way.
-"""
+"""The contract between data and training: a document, a row, a micro-batch."""
 
 import zlib
 from typing import NamedTuple
@@ -23,7 +19,7 @@ class Tokens(NamedTuple):
 
 
 def hide(ids: np.ndarray, trained: np.ndarray) -> np.ndarray:
-    """Ids [n] with their loss mask [n] in the sign: ~id is -id - 1, so that token 0 has one too."""
+    """Ids [n] with their loss mask [n] in the sign, ~id is -id - 1: so the mask cannot be lost on the way to a row."""
     return np.where(trained, ids, ~ids)
 
 

@@ -1,9 +1,7 @@
-"""Documents to rows, rows to `PackedBatch`: the one order of data, whatever the hardware.
+"""The one order of data, whatever the hardware: row p of the run is the next row of virtual stream p mod V.
 
-A virtual stream draws a window of documents, packs it, shuffles the rows and emits them. Row p of the run is the next
-row of stream p mod V. A rank, and each of its workers, takes every n-th row and reads the streams of those alone.
-Map-style data is one stream of indices, which everyone plans. A stream's state is where its window began; it travels
-with every row, so that what is prefetched never counts as consumed.
+A stream draws a window of documents, packs it and shuffles the rows. Its state, where the window began, travels with
+every row, so that what is prefetched never counts as consumed. Map-style data is one stream, which every rank plans.
 """
 
 import itertools
@@ -32,7 +30,7 @@ PREFETCH = 3  # micro-batches made ahead
 class StreamState:
     """Where a window of a stream begins: enough to draw it again. `asdict` makes a checkpoint's JSON of it."""
 
-    cursors: list[Cursor]  # one a source
+    cursors: list[dict]  # the Cursor of each source, as JSON
     drawn: list[int]  # tokens drawn from each source: decides whose turn it is in a mixture
     window: int = 0  # its number, which seeds its shuffle
     row: int = 0  # rows of the stream before it
@@ -53,19 +51,17 @@ class Stream:
 
     def __init__(self, data: "RowDataset", number: int, saved: dict | None):
         self.data, self.number = data, number
-        self.state = StreamState([Cursor()] * len(data.sources), [0] * len(data.sources))
-        if saved:
-            self.state = StreamState(**saved)
-            self.state.cursors = [Cursor(**cursor) for cursor in saved["cursors"]]
+        count = len(data.sources)
+        self.state = StreamState(**saved or {"cursors": [{}] * count, "drawn": [0] * count})
         pairs = zip(data.sources, self.state.cursors, strict=True)
-        self.readers = [source.read(number, data.num_streams, cursor) for source, cursor in pairs]
+        self.readers = [source.read(number, data.num_streams, Cursor(**cursor)) for source, cursor in pairs]
         self.lookahead = [next(reader) for reader in self.readers]  # the next document of each source
 
     def __iter__(self) -> Iterator[RowPlan]:
         """Its rows, up to the end of the last epoch."""
         counted = 0
         while min(document.epoch for document in self.lookahead) < self.data.epochs:
-            self.state.cursors = [document.cursor for document in self.lookahead]
+            self.state.cursors = [asdict(document.cursor) for document in self.lookahead]
             state = asdict(self.state)
             begin = max(document.epoch for document in self.lookahead)
             rows = self.draw_window()
@@ -85,13 +81,10 @@ class Stream:
         which, starts, sizes = split_documents(lengths, self.data.seq_len)
         spans = zip(which.tolist(), starts.tolist(), (starts + sizes).tolist(), strict=True)
         pieces = [(*documents[i], start, end) for i, start, end in spans]
-        rows = best_fit(sizes, self.data.seq_len)
+        rows = [[pieces[i] for i in row.tolist()] for row in best_fit(sizes, self.data.seq_len)]
         order = np.random.default_rng([self.data.seed, self.number, self.state.window]).permutation(len(rows))
         self.state.window += 1
-        shuffled = []
-        for row in order:
-            shuffled.append([pieces[piece] for piece in rows[row]])
-        return shuffled
+        return [rows[i] for i in order]
 
     def draw_documents(self) -> list[tuple[int, Document]]:
         """The next window's documents, each with its source, the one that was furthest behind its weight."""
@@ -133,10 +126,9 @@ class RowDataset(IterableDataset):
         self.sources = []
         for i, group in enumerate(groups):
             if group[0].streaming:
-                source = StreamSource(group[0], encoder, [self.seed, i])
+                self.sources.append(StreamSource(group[0], encoder, [self.seed, i]))
             else:
-                source = MapSource(group, encoder, [self.seed, i], cache=config.data.cache, share=share)
-            self.sources.append(source)
+                self.sources.append(MapSource(group, encoder, [self.seed, i], cache=config.data.cache, share=share))
         self.inventory = [source.inventory for source in self.sources]  # what a run that goes on must find again
         self.notes = sum((source.notes for source in self.sources), Counter())  # how many documents became what
         most = [source.most_streams for source in self.sources]
@@ -154,8 +146,7 @@ class RowDataset(IterableDataset):
         return sum(1 for _ in Stream(self, 0, None))
 
     def __iter__(self) -> Iterator[Row]:
-        first = self.state["rows"] + self.rank
-        readers = self.ranks
+        first, readers = self.state["rows"] + self.rank, self.ranks
         worker = get_worker_info()
         if worker:
             first += self.ranks * worker.id
@@ -181,8 +172,7 @@ class Loader:
     def __init__(self, config: Config, dataset: RowDataset, device, training: bool = True):
         self.dataset, self.device = dataset, device
         # The rows of the run that are consumed, and each stream's StreamState by its number, as text: JSON.
-        self.state = dataset.state
-        self.prepared = dataset.state  # by the thread, so ahead of it
+        self.state = self.prepared = dataset.state  # what is prepared is ahead of what is consumed
         self.micro_batch_size = config.train.micro_batch_size
         self.accumulation = dataset.batch_rows // (self.micro_batch_size * dataset.ranks)
         self.shortest = config.data.context_len or dataset.seq_len

@@ -1,8 +1,4 @@
-"""Where documents come from: map-style and streaming datasets, read by virtual streams.
-
-`read` yields the documents of one virtual stream, endless; `load` gives the token ids of one. An epoch is a seeded
-permutation: of documents, or of whole shards. By a document's cursor reading begins with it again.
-"""
+"""Map-style and streaming datasets: `read` yields the documents of a virtual stream, `load` the token ids of one."""
 
 import itertools
 from collections import Counter
@@ -58,10 +54,7 @@ class Document(NamedTuple):
 
 
 class MapSource:
-    """Tokenised documents that can be had by index: those of all its datasets, once an epoch.
-
-    share: the part taken of them, in a seeded order of their own; what is held out is the rest.
-    """
+    """Tokenised documents by index, each once an epoch: a share of all, in a seeded order; the rest is held out."""
 
     def __init__(self, sources: list[Source], encoder: Encoder, seed: list[int], *, cache: str, share: tuple):
         whole = datasets.concatenate_datasets([tokenise(source, encoder, cache) for source in sources])
@@ -73,12 +66,12 @@ class MapSource:
         begin, end = (round(len(documents) * edge) for edge in share)
         self.documents = np.random.default_rng(seed).permutation(documents)[begin:end]
         self.most_streams = len(self.documents)
-        if self.most_streams == 0:
+        if not self.most_streams:
             raise ConfigError(f"data.sources: no document is left of {', '.join(s.path for s in sources)}")
         self.inventory = f"{len(self.documents)} documents of {self.lengths[self.documents].sum()} tokens"
 
     def read(self, stream: int, num_streams: int, cursor: Cursor) -> Iterator[Document]:
-        """The documents of one virtual stream, in an order of each epoch's own; endless."""
+        """The documents of one virtual stream from a cursor on, in an order of each epoch's own; endless."""
         for epoch in itertools.count(cursor.epoch):
             order = np.random.default_rng([*self.seed, epoch]).permutation(self.documents)[stream::num_streams]
             lengths = self.lengths[order]
@@ -122,42 +115,36 @@ class StreamSource:
         self.notes = Counter()  # nothing is known before it is read
 
     def read(self, stream: int, num_streams: int, cursor: Cursor) -> Iterator[Document]:
-        """The documents of one virtual stream, chunk by chunk; endless."""
-        shards = len(range(stream, self.num_shards, num_streams))
+        """The documents of one virtual stream from a cursor on, by shards in an order of each epoch's own; endless."""
         dropped = 0
         last_epoch = cursor.epoch  # with text; the first may have begun behind its last document
-        # From coarse to fine: epochs, chunks of their shards, documents; the cursor says where each of them begins.
+        # From coarse to fine: epochs, shards, chunks, documents; the cursor says where each of them begins.
         for epoch in itertools.count(cursor.epoch):
             if epoch > last_epoch + 1:
                 raise ConfigError(f"data.sources {self.source.path}: stream {stream} finds no text")
-            for begin, rows in self.read_epoch(stream, num_streams, cursor):
-                numbers = range(begin.row, begin.row + len(next(iter(rows.values()))))
-                encoded = self.encoder.documents(rows, self.source, numbers)
-                documents = [tokens.ids for tokens in encoded if len(tokens.ids)]
-                dropped += len(encoded) - len(documents)
-                for i, ids in enumerate(documents[begin.taken :], begin.taken):
-                    yield Document(ids, len(ids), begin, i, epoch + begin.shard / shards, dropped)
-                    last_epoch = epoch
+            order = np.random.default_rng([*self.seed, epoch]).permutation(self.num_shards)[stream::num_streams]
+            for place, shard in enumerate(order[cursor.shard :].tolist(), cursor.shard):
+                for begin, numbers, rows in self.read_shard(shard, cursor):
+                    encoded = self.encoder.documents(rows, self.source, numbers)
+                    documents = [tokens.ids for tokens in encoded if len(tokens.ids)]
+                    dropped += len(encoded) - len(documents)
+                    for i, ids in enumerate(documents[begin.taken :], begin.taken):
+                        yield Document(ids, len(ids), begin, i, epoch + place / len(order), dropped)
+                        last_epoch = epoch
+                cursor = Cursor(epoch, shard=place + 1)
             cursor = Cursor(epoch + 1)
 
-    def read_epoch(self, stream: int, num_streams: int, cursor: Cursor) -> Iterator[tuple[Cursor, dict]]:
-        """The chunks of a stream's epoch from a cursor on: those of one shard after the other."""
-        order = np.random.default_rng([*self.seed, cursor.epoch]).permutation(self.num_shards)[stream::num_streams]
-        for shard in order[cursor.shard :].tolist():
-            yield from self.read_shard(shard, cursor)
-            cursor = Cursor(cursor.epoch, shard=cursor.shard + 1)
-
-    def read_shard(self, shard: int, cursor: Cursor) -> Iterator[tuple[Cursor, dict]]:
-        """The chunks of a shard from a cursor on: READ_CHUNK rows, each with the cursor of its own beginning."""
+    def read_shard(self, shard: int, cursor: Cursor) -> Iterator[tuple[Cursor, range, dict]]:
+        """The chunks of a shard from a cursor on: where each begins, its rows' numbers, and its rows."""
         dataset = self.dataset.shard(self.num_shards, shard)
         if cursor.chunk is not None:
             dataset.load_state_dict(cursor.chunk)
         try:
             # by batches: a plain iterator deals shards to loader workers once more, behind our back
             for rows in dataset.iter(READ_CHUNK):
-                yield cursor, rows
-                row = cursor.row + len(next(iter(rows.values())))
-                cursor = replace(cursor, taken=0, row=row, chunk=dataset.state_dict())
+                numbers = range(cursor.row, cursor.row + len(next(iter(rows.values()))))
+                yield cursor, numbers, rows
+                cursor = replace(cursor, taken=0, row=numbers.stop, chunk=dataset.state_dict())
         except Exception as error:
             damaged = isinstance(error, ValueError | EOFError | BadGzipFile)
             cure = "replace the file" if damaged else "see to the connection or the server"
@@ -174,9 +161,9 @@ def open_dataset(source: Source, encoder: Encoder) -> datasets.Dataset | dataset
     endings = [ending for ending in path.suffixes if ending not in COMPRESSED]
     builder = BUILDERS.get(endings[-1]) if endings and not path.is_dir() else None
     files = {"path": source.path, "name": source.name, "data_files": source.data_files}
-    if builder and (source.name or source.data_files):
-        raise ConfigError(f"data.sources: {source.path} is a file: remove name and data_files, which have no meaning")
     if builder:
+        if source.name or source.data_files:
+            raise ConfigError(f"data.sources: {source.path} is a file: remove name and data_files")
         files = {"path": builder, "data_files": source.path}
     remote = {"storage_options": {"http": SILENCE, "https": SILENCE}}
     options = {"split": source.split, "streaming": source.streaming} | (remote if source.streaming else {})

@@ -1,8 +1,4 @@
-"""Text to token ids, past the traps of huggingface.co/blog/qgallouedec/gotchas-in-tokenizer-behavior.
-
-A document is `[BOS] text EOS`: BOS only where the tokenizer itself would add one, EOS always, because none adds it to
-plain text. Special tokens spelled out in the text stay text, so that EOS stands at true ends only.
-"""
+"""Text to token ids `[BOS] text EOS`: BOS where the tokenizer adds one, EOS always; specials in the text stay text."""
 
 import copy
 import hashlib
@@ -34,7 +30,7 @@ class Encoder(Protocol):
 
 
 class TextEncoder:
-    """The Encoder of plain text: every token is trained."""
+    """The Encoder of plain text, past huggingface.co/blog/qgallouedec/gotchas-in-tokenizer-behavior."""
 
     def __init__(self, tokenizer):
         if tokenizer.eos_token_id is None:
@@ -62,8 +58,8 @@ class TextEncoder:
         values = batch[source.column]
         for number, value in zip(numbers, values, strict=True):
             if not isinstance(value, str | None):
-                found = f"row {number} of {source.column!r} holds {type(value).__name__}"
-                raise ConfigError(f"data.sources {source.path}: {found}, not text")
+                found = f"row {number} of {source.column!r} holds {type(value).__name__}, not text"
+                raise ConfigError(f"data.sources {source.path}: {found}")
         documents = self.encode([value or "" for value in values])
         return [Tokens(ids, "" if len(ids) else "dropped: no text") for ids in documents]
 
