@@ -1,19 +1,18 @@
 """Checkpoints to go on from, and models out to disk.
 
 runs/NAME/checkpoints/step_N/ holds the model under its Hugging Face names and the optimizer's state as `optimizer.*`,
-float32, in one safetensors file a rank: the sharded format of torch's distributed checkpoint, whose reader puts them
-together on any other number of ranks. No pickle. Beside them state.json (step, counters, place in the data, config),
-the model's config and the tokenizer, so `model.name = …/step_N` begins a new run from it. It is written as .step_N
-while training goes on, and renamed once every rank's file is on disk: what is named step_N is whole.
+float32, in one safetensors file a rank, which torch's distributed checkpoint reads on any other number of ranks. Beside
+them state.json (step, counters, place in the data, config), the model's config and the tokenizer. It is written as
+.step_N while training goes on, and renamed once every rank's file is on disk: what is named step_N is whole.
 """
 
-import itertools
 import json
 import mmap
 import os
 import shutil
 import time
 import weakref
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
@@ -35,8 +34,7 @@ from lacuna.parallel import Ranks, local
 
 FORMAT = 2  # of names and state in a checkpoint: counted up when no run can go on from those of before
 PIECE = 2**26  # float32 values, 256 MiB: so much host memory is pinned at once
-# What may change when a run goes on: where things are, how they are reported, on what hardware. All else changes rows
-# or losses.
+# What may change when a run goes on: places, reports, hardware. With another value of any other key it is another run.
 FREE = ("name", "out", "log.", "checkpoint.", "dist.", "eval.every", "eval.rows", "eval.sources", "data.workers")
 FREE += ("data.cache", "train.micro_batch_size", "train.activation_checkpointing", "train.deterministic")
 
@@ -59,37 +57,37 @@ def choose_checkpoint(asked: str | None, own: list[Path]) -> Path | None:
     restarted = any(int(os.environ.get(key, 0)) for key in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
     if asked is None or restarted:  # a run that began at `asked` has its own by now
         return newest
-    if not (Path(asked) / "state.json").exists():
-        raise ConfigError(f"checkpoint.resume {asked} is no checkpoint; here are {own}")
-    if newest and step_of(newest) > step_of(Path(asked)):
-        cure = f"remove those to go back to {asked}, leave checkpoint.resume out, or set another name"
-        raise ConfigError(f"{newest.parent} has later checkpoints, such as {newest.name}: {cure}")
+    if newest and state_of(newest)["step"] > state_of(Path(asked))["step"]:
+        raise ConfigError(
+            f"{newest.parent} has later checkpoints: remove those to go back, or leave checkpoint.resume out"
+        )
     return Path(asked)
 
 
-def step_of(checkpoint: Path) -> int:
-    return json.loads((checkpoint / "state.json").read_text())["step"]
+def state_of(checkpoint: Path) -> dict:
+    if not (checkpoint / "state.json").exists():
+        raise ConfigError(f"{checkpoint} is no checkpoint: give a folder such as runs/NAME/checkpoints/step_N")
+    return json.loads((checkpoint / "state.json").read_text())
 
 
 def in_order(checkpoints: Path) -> list[Path]:
-    return sorted(checkpoints.glob("step_*"), key=step_of)
+    return sorted(checkpoints.glob("step_*"), key=lambda checkpoint: state_of(checkpoint)["step"])
 
 
 def read_state(checkpoint: Path | None, config: Config) -> dict:
     """Step, counters and place in the data. ConfigError where the run that goes on would be another one."""
     if checkpoint is None:
         return {"step": 0, "tokens": 0, "trained_tokens": 0, "data": None}
-    state = json.loads((checkpoint / "state.json").read_text())
+    state = state_of(checkpoint)
     if state.get("format") != FORMAT:
-        cure = f"finish the run with that one, or begin a new one from its weights, --model.name {checkpoint}"
+        cure = f"begin a new run from its weights, --model.name {checkpoint}"
         raise ConfigError(f"{checkpoint} was written by another version of lacuna: {cure}")
-    old = flat(state["config"])
-    new = flat(config.model_dump(mode="json"))
-    changed = [key for key in old.keys() & new.keys() if old[key] != new[key] and not key.startswith(FREE)]
+    old, new = flat(state["config"]), flat(config.model_dump(mode="json"))
+    changed = [key for key in sorted(old.keys() & new.keys()) if old[key] != new[key] and not key.startswith(FREE)]
     if changed and not config.checkpoint.resume_changed:
-        keys = ", ".join(f"{key} (was {old[key]!r})" for key in sorted(changed))
-        cure = "change it back, set another name for another run, or set checkpoint.resume_changed = true"
-        raise ConfigError(f"{checkpoint} cannot go on exactly with another {keys}: {cure}")
+        keys = ", ".join(f"{key} (was {old[key]!r})" for key in changed)
+        cure = "change it back, set another name, or checkpoint.resume_changed = true"
+        raise ConfigError(f"{checkpoint} cannot go on with another {keys}: {cure}")
     return state
 
 
@@ -107,25 +105,26 @@ class HostMemory:
     def __init__(self, sizes: list[int], pinned: bool):
         # While the driver pins, launches of kernels wait for it: .8 s for 20 GB at once, and up to 8 s were seen. In
         # pieces of huge pages none waits longer than 8 ms (H100). A copy may not cross from one piece to the next.
-        spans = [-(-size // mmap.PAGESIZE) * mmap.PAGESIZE for size in sizes]  # no two tensors on one page
-        offsets = [0, *itertools.accumulate(spans)]
-        pages = mmap.mmap(-1, 4 * offsets[-1] + 4, mmap.MAP_PRIVATE)  # shared memory would have small pages only
+        spans = [-(-size // mmap.PAGESIZE) * mmap.PAGESIZE for size in (*sizes, 1)]  # no two tensors on one page
+        pages = mmap.mmap(-1, 4 * sum(spans), mmap.MAP_PRIVATE)  # shared memory would have small pages only
         with suppress(OSError):  # a kernel without huge pages
             pages.madvise(mmap.MADV_HUGEPAGE)
-        memory = torch.frombuffer(pages, dtype=torch.float32)
-        self.places = [memory[at : at + size].zero_() for at, size in zip(offsets, sizes, strict=False)]  # flat
-        cuda = torch.cuda.cudart() if pinned else None
-        for place in self.places if pinned else []:
-            for piece in place.split(PIECE):
-                cuda.cudaHostRegister(piece.data_ptr(), piece.nbytes, 0)
-                # or else, in a process that lives on, copies from what lies there next would read the old memory
-                weakref.finalize(self, cuda.cudaHostUnregister, piece.data_ptr()).atexit = False
-                time.sleep(0.02)  # what has waited goes first
+        spaces = torch.frombuffer(pages, dtype=torch.float32).split(spans)
+        self.places = [space[:size].zero_() for space, size in zip(spaces, sizes, strict=False)]  # flat
+        for piece in pieces(self.places) if pinned else []:
+            torch.cuda.cudart().cudaHostRegister(piece.data_ptr(), piece.nbytes, 0)
+            # or else, in a process that lives on, copies from what lies there next would read the old memory
+            weakref.finalize(self, torch.cuda.cudart().cudaHostUnregister, piece.data_ptr()).atexit = False
+            time.sleep(0.02)  # what has waited goes first
 
     def fill(self, tensors: list[torch.Tensor]):
-        for place, tensor in zip(self.places, tensors, strict=True):
-            for piece, part in zip(place.split(PIECE), tensor.flatten().split(PIECE), strict=True):
-                piece.copy_(part, non_blocking=True)
+        for place, part in zip(pieces(self.places), pieces(tensors), strict=True):
+            place.copy_(part, non_blocking=True)
+
+
+def pieces(tensors: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+    for tensor in tensors:
+        yield from tensor.flatten().split(PIECE)
 
 
 class Checkpoints:
@@ -133,10 +132,12 @@ class Checkpoints:
 
     def __init__(self, config: Config, ranks: Ranks, folder: Path, tensors: dict, model: PreTrainedModel, tokenizer):
         """tensors: what a checkpoint holds, parameters and optimizer state by name, sharded or not."""
-        self.config = config
-        self.ranks = ranks
+        self.config, self.ranks = config, ranks
         self.folder = folder / "checkpoints"
-        self.tensors = {name: tensor for name, tensor in tensors.items() if writes(ranks, tensor)}
+        # of a sharded tensor each rank of the first replica writes its part, of any other rank 0
+        first = ranks.rank == 0 or ranks.mesh.get_coordinate()[0] == 0
+        mine = {name: t for name, t in tensors.items() if ranks.rank == 0 or (first and isinstance(t, DTensor))}
+        self.tensors = {name: tensor for name, tensor in mine.items() if local(tensor).numel() > 0}
         self.small_files = [model.config, model.generation_config, tokenizer]
         self.thread = ThreadPoolExecutor(max_workers=1)
         self.memory = None  # Future of HostMemory
@@ -177,81 +178,64 @@ class Checkpoints:
         if self.written:
             self.written.result()
 
-    def copy(self, shares: list[torch.Tensor]) -> tuple[float, float]:
-        """Copy this rank's shares to the host, beside the computation of the next step; returns begin and end."""
+    def copy(self, shares: list[torch.Tensor]):
+        """Copy this rank's shares to the host, beside the computation of the next step."""
         memory = self.memory.result()
-        begin = time.perf_counter()
         stream = torch.cuda.Stream() if self.ranks.device.type == "cuda" else None
         with torch.cuda.stream(stream):  # does nothing without a stream
             memory.fill(shares)
         if stream:
             stream.synchronize()
-        return begin, time.perf_counter()
 
     def write(self, step: int, state: dict):
-        """Write this rank's file and, once all ranks have, make the checkpoint of them."""
+        """Write this rank's files and, once all ranks have, give the folder its name and remove the oldest ones."""
+        begin = time.perf_counter()
         path = self.folder / f".step_{step}"
         errors = [""] * self.ranks.world
         try:
-            begin, end = self.copied.result()
+            self.copied.result()
             path.mkdir(parents=True, exist_ok=True)
             self.write_safetensors(path / f"rank_{self.ranks.rank:05}.safetensors")
+            if self.ranks.rank == 0:
+                self.write_small_files(path, state)
         except Exception as error:  # of any kind: the other ranks must hear of it
             errors[self.ranks.rank] = str(error) or repr(error)
         if self.group:
             dist.all_gather_object(errors, errors[self.ranks.rank], group=self.group)
-        if self.ranks.rank == 0 and not any(errors):
-            try:
-                self.publish(path, state)
-            except Exception as error:
-                errors[0] = str(error) or repr(error)
         if any(errors):
             last = in_order(self.folder)[-1:]
             what = f"{last[0]} is whole, and the run goes on from it" if last else "there is none before it"
             raise ConfigError(f"no checkpoint of step {step}: {next(filter(None, errors))}. Make room there; {what}")
-        seconds = (end - begin, time.perf_counter() - end)
-        log.info("step %d: checkpoint in %s, copied in %.2f s, written in %.2f s", step, self.folder, *seconds)
+        if self.ranks.rank == 0:
+            path.rename(self.folder / f"step_{step}")
+            for old in in_order(self.folder)[: -self.config.checkpoint.keep]:
+                # gone at once, whatever happens while it is deleted
+                shutil.rmtree(old.rename(old.with_name(f".old_{old.name}")))
+        log.info("step %d: checkpoint in %s, written in %.2f s", step, self.folder, time.perf_counter() - begin)
 
     def write_safetensors(self, file: Path):
         """One file of float32 tensors, with their offsets in the whole ones for HuggingFaceStorageReader."""
         # torch's own writer joins all bytes in memory once more and holds the interpreter's lock, up to 3 s a GB
         # (measured on a CPU), in which training stands still
-        shares = {}
-        offsets = {}
+        shares, offsets = {}, {}
         for (name, tensor), place in zip(self.tensors.items(), self.memory.result().places, strict=True):
             shares[name] = place.view(local(tensor).shape)
             begin = [0] * tensor.ndim
             if isinstance(tensor, DTensor):
-                where = (tensor.shape, tensor.device_mesh, tensor.placements)
-                begin = list(compute_local_shape_and_global_offset(*where)[1])
+                _, begin = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
             offsets[name] = {"saved_offsets": begin}
         save_file(shares, file, {"format": "pt", "DCP_SHARDING_INFO": json.dumps(offsets)})
         sync(file)
 
-    def publish(self, path: Path, state: dict):
-        """Add the small files, and give the folder its name; then remove the oldest checkpoints."""
+    def write_small_files(self, path: Path, state: dict):
         for content in self.small_files:
             content.save_pretrained(path)
         (path / "state.json").write_text(json.dumps(state))
         sync(path / "state.json")  # before the rename, or after a power failure it could be empty
-        done = path.with_name(path.name[1:])
-        if done.exists():  # the same step again, after resume_changed
-            os.rename(done, done.with_name(f".old_{done.name}"))
-        os.rename(path, done)
-        for old in in_order(self.folder)[: -self.config.checkpoint.keep]:
-            os.rename(old, old.with_name(f".old_{old.name}"))  # gone at once, whatever happens while it is deleted
-        for old in self.folder.glob(".old_*"):
-            shutil.rmtree(old)
-
-
-def writes(ranks: Ranks, tensor: torch.Tensor) -> bool:
-    """Whether this rank writes its part: of a sharded tensor the first replica does, of any other rank 0."""
-    replica = ranks.mesh.get_coordinate()[0] if isinstance(tensor, DTensor) else ranks.rank
-    return replica == 0 and local(tensor).numel() > 0
 
 
 def sync(file: Path):
-    """Wait until a file is on the disk, and not only in the system's memory."""
+
     with open(file, "rb") as content:
         os.fsync(content.fileno())
 
@@ -270,8 +254,7 @@ def match_eos(config: Config, model: PreTrainedModel, tokenizer):
 
 def export(checkpoint: Path, out: Path):
     """Make a plain Hugging Face folder of a checkpoint, in the dtype of its config; holds one such copy in memory."""
-    if not (checkpoint / "state.json").exists():
-        raise ConfigError(f"{checkpoint} is no checkpoint: give a folder such as runs/NAME/checkpoints/step_N")
+    state_of(checkpoint)  # or else it is no checkpoint
     stored = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
     dtype = getattr(torch, json.loads((checkpoint / "config.json").read_text())["dtype"])
     names = [name for name in stored if not name.startswith("optimizer.")]
@@ -279,6 +262,4 @@ def export(checkpoint: Path, out: Path):
     read_tensors(weights, checkpoint, no_dist=True)
     out.mkdir(parents=True, exist_ok=True)
     save_torch_state_dict(weights, out)
-    for file in checkpoint.iterdir():
-        if file.suffix != ".safetensors" and file.name != "state.json":
-            shutil.copy(file, out)
+    shutil.copytree(checkpoint, out, ignore=shutil.ignore_patterns("*.safetensors", "state.json"), dirs_exist_ok=True)

@@ -21,14 +21,12 @@ from lacuna.parallel import Ranks
 
 # Dense bf16 peaks, FLOP/s, from the vendors' datasheets; the first name that the device's name contains counts.
 PEAKS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10": 125e12, "4090": 165e12}
-MFU_CONVENTION = (
-    "mfu: 6 FLOP a weight (without input embeddings) and token + 6 x heads x head_dim a layer x the sum of squared "
-    "document lengths, over the dense bf16 peak; what is recomputed, or masked as not causal, does not count"
-)
 
 
 class Work:
-    """FLOP of a training step, counted as MFU_CONVENTION says."""
+    """FLOP of a training step: 6 a weight (without input embeddings) and token, 6 x heads x head_dim a layer x the sum
+    of squared document lengths. What is recomputed, or masked as not causal, does not count.
+    """
 
     def __init__(self, model: PreTrainedModel, device: torch.device):
         config = model.config
@@ -39,9 +37,8 @@ class Work:
         kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
         self.windows = [window if kind == "sliding_attention" else None for kind in kinds]
         embeddings = model.get_input_embeddings().weight
-        tied = embeddings is model.get_output_embeddings().weight
-        weights = sum(p.numel() for p in model.parameters())
-        self.flop_per_token = 6 * (weights if tied else weights - embeddings.numel())
+        untied = embeddings is not model.get_output_embeddings().weight
+        self.flop_per_token = 6 * (model.num_parameters() - untied * embeddings.numel())
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         self.peak = next((peak for key, peak in PEAKS.items() if key in name), None)
 
@@ -65,24 +62,21 @@ class Report:
     """Every rank takes in the outcome of every step; rank 0 reports it."""
 
     def __init__(self, config: Config, ranks: Ranks, folder: Path, steps: int, model: PreTrainedModel, state: dict):
-        self.config = config
-        self.ranks = ranks
+        self.config, self.ranks = config, ranks
         self.steps = steps
         self.parameters = list(trained(model))
         self.work = Work(model, ranks.device)
         self.totals = {key: state[key] for key in ("tokens", "trained_tokens")}  # since the run began
         self.stop_asked = False  # by a signal on any rank
         self.pending = []
-        trackers = config.log.trackers if ranks.rank == 0 else []
-        self.trackers = [open_tracker(name, config, folder) for name in trackers]
+        self.trackers = [open_tracker(name, config, folder) for name in config.log.trackers if ranks.rank == 0]
         self.file = open_metrics(folder, state["step"]) if ranks.rank == 0 else None
         if self.work.peak:
-            log.info(MFU_CONVENTION)
+            log.info("mfu: 6 FLOP a weight (not embeddings) and token + attention in documents, of the dense bf16 peak")
 
     def start_clock(self):
-        """Begin a new interval between two lines: what follows is measured, what was before (an evaluation) is not."""
-        self.since = time.perf_counter()
-        self.interval = Counter()
+        """Begin a new interval between two lines: what was before, such as an evaluation, is not measured."""
+        self.since, self.interval = time.perf_counter(), Counter()
 
     def step(self, facts: dict, sums: dict[str, torch.Tensor], squares: torch.Tensor):
         """Take in a step's figures, on their way to the host, and report it. Raises NonFinite."""
@@ -107,32 +101,25 @@ class Report:
         if not math.isfinite(sums["loss"] + sums["grad_norm"]):
             self.refuse_nonfinite(number, sums, values[len(sums) :])
         if sums["dropped"]:
-            log.warning(
-                "step %d: %d documents dropped: no text, too long, or nothing to train", number, sums["dropped"]
-            )
+            log.warning("step %d: %d documents dropped: no text, too long, or not trained", number, sums["dropped"])
         for key in self.totals:
             self.totals[key] += int(sums[key])
         self.interval.update(steps=1, tokens=sums["tokens"], pairs=sums["pairs"], data=step.facts["data_seconds"])
         if number % self.config.log.every == 0 or number in (1, self.steps):
-            metrics = self.metrics_of(step.facts, sums)
-            self.start_clock()
-            self.write(metrics)
-            log.info(line_of(metrics, self.steps))
+            self.report_interval(step.facts, sums)
 
     def refuse_nonfinite(self, step: int, sums: dict, squares: list[float]):
-        """Raise NonFinite with the first bad gradient and, where the loss is bad, whose it is."""
         bad = [name for name, square in zip(self.parameters, squares, strict=True) if not math.isfinite(square)]
         where = "a gradient"
         if sums["bad_losses"] == 1:
             where = f"the loss on rank {sums['bad_rank']:.0f}"
         elif sums["bad_losses"]:
             where = f"the loss on {sums['bad_losses']:.0f} ranks"
-        figures = f"loss {sums['loss']}, grad norm {sums['grad_norm']}, first bad gradient: {(bad or ['none'])[0]}"
-        cure = "it updated nothing. Lower optim.lr, or look at the data"
-        raise NonFinite(f"step {step}: {where} is not finite ({figures}); {cure}")
+        first = f"first bad gradient: {(bad or ['none'])[0]}"
+        raise NonFinite(f"step {step}: {where} is not finite ({first}). It updated nothing; lower optim.lr")
 
-    def metrics_of(self, facts: dict, sums: dict) -> dict:
-        """One line of metrics.jsonl: loss and norm of this step, speed and fill of the interval that ends with it."""
+    def report_interval(self, facts: dict, sums: dict):
+        """One line: loss and norm of this step, speed and fill of the interval that ends with it."""
         interval = self.interval
         # on a GPU too: the host has just waited for this step, as it did for the one that began the interval
         seconds = time.perf_counter() - self.since
@@ -144,11 +131,15 @@ class Report:
         metrics |= {"tokens_per_second": speed, "tokens_per_second_per_device": speed / world}
         metrics |= {"mfu": self.work.mfu(slots, interval["pairs"], seconds, world)}
         metrics |= {"step_seconds": seconds / interval["steps"], "data_seconds": interval["data"] / interval["steps"]}
-        metrics |= {
-            "peak_memory_gib": peak_memory(self.ranks.device),
-            "batch_checksum": f"{int(sums['checksum']):016x}",
-        }
-        return metrics
+        checksum = f"{int(sums['checksum']):016x}"
+        metrics |= {"peak_memory_gib": peak_memory(self.ranks.device), "batch_checksum": checksum}
+        self.start_clock()
+        self.write(metrics)
+        mfu = f" | mfu {metrics['mfu']:.1%}" if metrics["mfu"] else ""
+        left = timedelta(seconds=round((self.steps - facts["step"]) * metrics["step_seconds"]))
+        learned = f"loss {sums['loss']:.4f} | grad norm {sums['grad_norm']:.2f}"
+        rates = f"{speed:,.0f} tokens/s{mfu} | {metrics['peak_memory_gib']:.1f} GiB"
+        log.info(f"step {facts['step']}/{self.steps} | {learned} | {rates} | {left} left")
 
     def evaluation(self, step: int, result: dict | None):
         """Report an evaluation, or None for one that a signal broke off."""
@@ -171,25 +162,16 @@ class Report:
             finish()
 
 
-def line_of(metrics: dict, steps: int) -> str:
-    """A step's metrics for a terminal."""
-    mfu = f" | mfu {metrics['mfu']:.1%}" if metrics["mfu"] else ""
-    left = timedelta(seconds=round((steps - metrics["step"]) * metrics["step_seconds"]))
-    learned = f"loss {metrics['loss']:.4f} | grad norm {metrics['grad_norm']:.2f}"
-    rates = f"{metrics['tokens_per_second']:,.0f} tokens/s{mfu} | {metrics['peak_memory_gib']:.1f} GiB"
-    return f"step {metrics['step']}/{steps} | {learned} | {rates} | {left} left"
-
-
 def open_metrics(folder: Path, step: int):
     """metrics.jsonl up to a step that a run goes on from, to be added to; it evaluates again there if it is due."""
     file = folder / "metrics.jsonl"
-    kept = []
+    kept = ""
     for line in file.read_text().splitlines(keepends=True) if step and file.exists() else []:
         metrics = json.loads(line) if line.endswith("\n") else {"step": math.inf}  # the last one may be cut off
         if metrics["step"] < step or (metrics["step"] == step and "eval_loss" not in metrics):
-            kept.append(line)
+            kept += line
     new = folder / ".metrics.jsonl"
-    new.write_text("".join(kept))
+    new.write_text(kept)
     new.replace(file)  # at once: a run killed just now loses no line
     return open(file, "a", buffering=1)  # line by line: a killed run keeps its lines
 

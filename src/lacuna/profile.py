@@ -1,9 +1,4 @@
-"""`log.profile`: where the time and the memory of a few steps go, in files that the usual viewers open.
-
-rank_N.json.gz        every operator and kernel, for ui.perfetto.dev or chrome://tracing
-rank_N.memory.pickle  the last allocations on the GPU with their Python stacks, for docs.pytorch.org/memory_viz
-rank_N.txt            the operators and kernels that took longest
-"""
+"""`log.profile`: where three steps' time (ui.perfetto.dev, and a table) and memory (pytorch.org/memory_viz) go."""
 
 from pathlib import Path
 
@@ -12,9 +7,6 @@ from torch.profiler import profile, schedule
 
 from lacuna.config import log
 from lacuna.parallel import Ranks
-
-# By then all is compiled, and the host is as far ahead of the GPU as it gets.
-SCHEDULE = schedule(skip_first=9, wait=0, warmup=1, active=3, repeat=1)
 
 
 def start_profile(ranks: Ranks, folder: Path) -> profile:
@@ -30,10 +22,12 @@ def start_profile(ranks: Ranks, folder: Path) -> profile:
         if on_gpu:
             torch.cuda.memory._dump_snapshot(f"{place}.memory.pickle")
             torch.cuda.memory._record_memory_history(enabled=None)
-        order = f"self_{ranks.device.type}_time_total"
-        place.with_suffix(".txt").write_text(trace.key_averages().table(order, row_limit=50))
+        table = trace.key_averages().table(f"self_{ranks.device.type}_time_total", row_limit=50)
+        place.with_suffix(".txt").write_text(table)
         log.info("profile of three steps in %s", place.parent)
 
-    trace = profile(schedule=SCHEDULE, on_trace_ready=write, acc_events=True)  # without acc_events it warns
+    # by then all is compiled, and the host is as far ahead of the GPU as it gets
+    steps = schedule(skip_first=9, wait=0, warmup=1, active=3, repeat=1)
+    trace = profile(schedule=steps, on_trace_ready=write, acc_events=True)  # without acc_events it warns
     trace.start()
     return trace
