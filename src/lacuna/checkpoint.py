@@ -224,7 +224,7 @@ class Checkpoints:
             if isinstance(tensor, DTensor):
                 _, begin = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
             offsets[name] = {"saved_offsets": begin}
-        save_file(shares, file, {"format": "pt", "DCP_SHARDING_INFO": json.dumps(offsets)})
+        save_file(shares, file, {"DCP_SHARDING_INFO": json.dumps(offsets)})  # two entries would come in any order
         sync(file)
 
     def write_small_files(self, path: Path, state: dict):
@@ -235,7 +235,7 @@ class Checkpoints:
 
 
 def sync(file: Path):
-
+    """Wait until a file is on the disk, and not only in the system's memory."""
     with open(file, "rb") as content:
         os.fsync(content.fileno())
 

@@ -253,4 +253,7 @@ def sentence(problem: dict) -> str:
 
 def to_toml(config: Config) -> str:
     """The config as TOML, enough to repeat the run. What is None is left out."""
-    return tomli_w.dumps(config.model_dump(exclude_none=True))
+    try:
+        return tomli_w.dumps(config.model_dump(exclude_none=True))
+    except TypeError:
+        raise ConfigError("model.overrides holds a null, which TOML has not: leave that field out") from None

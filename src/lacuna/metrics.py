@@ -116,7 +116,9 @@ class Report:
         elif sums["bad_losses"]:
             where = f"the loss on {sums['bad_losses']:.0f} ranks"
         first = f"first bad gradient: {(bad or ['none'])[0]}"
-        raise NonFinite(f"step {step}: {where} is not finite ({first}). It updated nothing; lower optim.lr")
+        raise NonFinite(
+            f"step {step}: {where} is not finite ({first}). It updated nothing; lower optim.lr, or see the data"
+        )
 
     def report_interval(self, facts: dict, sums: dict):
         """One line: loss and norm of this step, speed and fill of the interval that ends with it."""
