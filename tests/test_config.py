@@ -1,10 +1,12 @@
 """The config: what wins over what, that no typo is ignored, and that every contradiction is one clear sentence."""
 
+import json
 import os
 import re
 import resource
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest

@@ -115,10 +115,8 @@ class Report:
             where = f"the loss on rank {sums['bad_rank']:.0f}"
         elif sums["bad_losses"]:
             where = f"the loss on {sums['bad_losses']:.0f} ranks"
-        first = f"first bad gradient: {(bad or ['none'])[0]}"
-        raise NonFinite(
-            f"step {step}: {where} is not finite ({first}). It updated nothing; lower optim.lr, or see the data"
-        )
+        what = f"{where} is not finite (first bad gradient: {(bad or ['none'])[0]}); it updated nothing"
+        raise NonFinite(f"step {step}: {what}. Lower optim.lr, or look at the data")
 
     def report_interval(self, facts: dict, sums: dict):
         """One line: loss and norm of this step, speed and fill of the interval that ends with it."""
