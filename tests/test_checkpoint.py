@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from lacuna import train as train_module
 from lacuna.checkpoint import FREE, Checkpoints, HostMemory, export, find_checkpoint, flat
 from lacuna.config import ConfigError, Preempted, load_config
 from lacuna.metrics import Report
+from lacuna.parallel import Ranks
 from lacuna.train import run
 
 
@@ -328,6 +330,16 @@ def test_a_checkpoint_of_another_format_is_refused_with_what_to_do(options, stop
         (newest / "state.json").write_text(json.dumps({k: v for k, v in state.items() if k != "format"} | other))
         with pytest.raises(ConfigError, match=f"another version of lacuna.*--model.name {newest}"):
             run(load_config(None, options()))
+
+
+def test_the_thread_that_saves_is_on_the_ranks_own_gpu(options, monkeypatch, tmp_path):
+    """CUDA's current device is each thread's: on another one, a copy would be taken for done before it is."""
+    seen = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: seen.append((threading.get_ident(), device)))
+    second = torch.device("cuda", 1)
+    model = AutoModelForCausalLM.from_config(model_config("llama"))
+    checkpoints = Checkpoints(load_config(None, options()), Ranks(0, 1, second, None), tmp_path, {}, model, None)
+    assert [(checkpoints.thread.submit(threading.get_ident).result(), second)] == seen
 
 
 @pytest.mark.parametrize("sizes", [[], [0], [1], [5000, 1, 1024], [70_000, 3]])

@@ -190,8 +190,19 @@ def test_several_gpus_become_torchrun_over_all_of_them(launch, environment, devi
         (4, {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "x"}, 2),
         (4, {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "CUDA_VISIBLE_DEVICES": "0,1,2,3"}, 2),
         (4, {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "4", "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}, 4),
+        (4, {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "3", "SLURM_STEP_TASKS_PER_NODE": "2,1"}, 4),
     ],
-    ids=["no GPU", "one", "one visible", "none visible", "none by -1", "torchrun", "torchrun 2 nodes", "Slurm"],
+    ids=[
+        "no GPU",
+        "one",
+        "one visible",
+        "none visible",
+        "none by -1",
+        "torchrun",
+        "torchrun 2 nodes",
+        "Slurm",
+        "uneven",
+    ],
 )
 def test_one_gpu_or_a_process_started_by_torchrun_or_slurm_stays_itself(
     launch, environment, devices, variables, threads

@@ -28,7 +28,15 @@ def test_a_run_leaves_a_trace_of_three_steps_and_a_table(model_folder, texts, tm
         names = [event.get("name", "") for event in json.load(file)["traceEvents"]]
     assert names.count("aten::_foreach_norm") == 3  # clipping: once a step
     assert "aten::mm" in (place / "rank_0.txt").read_text()
-    assert f"profile of three steps in {place}" in (place.parent / "log.txt").read_text()
+    assert f"profile of a few steps in {place}" in (place.parent / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(("steps", "traced"), [("13", 3), ("5", 3), ("3", 2)])
+def test_a_short_run_is_traced_too_and_one_without_the_key_is_not(steps, traced, model_folder, texts, tmp_path):  # noqa: F811
+    place = profiled(model_folder("llama"), texts, tmp_path, "--train.steps", steps)
+    with gzip.open(place / "rank_0.json.gz") as file:
+        names = [event.get("name", "") for event in json.load(file)["traceEvents"]]
+    assert names.count("aten::_foreach_norm") == traced
     other = run(load_config(None, options(model_folder("llama"), texts, tmp_path, "--train.steps", "2", "--name", "b")))
     assert not (other / "profile").exists()
 

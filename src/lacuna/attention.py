@@ -30,8 +30,8 @@ GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn)
 
 def choose_backend(asked: str | None, device: torch.device, dtype: torch.dtype) -> str:
     """The backend for `model.attention`; ConfigError where this machine cannot run the one asked for."""
-    on_gpu = device.type == "cuda" and dtype == torch.bfloat16
-    capability = torch.cuda.get_device_capability(device) if on_gpu else (0, 0)
+    can_flash = device.type == "cuda" and dtype == torch.bfloat16
+    capability = torch.cuda.get_device_capability(device) if can_flash else (0, 0)
     has_fa4 = importlib.util.find_spec("flash_attn") and importlib.util.find_spec("flash_attn.cute")
     can = {"fa4": capability >= (9, 0) and has_fa4, "varlen": capability >= (8, 0), "sdpa": True}
     possible = [backend for backend in can if can[backend]]
@@ -46,11 +46,11 @@ def boundaries(batch: PackedBatch, backend: str) -> dict:
     # One graph for any number of documents. Padded to a fixed length instead, as empty documents, they cost
     # FlashAttention-4 7 ms of a 350 ms step (Qwen3-1.7B, 520 for 4 x 4,096 tokens, H200).
     torch._dynamo.mark_dynamic(batch.cu_seqlens, 0)
-    mask = document_mask(batch) if backend == "sdpa" else None
-    return {"backend": backend, "cu_seqlens": batch.cu_seqlens, "max_seqlen": batch.max_seqlen, "mask": mask}
+    mask = mask_documents(batch) if backend == "sdpa" else None
+    return {"backend": backend, "cu_seqlens": batch.cu_seqlens, "max_seqlen": batch.max_seqlen, "document_mask": mask}
 
 
-def document_mask(batch: PackedBatch) -> torch.Tensor:
+def mask_documents(batch: PackedBatch) -> torch.Tensor:
     """Which slots of its row a slot sees, bool [B, 1, S, S]: itself, and those before it in its document."""
     slots = torch.arange(len(batch.input_ids), device=batch.input_ids.device).view(-1, batch.max_seqlen)  # [B, S]
     document = torch.searchsorted(batch.cu_seqlens[1:], slots, right=True)  # [B, S]
@@ -58,10 +58,10 @@ def document_mask(batch: PackedBatch) -> torch.Tensor:
     return ((document[:, :, None] == document[:, None, :]) & causal)[:, None]
 
 
-def packed_attention(module, query, key, value, _, *, backend, cu_seqlens, max_seqlen, mask, **options):
+def packed_attention(module, query, key, value, _, *, backend, cu_seqlens, max_seqlen, document_mask, **options):
     """Attention of every document to itself alone; returns [1, T, heads, D] and no weights.
 
-    query is [1, heads, T, D], key and value [1, kv_heads, T, D]. `boundaries` made backend to mask, the model options.
+    query is [1, heads, T, D], key and value [1, kv_heads, T, D]. The model gives the options, `boundaries` the rest.
     """
     if options.get("softcap") is not None or options.get("s_aux") is not None or options.get("dropout"):
         raise ConfigError(f"{type(module).__name__} wants soft-capped scores, sinks or dropout: lacuna has none")
@@ -70,7 +70,7 @@ def packed_attention(module, query, key, value, _, *, backend, cu_seqlens, max_s
     # keys to its left that a query sees; -1: all of its document's
     left = -1 if window is None or window >= max_seqlen else window - 1
     if backend == "sdpa":
-        return sdpa(query, key, value, mask, scale, left), None
+        return sdpa(query, key, value, document_mask, scale, left), None
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
     if backend == "fa4":
         out, _ = fa4(q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens, max_seqlen, scale, left)

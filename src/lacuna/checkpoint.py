@@ -57,6 +57,9 @@ def choose_checkpoint(asked: str | None, own: list[Path]) -> Path | None:
     restarted = any(int(os.environ.get(key, 0)) for key in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
     if asked is None or restarted:  # a run that began at `asked` has its own by now
         return newest
+    if not (Path(asked) / "state.json").exists():
+        here = ", ".join(path.name for path in own)
+        raise ConfigError(f"checkpoint.resume {asked} is no checkpoint; here are: {here or 'none'}")
     if newest and state_of(newest)["step"] > state_of(Path(asked))["step"]:
         raise ConfigError(
             f"{newest.parent} has later checkpoints: remove those to go back, or leave checkpoint.resume out"
@@ -105,7 +108,8 @@ class HostMemory:
     def __init__(self, sizes: list[int], pinned: bool):
         # While the driver pins, launches of kernels wait for it: .8 s for 20 GB at once, and up to 8 s were seen. In
         # pieces of huge pages none waits longer than 8 ms (H100). A copy may not cross from one piece to the next.
-        spans = [-(-size // mmap.PAGESIZE) * mmap.PAGESIZE for size in (*sizes, 1)]  # no two tensors on one page
+        page = mmap.PAGESIZE // 4  # values
+        spans = [-(-size // page) * page for size in (*sizes, 1)]  # no two tensors on one page
         pages = mmap.mmap(-1, 4 * sum(spans), mmap.MAP_PRIVATE)  # shared memory would have small pages only
         with suppress(OSError):  # a kernel without huge pages
             pages.madvise(mmap.MADV_HUGEPAGE)
@@ -139,7 +143,10 @@ class Checkpoints:
         mine = {name: t for name, t in tensors.items() if ranks.rank == 0 or (first and isinstance(t, DTensor))}
         self.tensors = {name: tensor for name, tensor in mine.items() if local(tensor).numel() > 0}
         self.small_files = [model.config, model.generation_config, tokenizer]
-        self.thread = ThreadPoolExecutor(max_workers=1)
+        on_gpu = ranks.device.type == "cuda"
+        # CUDA's current device is each thread's own: else copies from every GPU but the first would not be waited for
+        setup = {"initializer": torch.cuda.set_device, "initargs": (ranks.device,)} if on_gpu else {}
+        self.thread = ThreadPoolExecutor(max_workers=1, **setup)
         self.memory = None  # Future of HostMemory
         # of the last save: the host has this rank's share, so that parameters may change; the checkpoint is whole
         self.copied = self.written = None
@@ -190,7 +197,7 @@ class Checkpoints:
     def write(self, step: int, state: dict):
         """Write this rank's files and, once all ranks have, give the folder its name and remove the oldest ones."""
         begin = time.perf_counter()
-        path = self.folder / f".step_{step}"
+        path, final = self.folder / f".step_{step}", self.folder / f"step_{step}"
         errors = [""] * self.ranks.world
         try:
             self.copied.result()
@@ -202,16 +209,19 @@ class Checkpoints:
             errors[self.ranks.rank] = str(error) or repr(error)
         if self.group:
             dist.all_gather_object(errors, errors[self.ranks.rank], group=self.group)
+        if self.ranks.rank == 0 and not any(errors):
+            try:
+                path.rename(final)
+            except OSError as error:
+                errors[0] = str(error)
         if any(errors):
             last = in_order(self.folder)[-1:]
             what = f"{last[0]} is whole, and the run goes on from it" if last else "there is none before it"
             raise ConfigError(f"no checkpoint of step {step}: {next(filter(None, errors))}. Make room there; {what}")
-        if self.ranks.rank == 0:
-            path.rename(self.folder / f"step_{step}")
-            for old in in_order(self.folder)[: -self.config.checkpoint.keep]:
-                # gone at once, whatever happens while it is deleted
-                shutil.rmtree(old.rename(old.with_name(f".old_{old.name}")))
-        log.info("step %d: checkpoint in %s, written in %.2f s", step, self.folder, time.perf_counter() - begin)
+        for old in in_order(self.folder)[: -self.config.checkpoint.keep] if self.ranks.rank == 0 else []:
+            # gone at once, whatever happens while it is deleted; what stays is removed when the run starts again
+            shutil.rmtree(old.rename(old.with_name(f".old_{old.name}")), ignore_errors=True)
+        log.info("step %d: checkpoint in %s, written in %.2f s", step, final, time.perf_counter() - begin)
 
     def write_safetensors(self, file: Path):
         """One file of float32 tensors, with their offsets in the whole ones for HuggingFaceStorageReader."""

@@ -3,6 +3,7 @@
 import errno
 import gc
 import os
+import re
 import sys
 import traceback
 from glob import glob
@@ -101,10 +102,10 @@ def launch(words: list[str]):
     """Set this process's share of the cores; alone with several GPUs, become torchrun."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = len(glob("/dev/nvidia[0-9]*")) if visible is None else len(visible.replace(",", " ").split())
-    if "RANK" in os.environ:
-        set_threads(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    elif "SLURM_STEP_ID" in os.environ and os.environ["SLURM_NTASKS"] != "1":  # an sbatch script is no step
-        set_threads(int(os.environ["SLURM_STEP_TASKS_PER_NODE"].partition("(")[0]))  # such as 4(x2)
+    tasks = re.match(r"\d+", os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))[0]  # of 4(x2), or 2,1
+    in_slurm = "SLURM_STEP_ID" in os.environ and os.environ["SLURM_NTASKS"] != "1"  # an sbatch script is no step
+    if "RANK" in os.environ or in_slurm:
+        set_threads(int(os.environ.get("LOCAL_WORLD_SIZE", tasks)))
     else:
         set_threads(max(1, gpus))
         if gpus > 1:

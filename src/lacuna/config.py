@@ -150,6 +150,10 @@ class Config(Section):
         for broken, message in contradictions(self):
             if broken:
                 raise ValueError(message)
+        try:
+            tomli_w.dumps(self.model.overrides)
+        except TypeError:
+            raise ValueError("model.overrides holds a null, which TOML has not: leave that field out") from None
         self.optim.lr = self.optim.lr or {"pt": 3e-4, "sft": 2e-5}[self.task]
         return self
 
@@ -253,7 +257,4 @@ def sentence(problem: dict) -> str:
 
 def to_toml(config: Config) -> str:
     """The config as TOML, enough to repeat the run. What is None is left out."""
-    try:
-        return tomli_w.dumps(config.model_dump(exclude_none=True))
-    except TypeError:
-        raise ConfigError("model.overrides holds a null, which TOML has not: leave that field out") from None
+    return tomli_w.dumps(config.model_dump(exclude_none=True))

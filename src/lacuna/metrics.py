@@ -69,10 +69,10 @@ class Report:
         self.totals = {key: state[key] for key in ("tokens", "trained_tokens")}  # since the run began
         self.stop_asked = False  # by a signal on any rank
         self.pending = []
-        self.trackers = [open_tracker(name, config, folder) for name in config.log.trackers if ranks.rank == 0]
         self.file = open_metrics(folder, state["step"]) if ranks.rank == 0 else None
+        self.trackers = [open_tracker(name, config, folder) for name in config.log.trackers if ranks.rank == 0]
         if self.work.peak:
-            log.info("mfu: 6 FLOP a weight (not embeddings) and token + attention in documents, of the dense bf16 peak")
+            log.info("mfu: 6 FLOP a weight and token, + attention inside documents, of the dense bf16 peak")
 
     def start_clock(self):
         """Begin a new interval between two lines: what was before, such as an evaluation, is not measured."""
@@ -121,7 +121,8 @@ class Report:
     def report_interval(self, facts: dict, sums: dict):
         """One line: loss and norm of this step, speed and fill of the interval that ends with it."""
         interval = self.interval
-        # on a GPU too: the host has just waited for this step, as it did for the one that began the interval
+        # On a GPU too: the host has just waited for this step. Where it is the slower one it has not, and is late by up
+        # to two steps, but for a line at an evaluation or a checkpoint.
         seconds = time.perf_counter() - self.since
         slots = interval["steps"] * self.config.train.global_batch_size * self.config.train.seq_len
         speed = interval["tokens"] / seconds

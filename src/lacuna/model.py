@@ -125,9 +125,12 @@ def empty_model(config: ModelConfig, vocabulary: int) -> PreTrainedModel:
         if not hasattr(hf_config, key):
             near = difflib.get_close_matches(key, hf_config.to_dict(), 1)
             raise ConfigError(f"model.overrides.{key} is no field of {config.name}'s config; nearest: {near or 'none'}")
-        setattr(hf_config, key, value)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32, **trust)
+        setattr(hf_config, key, copy.deepcopy(value))
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32, **trust)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"model.name {config.name}, with model.overrides {config.overrides}: {error!r}") from None
     refuse_unfit(model)
     model.set_attn_implementation("lacuna")
     if vocabulary > hf_config.vocab_size:

@@ -9,8 +9,8 @@ from lacuna.config import log
 from lacuna.parallel import Ranks
 
 
-def start_profile(ranks: Ranks, folder: Path) -> profile:
-    """A profiler to be told of every step: 11 to 13 are traced into the run's `profile`, by each rank."""
+def start_profile(ranks: Ranks, folder: Path, steps: int) -> profile:
+    """A profiler to be told of every step: the 11th to 13th, or a shorter run's last, go to the run's `profile`."""
     place = folder / "profile" / f"rank_{ranks.rank}"
     on_gpu = ranks.device.type == "cuda"
     if on_gpu:
@@ -24,10 +24,10 @@ def start_profile(ranks: Ranks, folder: Path) -> profile:
             torch.cuda.memory._record_memory_history(enabled=None)
         table = trace.key_averages().table(f"self_{ranks.device.type}_time_total", row_limit=50)
         place.with_suffix(".txt").write_text(table)
-        log.info("profile of three steps in %s", place.parent)
+        log.info("profile of a few steps in %s", place.parent)
 
     # by then all is compiled, and the host is as far ahead of the GPU as it gets
-    steps = schedule(skip_first=9, wait=0, warmup=1, active=3, repeat=1)
-    trace = profile(schedule=steps, on_trace_ready=write, acc_events=True)  # without acc_events it warns
+    begin = schedule(skip_first=max(0, min(9, steps - 4)), wait=0, warmup=1, active=3, repeat=1)
+    trace = profile(schedule=begin, on_trace_ready=write, acc_events=True)  # without acc_events it warns
     trace.start()
     return trace

@@ -73,7 +73,7 @@ def run(config: Config) -> Path:
     sizes = torch.from_numpy(token_bytes(tokenizer)).to(ranks.device)  # [V]
     if held_out and is_due(state["step"], config.eval.every, steps):
         report.evaluation(state["step"], evaluate(trainee, config, held_out, ranks, sizes, preemption))
-    profile = start_profile(ranks, folder) if config.log.profile else None
+    profile = start_profile(ranks, folder, steps - state["step"]) if config.log.profile else None
     failed = torch.zeros((), device=ranks.device, dtype=torch.bool)  # a loss or gradient was not finite
     report.start_clock()
 
@@ -108,7 +108,7 @@ def run(config: Config) -> Path:
         try:
             report.step(facts, sums | {"grad_norm": norm}, squares)
             if evaluating or saving or report.stop_asked:
-                report.flush()  # what is saved must be known to be finite
+                report.flush()  # what is saved must be finite, and done: another stream copies it
         except NonFinite:
             checkpoints.finish()  # the last good one may be half written
             raise

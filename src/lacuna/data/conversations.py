@@ -50,10 +50,10 @@ class ChatEncoder:
         try:
             self.template = training_template(tokenizer, self.given)
             self.tokenizer.eos_token = self.stop_token()
-        except LookupError as error:  # token ids, and prompts and completions of plain text, need no template
-            self.template, self.problem = None, error
         except jinja2.TemplateError as error:
             raise ConfigError(f"data.chat_template: {error}") from None
+        except LookupError as error:  # token ids, and prompts and completions of plain text, need no template
+            self.template, self.problem = None, error
         self.eos = self.tokenizer.eos_token_id
 
     def stop_token(self) -> str:
@@ -94,9 +94,9 @@ class ChatEncoder:
             messages[1]["content"] = row["completion"].removesuffix(self.tokenizer.eos_token)
         flags = []
         for message in messages:  # templates see neither
-            flag = message.pop("train", True) and message.pop("weight", 1)
+            trained, weight = message.pop("train", True), message.pop("weight", 1)
             if message["role"] == "assistant":
-                flags.append(flag)
+                flags.append(trained and weight)
         ids, mask = self.render(messages, template, row.get("tools"))
         # marked tokens come in runs, one a turn: where each begins and ends, [turns, 2]
         turns = np.flatnonzero(np.diff(mask, prepend=False, append=False)).reshape(-1, 2)

@@ -11,6 +11,7 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from lacuna.config import ConfigError, ModelConfig, Source
+from lacuna.data import batch
 from lacuna.data.batch import Tokens
 
 
@@ -19,14 +20,17 @@ class Encoder(Protocol):
 
     eos: int  # ends documents or turns, and fills what is left of a row
 
-    # Those columns that it reads; ConfigError where it can read none.
-    def columns(self, columns: list[str], source: Source) -> list[str]: ...
-    # The document of each row; ConfigError with the row's number where it has no right shape.
-    def documents(self, batch: dict[str, list], source: Source, numbers: Sequence[int]) -> list[Tokens]: ...
-    # Changes with anything that could change a token or a mask, and so makes the token cache anew.
-    def fingerprint(self) -> str: ...
-    # Make the model's own tokenizer end documents, or turns, as in training.
-    def adapt(self, tokenizer): ...
+    def columns(self, columns: list[str], source: Source) -> list[str]:
+        """Those columns that it reads; ConfigError where it can read none."""
+
+    def documents(self, batch: dict[str, list], source: Source, numbers: Sequence[int]) -> list[Tokens]:
+        """The document of each row; ConfigError with the row's number where it has no right shape."""
+
+    def fingerprint(self) -> str:
+        """Changes with anything that could change a token or a mask, and so makes the token cache anew."""
+
+    def adapt(self, tokenizer):
+        """Make the model's own tokenizer end documents, or turns, as in training."""
 
 
 class TextEncoder:
@@ -71,7 +75,8 @@ class TextEncoder:
 
 
 def digest(*parts) -> str:
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+    hiding = Path(batch.__file__).read_text()  # how a mask is stored
+    return hashlib.sha256(repr((*parts, hiding)).encode()).hexdigest()[:32]
 
 
 def load_tokenizer(model: ModelConfig):
