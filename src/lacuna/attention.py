@@ -1,7 +1,7 @@
 """Causal attention that never leaves a document, over rows of packed documents laid end to end.
 
-transformers calls `packed_attention` in place of its own (`model.config._attn_implementation = "lacuna"`); it builds no
-mask for it. The document boundaries come as keyword arguments of the model's forward: see `boundaries`.
+transformers calls `packed_attention` in place of its own, without a mask. The document boundaries come as keyword
+arguments of the model's forward: see `boundaries`.
 
     varlen  torch.nn.attention.varlen: FlashAttention-2 (cuDNN on Hopper from torch 2.15), bf16 on GPUs from Ampere
     fa4     FlashAttention-4 (extra fa4), bf16 on Hopper and later: 1.5 to 2 times the speed of FlashAttention-2 there

@@ -9,7 +9,7 @@ from lacuna.config import ConfigError
 
 
 def chat(name: str):
-    """One conversation with the model of a run folder, a Hugging Face folder or a Hub id; an empty line ends it."""
+    """One conversation with the model of a run folder or a Hub id; an empty line ends it."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     of_run = Path(name) / "hf"

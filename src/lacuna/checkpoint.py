@@ -103,7 +103,7 @@ def flat(config: dict) -> dict:
 
 
 class HostMemory:
-    """Room on the host for the float32 tensors of a checkpoint, pinned for a GPU, or copies take ten times as long."""
+    """Room on the host for a checkpoint's tensors, pinned for a GPU: else copies take ten times as long."""
 
     def __init__(self, sizes: list[int], pinned: bool):
         # While the driver pins, launches of kernels wait for it: .8 s for 20 GB at once, and up to 8 s were seen. In
@@ -195,7 +195,7 @@ class Checkpoints:
             stream.synchronize()
 
     def write(self, step: int, state: dict):
-        """Write this rank's files and, once all ranks have, give the folder its name and remove the oldest ones."""
+        """Write this rank's files; once all ranks have, give the folder its name and remove the oldest."""
         begin = time.perf_counter()
         path, final = self.folder / f".step_{step}", self.folder / f"step_{step}"
         errors = [""] * self.ranks.world
@@ -263,7 +263,7 @@ def match_eos(config: Config, model: PreTrainedModel, tokenizer):
 
 
 def export(checkpoint: Path, out: Path):
-    """Make a plain Hugging Face folder of a checkpoint, in the dtype of its config; holds one such copy in memory."""
+    """Make a plain Hugging Face folder of a checkpoint, in the dtype of its config."""
     state_of(checkpoint)  # or else it is no checkpoint
     stored = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
     dtype = getattr(torch, json.loads((checkpoint / "config.json").read_text())["dtype"])

@@ -1,4 +1,4 @@
-"""The `lacuna` command and `count_lines`. Imports no torch before it is needed: `--help` answers in under a second."""
+"""The `lacuna` command and `count_lines`. No torch before it is needed: `--help` answers in under a second."""
 
 import errno
 import gc
@@ -70,7 +70,7 @@ def parse(argv: list[str]) -> tuple[str, Config | None, list[str]]:
 
 
 def explain_fault(error: Exception) -> str:
-    """A sentence for a fault of disks or other ranks; of others a traceback is printed, and there is no sentence."""
+    """A sentence for a fault of disks or of other ranks; of any other, the traceback is printed."""
     text = str(error).partition("\n")[0]
     number = getattr(error, "errno", None)
     again = "the same command goes on from the last checkpoint"

@@ -159,7 +159,7 @@ class Config(Section):
 
 
 def contradictions(config: Config) -> list[tuple]:
-    """What keys may say against each other: whether they do, and a sentence. The user reads the first that holds."""
+    """What keys may say against each other: whether they do, and a sentence."""
     data = config.data
     train = config.train
     resume = config.checkpoint.resume

@@ -1,4 +1,4 @@
-"""`lacuna explain`: what would be trained, as rows of coloured text, from the labels that the model would get."""
+"""`lacuna explain`: what would be trained, as rows of coloured text made from the labels."""
 
 import logging
 from itertools import groupby, islice, pairwise

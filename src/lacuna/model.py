@@ -58,7 +58,7 @@ class Trainee(nn.Module):
 
 
 def build_model(config: Config, ranks: Ranks, vocabulary: int, checkpoint: Path | None = None) -> Trainee:
-    """The model of `config.model`, sharded over ranks.mesh, ready to train, with its own weights or a checkpoint's."""
+    """The model of `config.model`, sharded and ready to train, with its own weights or a checkpoint's."""
     trainee = assemble(config, ranks, vocabulary)
     folder = checkpoint
     if folder is None and not config.model.from_scratch:
@@ -140,7 +140,7 @@ def empty_model(config: ModelConfig, vocabulary: int) -> PreTrainedModel:
 
 
 def refuse_unfit(model: PreTrainedModel):
-    """Refuse, by name, architectures that packed documents would leak through or whose head is not a plain matrix."""
+    """Refuse, by name, what packed documents would leak through, and heads that are not a plain matrix."""
     config = model.config
     name = type(model).__name__
     why = sorted(set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"})
@@ -214,7 +214,7 @@ def checkpoint_activations(layers: list[nn.Module], how: str):
 
 @torch.no_grad()
 def initialise(model: PreTrainedModel, seed: int):
-    """Weights as transformers begins with them, the same on any number of ranks: each module has a seed of its name."""
+    """Weights as transformers begins with them, the same on any number of ranks: a seed for each name."""
     done = set()
     for name, module in model.named_modules():
         # tied weights are made once, with the first module that has them
@@ -279,6 +279,6 @@ def load_weights(model: PreTrainedModel, folder: Path):
 
 
 def read_tensors(tensors: dict[str, torch.Tensor], folder: Path, **options):
-    """Fill tensors, sharded or not, from the safetensors files of a folder, whatever number of ranks wrote them."""
+    """Fill tensors, sharded or not, from a folder's safetensors files, however many ranks wrote them."""
     with warnings.catch_warnings(action="ignore"):  # torch warns where one rank is alone
         dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), **options)

@@ -16,7 +16,7 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 class Now(NamedTuple):
-    """What changes from step to step: tensors, so that nothing is compiled again and nothing waits for the device."""
+    """What changes from step to step: tensors, so that nothing is compiled again, and nothing waits."""
 
     lr: torch.Tensor
     step_size: torch.Tensor  # lr over the first moment's bias correction
