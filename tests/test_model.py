@@ -1,5 +1,6 @@
 """The builder: packed equals alone (invariant 1), whatever is applied; weights, ties and buffers are right."""
 
+import json
 import shutil
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ARCHITECTURES, model_config, pack, random_documents
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lacuna.config import ConfigError, load_config
 from lacuna.data.batch import PackedBatch
@@ -187,6 +188,31 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
     model_config("llama").save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="5000 tokens, the model 4096"):
         build(tmp_path, "--model.from_scratch", "true", vocabulary=5000)
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "_attn_implementation_internal"])
+def test_attention_that_a_config_names_is_never_fetched(key, model_folder, monkeypatch):
+    """transformers takes `owner/name` for a kernel of the Hub, and would fetch and run it while the model is built."""
+    folder = model_folder("llama")
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(fields | {key: "stranger/kernel"}))
+    asked = []
+    check = PreTrainedModel._check_and_adjust_attn_implementation
+
+    def spy(self, implementation, *arguments, **options):
+        asked.append(implementation)
+        return check(self, implementation, *arguments, **options)
+
+    monkeypatch.setattr(PreTrainedModel, "_check_and_adjust_attn_implementation", spy)
+    assert build(folder).model.config._attn_implementation == "lacuna"
+    assert "stranger/kernel" not in asked and "lacuna" in asked
+
+
+def test_a_model_whose_attention_cannot_be_replaced_is_a_sentence(tmp_path):
+    config = AutoConfig.for_model("falcon", num_hidden_layers=2, hidden_size=64, num_attention_heads=4)
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="cannot be built with lacuna's attention"):
+        build(tmp_path, "--model.from_scratch", "true")
 
 
 UNFIT = {

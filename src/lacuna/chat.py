@@ -14,7 +14,8 @@ def chat(name: str):
     logging.disable_progress_bar()
     of_run = Path(name) / "hf"
     try:
-        model = pipeline("text-generation", str(of_run) if of_run.is_dir() else name)
+        # without False transformers would ask, and a yes on the terminal would run the model's code
+        model = pipeline("text-generation", str(of_run if of_run.is_dir() else name), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(f"lacuna chat {name}: no model there: {error}") from None
     if not model.tokenizer.chat_template:

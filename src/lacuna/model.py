@@ -126,13 +126,15 @@ def empty_model(config: ModelConfig, vocabulary: int) -> PreTrainedModel:
             near = difflib.get_close_matches(key, hf_config.to_dict(), 1)
             raise ConfigError(f"model.overrides.{key} is no field of {config.name}'s config; nearest: {near or 'none'}")
         setattr(hf_config, key, copy.deepcopy(value))
+    # before the model is built: transformers would fetch and run a kernel that a config names as its attention
+    hf_config._attn_implementation = "lacuna"
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32, **trust)
     except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"model.name {config.name}, with model.overrides {config.overrides}: {error!r}") from None
+        why = f"with lacuna's attention and model.overrides {config.overrides}: {error!r}"
+        raise ConfigError(f"model.name {config.name} cannot be built {why}") from None
     refuse_unfit(model)
-    model.set_attn_implementation("lacuna")
     if vocabulary > hf_config.vocab_size:
         sizes = f"the tokenizer has {vocabulary} tokens, the model {hf_config.vocab_size}"
         raise ConfigError(f"{sizes}: set model.tokenizer, or train from_scratch with model.overrides.vocab_size")
