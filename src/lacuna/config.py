@@ -5,6 +5,7 @@ import logging
 import re
 import tomllib
 from argparse import ArgumentParser
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,6 +26,19 @@ class NonFinite(Exception):
 
 class Preempted(Exception):
     """A signal ended the run, after a checkpoint: started again, it goes on from there."""
+
+
+@contextmanager
+def blame(where: str):
+    """Whatever goes wrong inside becomes one sentence that begins with `where`: a ConfigError."""
+    try:
+        yield
+    except (ConfigError, NonFinite, Preempted, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # tokenizers, written in Rust, panics with one
+        log.debug("%s", where, exc_info=True)
+        text = " ".join(str(error.__cause__ or error).split())[:300]
+        raise ConfigError(f"{where}: {type(error).__name__}: {text}") from error
 
 
 def key(default, meaning: str, **limits):
