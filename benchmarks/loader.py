@@ -12,7 +12,7 @@ turns, `--rounds` times; the fastest round of each counts. tokens = tokens of do
 
     encode_batch_fast          the backend of the tokenizer, without offsets and masks: what lacuna calls
     tokenizer(texts)           the plain call
-    loader, workers 0 or 1     Loader.step() in a loop: in this process (a thread), or in one worker process
+    loader                     Loader.step() in a loop, as a run does
 """
 
 import argparse
@@ -20,7 +20,6 @@ import json
 import os
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 
 from lacuna.cli import set_threads
@@ -96,13 +95,13 @@ def main():
     def plain() -> float:
         return time_tokens(tokenizer_alone(lambda batch: tokenizer(batch)["input_ids"], texts), tokens // 4, tokens)
 
-    def load(workers: int) -> float:
+    def load() -> float:
         size = arguments.micro_batch_size
         sizes = {"micro_batch_size": size, "global_batch_size": size}
         source = {"path": str(folder / "*.parquet"), "streaming": True}
         config = Config.model_validate(
             {
-                "data": {"workers": workers, "cache": str(folder / "cache"), "sources": [source]},
+                "data": {"cache": str(folder / "cache"), "sources": [source]},
                 "train": {"steps": 10**9, "seq_len": arguments.seq_len, **sizes},
             }
         )
@@ -112,8 +111,7 @@ def main():
         loader.close()
         return speed
 
-    ways = {"encode_batch_fast": fast, "tokenizer(texts)": plain}
-    ways |= {f"loader, workers {workers}": partial(load, workers) for workers in (0, 1)}
+    ways = {"encode_batch_fast": fast, "tokenizer(texts)": plain, "loader": load}
     speeds = {name: 0.0 for name in ways}
     for _ in range(arguments.rounds):
         for name, way in ways.items():

@@ -2,7 +2,7 @@
 
 `python -m lacuna` takes ten seconds to import torch and transformers on two cores. So a process here is forked from one
 that has imported them (multiprocessing's forkserver) and then does what `python -m lacuna WORDS` does: the same
-command, signals, exit status and loader workers, a second after its start. Ranks get the variables that torchrun sets.
+command, signals and exit status, a second after its start. Ranks get the variables that torchrun sets.
 A fault is a function of this file that runs in the new process before the command does.
 """
 
@@ -67,7 +67,7 @@ class Run:
         return "\n".join(file.read_text() for file in self.outputs if file.exists())
 
     def send(self, number: int, rank: int | None = None):
-        """A signal to the whole process group of one rank or of each, loader workers included."""
+        """A signal to the whole process group of one rank or of each."""
         for process in self.processes if rank is None else [self.processes[rank]]:
             if process.exitcode is None:
                 with contextlib.suppress(ProcessLookupError):

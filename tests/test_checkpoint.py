@@ -280,7 +280,7 @@ def test_what_may_change_does_not_refuse_and_changes_no_row(options, stop_after,
     folder = stop_after(3, options())
     held_out = json.dumps([{"path": str(tmp_path / "text.jsonl")}])
     changed = {
-        "checkpoint.every": 3, "checkpoint.keep": 5, "data.cache": tmp_path / "other", "data.workers": 0,
+        "checkpoint.every": 3, "checkpoint.keep": 5, "data.cache": tmp_path / "other",
         "train.micro_batch_size": 4, "train.activation_checkpointing": "full",
         "train.deterministic": "true", "eval.sources": held_out, "eval.every": 2,
         "eval.rows": 4, "log.show": 3, "dist.timeout": 300,

@@ -399,7 +399,6 @@ mask_boundary = false
 num_streams = 8
 context_len = 16
 context_warmup_steps = 2
-workers = 0
 
 [[data.sources]]
 path = "a.jsonl"

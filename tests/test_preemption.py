@@ -108,39 +108,6 @@ def test_a_signal_during_a_save_waits_for_it_and_a_second_one_ends_at_once_with_
     assert_same_run(run, straight("map"))
 
 
-def test_loader_workers_outlive_a_signal_to_the_whole_process_group_and_end_with_the_run(place):  # noqa: F811
-    run = place / "runs" / "group"
-    command = words(place, "stream", "group", "--data.workers", "2", "--train.steps", "100000")
-    with Run(place, *command) as process:
-        process.until(lambda: last_step(run) >= 3, timeout=120)
-        group = members(process.processes[0].pid)
-        assert len(group) >= 3, "no workers"
-        process.send(signal.SIGTERM)
-        begin = time.monotonic()
-        assert process.wait() == 75, process.output
-        assert time.monotonic() - begin < 10
-        assert "Error" not in process.output and "Traceback" not in process.output
-        assert checkpoints(run)[-1] == last_step(run)
-        end = time.monotonic() + 15
-        while members(process.processes[0].pid) and time.monotonic() < end:
-            time.sleep(0.1)
-        assert not members(process.processes[0].pid), "workers are left over"
-
-
-def members(group: int) -> list[int]:
-    """Processes of a process group that are alive, this one's resource trackers left out."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _, its_group = stat.read_text().rpartition(")")[2].split()[:3]
-            if int(its_group) == group and state != "Z":
-                words = (stat.parent / "cmdline").read_bytes()
-                found += [] if b"resource_tracker" in words else [int(stat.parent.name)]
-        except (OSError, ValueError):
-            pass
-    return found
-
-
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_signal_to_one_of_two_ranks_ends_both_with_75_after_one_checkpoint(rank, place):  # noqa: F811
     name = f"one_of_two_{rank}"

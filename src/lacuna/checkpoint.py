@@ -35,8 +35,8 @@ from lacuna.parallel import Ranks, local
 FORMAT = 2  # of names and state in a checkpoint: counted up when no run can go on from those of before
 PIECE = 2**26  # float32 values, 256 MiB: so much host memory is pinned at once
 # What may change when a run goes on: places, reports, hardware. With another value of any other key it is another run.
-FREE = ("name", "out", "log.", "checkpoint.", "dist.", "eval.every", "eval.rows", "eval.sources", "data.workers")
-FREE += ("data.cache", "train.micro_batch_size", "train.activation_checkpointing", "train.deterministic")
+FREE = ("name", "out", "log.", "checkpoint.", "dist.", "eval.every", "eval.rows", "eval.sources", "data.cache")
+FREE += ("train.micro_batch_size", "train.activation_checkpointing", "train.deterministic")
 
 
 def find_checkpoint(config: Config, folder: Path, rank: int) -> Path | None:

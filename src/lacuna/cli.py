@@ -92,7 +92,7 @@ def leave(status: int, sentence: str = ""):
         print(f"{name}: {sentence}", file=sys.stderr)
     sys.stdout.flush()
     # One of several ranks skips the interpreter's end: gloo's threads outlive it, and 1 run in 20 aborted. So does a
-    # run that stops early: the end would wait 10 s for loader workers, which ignore SIGTERM.
+    # run that stops early: the loader's thread may stand still in a read.
     if status or rank:
         os._exit(status)
     sys.exit(0)

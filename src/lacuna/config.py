@@ -89,7 +89,6 @@ class DataConfig(Section):
     num_streams: int | None = key(None, "virtual streams; default: one a shard, at most 64", ge=1)
     context_len: int | None = key(None, "longest piece of a document, tokens; default: seq_len", ge=1)
     context_warmup_steps: int = key(0, "steps in which context_len grows to seq_len", ge=0)
-    workers: int | None = key(None, "loader processes a rank; default: 1 if data streams, else 0", ge=0)
     cache: str = key("~/.cache/lacuna", "folder of the token cache")
 
 

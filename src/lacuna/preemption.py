@@ -33,9 +33,3 @@ class Preemption:
                 if not self.can_save or time.monotonic() > first + REPEAT_SECONDS:
                     os._exit(REQUEUE)
                 self.asked = True
-
-
-def ignore_signals(worker: int = 0):
-    """In a loader's process: Slurm signals all processes of a job, but only the rank decides when its workers end."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)

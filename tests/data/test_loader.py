@@ -54,9 +54,8 @@ def take(loader, steps: int) -> list[PackedBatch]:
     return [batch for _ in range(steps) for batch in loader.step()]
 
 
-def read(config, encoder, steps: int, ranks: int = 1, state=None, workers: int = 0, **limits):
+def read(config, encoder, steps: int, ranks: int = 1, state=None, **limits):
     """The micro-batches [rank][i] of this many steps, and the state of all ranks after them, as a checkpoint has it."""
-    config = config.model_copy(update={"data": config.data.model_copy(update={"workers": workers})})
     loaders = [open_loader(config, encoder, rank, ranks, state=state, **limits) for rank in range(ranks)]
     batches = [take(loader, steps) for loader in loaders]
     after = merge_states([round_trip(loader.state) for loader in loaders])
@@ -246,7 +245,6 @@ def test_every_token_of_a_stream_is_a_target_exactly_once_an_epoch(tmp_path, enc
 
 def read_one_epoch(config, encoder, ranks) -> list:
     """What evaluation reads of a stream, up to where all streams have ended."""
-    config.data.workers = 0
     loaders = [open_loader(config, encoder, rank, ranks, epochs=1) for rank in range(ranks)]
     batches = [take(loader, sum(LONG.targets.values()) // SEQ_LEN + 10) for loader in loaders]
     for loader in loaders:
@@ -361,17 +359,15 @@ def test_context_len_grows_to_seq_len_over_the_warmup_steps(tmp_path, encoder, r
 
 # One order, whatever the hardware
 
-LAYOUTS = [(2, 0), (4, 0), (1, 1), (2, 2)]  # ranks, workers
-
 
 @kinds
-def test_rows_and_checksums_are_the_same_for_all_ranks_and_workers(tmp_path, encoder, kind, quick_workers):
+def test_rows_and_checksums_are_the_same_on_all_numbers_of_ranks(tmp_path, encoder, kind):
     config = make_config(tmp_path, *LONG.sources(tmp_path, kind))
     reference = read(config, encoder, 8)[0]
-    for ranks, workers in LAYOUTS:
-        batches, state = read(config, encoder, 8, ranks, workers=workers)
-        assert rows_in_order(batches) == rows_in_order(reference), f"{ranks} ranks, {workers} workers"
-        assert checksums(batches, config) == checksums(reference, config), f"{ranks} ranks, {workers} workers"
+    for ranks in (2, 4):
+        batches, state = read(config, encoder, 8, ranks)
+        assert rows_in_order(batches) == rows_in_order(reference), f"{ranks} ranks"
+        assert checksums(batches, config) == checksums(reference, config), f"{ranks} ranks"
         assert state["rows"] == 8 * ROWS
         for name in ("trained_tokens", "tokens", "pairs", "dropped"):
             totals = [sum(batch.counts[name] for of_rank in b for batch in of_rank) for b in (batches, reference)]
@@ -384,20 +380,6 @@ def test_two_runs_give_the_same_rows_and_another_seed_others(tmp_path, encoder, 
     other = config.model_copy(update={"seed": 1})
     first, second, third = (rows_in_order(read(c, encoder, 4)[0]) for c in (config, config, other))
     assert first == second != third
-
-
-def test_a_spawned_worker_gives_the_same_rows_where_special_tokens_are_spelled_out(tmp_path, tokenizer):
-    """Streams have a worker by default, and it is spawned: tokenizer and data reach it pickled."""
-    texts = [f"Document {i} <|endoftext|> goes on <|im_end|>" for i in range(40)]
-    write(tmp_path / "a.jsonl", texts)
-    config = make_config(tmp_path, make_source(tmp_path / "a.jsonl", streaming=True))
-    reference = rows_in_order(read(config, TextEncoder(tokenizer), 2)[0])
-    loader = open_loader(config, TextEncoder(tokenizer))
-    assert config.data.workers is None
-    assert loader.rows._num_workers == 1
-    batches = [take(loader, 2)]
-    loader.close()
-    assert rows_in_order(batches) == reference
 
 
 def test_the_checksum_tells_of_every_token_label_and_place(tmp_path, encoder):
@@ -436,7 +418,7 @@ def test_the_checksum_changes_when_two_rows_of_a_step_are_exchanged(tmp_path, en
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """So that shards of few documents are read in several chunks. (Not seen by workers.)"""
+    """So that shards of few documents are read in several chunks."""
     monkeypatch.setattr(sources_module, "READ_CHUNK", 5)
 
 
@@ -470,19 +452,8 @@ def test_a_run_resumes_from_a_resumed_run(tmp_path, encoder, kind, parts, small_
         assert rows == reference[: len(rows)], f"part {i + 1} of {parts}"
 
 
-@kinds
-def test_a_run_resumes_exactly_with_other_workers(tmp_path, encoder, kind, quick_workers):
-    config = make_config(tmp_path, *LONG.sources(tmp_path, kind))
-    whole = read(config, encoder, 20)[0]
-    one, state = read(config, encoder, 7, 1, workers=2)
-    two, state = read(config, encoder, 6, 2, state, workers=1)
-    three, _ = read(config, encoder, 7, 1, state, workers=0)
-    sums = [total for part in (one, two, three) for total in checksums(part, config)]
-    assert sums == checksums(whole, config)
-
-
 def test_what_is_prefetched_does_not_count_as_consumed(tmp_path, encoder):
-    config = make_config(tmp_path, *LONG.sources(tmp_path, "stream"), workers=0, global_batch_size=2)
+    config = make_config(tmp_path, *LONG.sources(tmp_path, "stream"), global_batch_size=2)
     loader = open_loader(config, encoder)
     [first] = loader.step()
     loader.thread.submit(lambda: None).result(timeout=30)  # all that was to be prefetched now is
@@ -498,8 +469,8 @@ def test_what_is_prefetched_does_not_count_as_consumed(tmp_path, encoder):
 
 
 def test_a_step_is_the_micro_batches_of_a_global_batch(tmp_path, encoder):
-    config = make_config(tmp_path, *LONG.sources(tmp_path, "map"), workers=0)
-    small = make_config(tmp_path, *LONG.sources(tmp_path, "map"), workers=0, global_batch_size=2)
+    config = make_config(tmp_path, *LONG.sources(tmp_path, "map"))
+    small = make_config(tmp_path, *LONG.sources(tmp_path, "map"), global_batch_size=2)
     loader = open_loader(config, encoder)
     steps = [loader.step(), loader.step()]
     loader.close()
@@ -510,13 +481,12 @@ def test_a_step_is_the_micro_batches_of_a_global_batch(tmp_path, encoder):
 
 
 @pytest.mark.parametrize("kind", ["map", "stream"])
-def test_evaluation_has_one_micro_batch_a_step_whole_context_and_no_workers(tmp_path, encoder, kind):
+def test_evaluation_has_one_micro_batch_a_step_and_whole_context(tmp_path, encoder, kind):
     whole = make_config(tmp_path, *LONG.sources(tmp_path, kind))
-    config = make_config(tmp_path, *LONG.sources(tmp_path, kind), workers=2, context_len=12)
+    config = make_config(tmp_path, *LONG.sources(tmp_path, kind), context_len=12)
     dataset = RowDataset(config, config.data.sources, encoder, rank=0, ranks=1)
     for _ in range(2):  # each from the beginning
         loader = Loader(config, dataset, CPU, training=False)
-        assert loader.rows._num_workers == 0
         batches = [batch for _ in range(8) for [batch] in [loader.step()]]
         loader.close()
         for ours, expected in zip(batches, read(whole, encoder, 2)[0][0], strict=True):
@@ -589,7 +559,6 @@ def without_text_in_between(folder, shards: int) -> dict:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_documents_without_text_are_counted_once_each(tmp_path, encoder, ranks):
     config = make_config(tmp_path, without_text_in_between(tmp_path / "s", 2))
-    config.data.workers = 0
     loaders = [open_loader(config, encoder, rank, ranks, epochs=1) for rank in range(ranks)]
     dropped = sum(batch.counts["dropped"] for loader in loaders for batch in take(loader, 30))
     for loader in loaders:
@@ -608,33 +577,26 @@ def test_documents_without_text_at_the_beginning_are_counted(tmp_path, encoder, 
 
 
 @pytest.mark.parametrize(
-    ("streams", "ranks", "workers", "numbers"),
+    ("streams", "ranks", "numbers"),
     [
-        (None, 1, 0, None),
-        (None, 2, 0, None),
-        (None, 4, 1, None),
-        (None, 2, 2, None),
-        (1, 1, 0, None),
-        (3, 2, 0, ["3 virtual streams", "2 readers", "2 times", "multiple of 2"]),
-        (3, 1, 2, ["3 virtual streams", "2 readers", "2 times", "multiple of 2"]),
-        (None, 8, 0, ["4 virtual streams", "8 readers", "2 times", "multiple of 8"]),
-        (1, 4, 0, ["1 virtual stream", "4 readers", "4 times", "multiple of 4"]),
+        (None, 1, None),
+        (None, 2, None),
+        (None, 4, None),
+        (1, 1, None),
+        (3, 2, ["3 virtual streams", "2 ranks", "2 times", "multiple of 2"]),
+        (None, 8, ["4 virtual streams", "8 ranks", "2 times", "multiple of 8"]),
+        (1, 4, ["1 virtual stream", "4 ranks", "4 times", "multiple of 4"]),
     ],
 )
-def test_streams_that_do_not_divide_over_the_readers_are_told_once_with_what_would(
-    tmp_path, encoder, monkeypatch, streams, ranks, workers, numbers
+def test_streams_that_do_not_divide_over_the_ranks_are_told_once_with_what_would(
+    tmp_path, encoder, streams, ranks, numbers
 ):
-    def no_workers(dataset, num_workers, prefetch_factor=None, multiprocessing_context=None, **kwargs):
-        return torch.utils.data.DataLoader(dataset, **kwargs)
-
-    monkeypatch.setattr(loader_module, "DataLoader", no_workers)  # they need not run to be counted
-
     source = LONG.sources(tmp_path, "stream")
-    config = make_config(tmp_path, *source, num_streams=streams, workers=workers, global_batch_size=16)
+    config = make_config(tmp_path, *source, num_streams=streams, global_batch_size=16)
     with lacuna_log() as messages:
         for rank in range(ranks):
             open_loader(config, encoder, rank, ranks).close()
-    told = [message for message in messages if "readers" in message]
+    told = [message for message in messages if "would be fast" in message]
     assert len(told) == (0 if numbers is None else 1), told
     assert not [number for number in numbers or [] if number not in told[0]], told
 
@@ -643,11 +605,11 @@ def test_streams_that_do_not_divide_over_the_readers_are_told_once_with_what_wou
 def test_the_numbers_of_streams_that_it_says_would_be_fast_can_be_used_and_are(tmp_path, encoder, shards, ranks):
     source = make_source(write_shards(tmp_path / "s", LONG.documents, shards), streaming=True)
     with lacuna_log() as messages:
-        open_loader(make_config(tmp_path, source, workers=0), encoder, 0, ranks).close()
+        open_loader(make_config(tmp_path, source), encoder, 0, ranks).close()
     told = next(message for message in messages if "would be fast" in message)
     (of,) = re.findall(r"multiple of (\d+) would be fast", told)
     for number in range(int(of), shards + 1, int(of)):
-        config = make_config(tmp_path, source, workers=0, num_streams=number)
+        config = make_config(tmp_path, source, num_streams=number)
         with lacuna_log() as messages:
             loader = open_loader(config, encoder, 0, ranks)
             loader.step()
@@ -656,7 +618,7 @@ def test_the_numbers_of_streams_that_it_says_would_be_fast_can_be_used_and_are(t
 
 
 def test_nothing_is_told_of_map_style_data(tmp_path, encoder):
-    config = make_config(tmp_path, *LONG.sources(tmp_path, "map"), workers=0)
+    config = make_config(tmp_path, *LONG.sources(tmp_path, "map"))
     with lacuna_log() as messages:
         open_loader(config, encoder, 0, 3).close()
     assert messages == []
@@ -718,12 +680,8 @@ class Panic(BaseException):
 
 
 @pytest.mark.parametrize("error", [ValueError, ConfigError, Panic])
-@pytest.mark.parametrize("workers", [0, 1])
-def test_what_goes_wrong_in_the_background_reaches_step(tmp_path, quick_workers, workers, error):
-    if workers and error is Panic:
-        pytest.skip("a worker that dies is DataLoader's to report")
+def test_what_goes_wrong_in_the_background_reaches_step(tmp_path, error):
     config = failing_config(tmp_path)
-    config.data.workers = workers
     encoder = Failing(number_tokenizer())
     encoder.error = error
     loader = open_loader(config, encoder)
@@ -734,10 +692,10 @@ def test_what_goes_wrong_in_the_background_reaches_step(tmp_path, quick_workers,
     loader.close()
 
 
-def test_bad_data_met_in_a_worker_is_one_sentence(tmp_path, encoder, quick_workers):
+def test_bad_data_met_in_the_background_is_one_sentence(tmp_path, encoder):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": i}) + "\n" for i in range(5)))
-    config = make_config(tmp_path, make_source(path, streaming=True), workers=1)
+    config = make_config(tmp_path, make_source(path, streaming=True))
     loader = open_loader(config, encoder)
     raised = step_until_error(loader)
     loader.close()
@@ -747,7 +705,7 @@ def test_bad_data_met_in_a_worker_is_one_sentence(tmp_path, encoder, quick_worke
 
 
 def test_a_closed_loader_leaves_no_thread_behind(tmp_path, encoder):
-    config = make_config(tmp_path, *LONG.sources(tmp_path, "stream"), workers=0)
+    config = make_config(tmp_path, *LONG.sources(tmp_path, "stream"))
     before = set(threading.enumerate())
     for _ in range(3):
         loader = open_loader(config, encoder)

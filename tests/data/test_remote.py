@@ -141,7 +141,6 @@ def s3(shards, monkeypatch):
 
 
 def open_loader(config, encoder, rank=0, ranks=1, **limits) -> Loader:
-    config.data.workers = 0
     dataset = RowDataset(config, config.data.sources, encoder, rank=rank, ranks=ranks, **limits)
     return Loader(config, dataset, torch.device("cpu"))
 
@@ -222,7 +221,7 @@ def test_http_shards_are_read_map_style_too(tmp_path, encoder, server):
 
 
 def test_a_run_over_http_resumes_exactly(tmp_path, encoder, server):
-    config = make_config(tmp_path, make_source(f"{server.url}/shard-*.parquet", streaming=True), workers=0)
+    config = make_config(tmp_path, make_source(f"{server.url}/shard-*.parquet", streaming=True))
     whole = read(config, encoder, 1, 6)
     loader = open_loader(config, encoder)
     for _ in range(3):

@@ -140,7 +140,6 @@ class StreamSource:
         if cursor.chunk is not None:
             dataset.load_state_dict(cursor.chunk)
         try:
-            # by batches: a plain iterator deals shards to loader workers once more, behind our back
             for rows in dataset.iter(READ_CHUNK):
                 numbers = range(cursor.row, cursor.row + len(next(iter(rows.values()))))
                 yield cursor, numbers, rows

@@ -16,7 +16,7 @@ from lacuna.data.batch import Tokens
 
 
 class Encoder(Protocol):
-    """What makes documents of rows. Picklable, so that loader workers can have their own."""
+    """What makes documents of rows, of training and evaluation at the same time."""
 
     eos: int  # ends documents or turns, and fills what is left of a row
 
