@@ -80,9 +80,9 @@ def test_the_fingerprint_changes_with_a_special_token_that_the_template_writes(t
 class Counting(ChatEncoder):
     rows = 0
 
-    def documents(self, batch, source, numbers):
+    def documents(self, rows, source, numbers):
         self.rows += len(numbers)
-        return super().documents(batch, source, numbers)
+        return super().documents(rows, source, numbers)
 
 
 def write(path: Path, rows: list[dict]) -> Path:

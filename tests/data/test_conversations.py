@@ -20,6 +20,7 @@ from tokenizers.processors import ByteLevel
 import lacuna
 from lacuna.config import ConfigError, Source, load_config
 from lacuna.data.conversations import ChatEncoder
+from lacuna.data.sources import as_rows
 
 from .corpora import lacuna_log
 from .test_tokenize import SPECIAL, TEMPLATES, byte_level, sentencepiece
@@ -60,8 +61,7 @@ def make(tokenizer, *words) -> ChatEncoder:
 
 def documents(encoder, *rows: dict) -> list[tuple[list[int], list[bool], str]]:
     """Ids, mask and note of rows that have the numbers 41, 42, …"""
-    batch = {name: [row.get(name) for row in rows] for name in rows[0]}
-    found = encoder.documents(batch, Source(path="some.jsonl"), range(41, 41 + len(rows)))
+    found = encoder.documents(copy.deepcopy(list(rows)), Source(path="some.jsonl"), range(41, 41 + len(rows)))
     assert all(ids.dtype == np.int32 and ("dropped" in note) == (len(ids) == 0) for ids, note in found), found
     return [(*taken_apart(ids), note) for ids, note in found]
 
@@ -474,7 +474,7 @@ def test_nulls_that_arrow_fills_in_do_not_get_into_the_text(qwen):
     filled = datasets.Dataset.from_list([{"messages": m, "tools": t} for m, t in zip(chats, tools, strict=True)])[:]
     assert filled["messages"][0][1]["tool_calls"][0]["function"]["arguments"]["days"] is None, "Arrow fills no more"
     assert filled["tools"][0][0]["d"] is None
-    rows = [{"messages": m, "tools": t} for m, t in zip(filled["messages"], filled["tools"], strict=True)]
+    rows = as_rows(filled)
     for chat, tool, got in zip(chats, tools, documents(make(qwen), *rows), strict=True):
         text = qwen.apply_chat_template(chat, tools=tool or None, tokenize=False)
         assert not re.search("null|None", text)

@@ -68,18 +68,19 @@ class ChatEncoder:
         log.info("%s is read as %s", source.path, row_format)
         return [name for name in columns if name in FORMATS[row_format] + OPTIONAL]
 
-    def documents(self, batch, source, numbers):
-        row_format = recognise(list(batch), source)
+    def documents(self, rows, source, numbers):
+        columns = list({name: None for row in rows for name in row})
+        row_format = recognise(columns, source)
         documents = []
-        for number, *values in zip(numbers, *batch.values(), strict=True):
-            row = without_nulls(dict(zip(batch, values, strict=True)))
+        for number, row in zip(numbers, rows, strict=True):
+            given = {name: value for name, value in row.items() if value is not None}
             try:
-                documents.append(self.document(row, row_format))
+                documents.append(self.document(given, row_format))
             except ConfigError:
                 raise
             except Exception as error:  # whatever the shape of a row, or a template, brings about
                 kind = "missing or null" if isinstance(error, KeyError) else type(error).__name__
-                problem = f"row {number} with {', '.join(batch)}, does not fit {row_format}: {kind}: {error}"
+                problem = f"row {number} with {', '.join(columns)}, does not fit {row_format}: {kind}: {error}"
                 raise ConfigError(f"{source.path}, {problem}. Formats: {', '.join(FORMATS)}") from None
         return documents
 
@@ -153,13 +154,6 @@ def recognise(columns: list[str], source: Source) -> str:
     raise ConfigError(f"data.sources {source.path} has {', '.join(columns)}: no format. Formats: {', '.join(FORMATS)}")
 
 
-def without_nulls(value):
-    """A copy without the nulls that Arrow puts into structs whose keys differ from row to row."""
-    if isinstance(value, dict):
-        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
-
-
 def read_ids(row: dict) -> tuple[np.ndarray, np.ndarray]:
     """Ids [n] and mask [n] of a row that is tokenised, with labels (-100: not trained), or a mask, or neither."""
     ids = np.asarray(row["input_ids"], dtype=np.int32)
@@ -191,6 +185,7 @@ def as_turns(said: str | list[dict], role: str) -> list[dict]:
 
 def read_turn(turn: dict) -> dict:
     """A turn in OpenAI's words, or in ShareGPT's, as one of OpenAI's messages."""
+    turn = {name: value for name, value in turn.items() if value is not None}
     if "from" in turn:
         speaker, said = turn.pop("from"), turn.pop("value")
         turn["role"] = ROLES.get(speaker, speaker)

@@ -92,7 +92,7 @@ def tokenise(source: Source, encoder: Encoder, cache: str) -> datasets.Dataset:
     file.parent.mkdir(parents=True, exist_ok=True)
 
     def encode(batch, numbers):
-        documents = encoder.documents(batch, source, numbers)
+        documents = encoder.documents(as_rows(batch), source, numbers)
         return {"ids": [tokens.ids for tokens in documents], "note": [tokens.note for tokens in documents]}
 
     options = {"batched": True, "with_indices": True, "remove_columns": dataset.column_names, "features": CACHED}
@@ -125,7 +125,7 @@ class StreamSource:
             order = np.random.default_rng([*self.seed, epoch]).permutation(self.num_shards)[stream::num_streams]
             for place, shard in enumerate(order[cursor.shard :].tolist(), cursor.shard):
                 for begin, numbers, rows in self.read_shard(shard, cursor):
-                    encoded = self.encoder.documents(rows, self.source, numbers)
+                    encoded = self.encoder.documents(as_rows(rows), self.source, numbers)
                     documents = [tokens.ids for tokens in encoded if len(tokens.ids)]
                     dropped += len(encoded) - len(documents)
                     for i, ids in enumerate(documents[begin.taken :], begin.taken):
@@ -152,6 +152,18 @@ class StreamSource:
 
     def load(self, key: np.ndarray) -> np.ndarray:
         return key
+
+
+def as_rows(batch: dict[str, list]) -> list[dict]:
+    """The rows of a batch of columns."""
+    return [dict(zip(batch, map(without_nulls, values), strict=True)) for values in zip(*batch.values(), strict=True)]
+
+
+def without_nulls(value):
+    """A copy without the nulls that Arrow puts into structs whose keys differ from row to row."""
+    if isinstance(value, dict):
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def open_dataset(source: Source, encoder: Encoder) -> datasets.Dataset | datasets.IterableDataset:

@@ -23,7 +23,7 @@ class Encoder(Protocol):
     def columns(self, columns: list[str], source: Source) -> list[str]:
         """Those columns that it reads; ConfigError where it can read none."""
 
-    def documents(self, batch: dict[str, list], source: Source, numbers: Sequence[int]) -> list[Tokens]:
+    def documents(self, rows: list[dict], source: Source, numbers: Sequence[int]) -> list[Tokens]:
         """The document of each row; ConfigError with the row's number where it has no right shape."""
 
     def fingerprint(self) -> str:
@@ -58,8 +58,8 @@ class TextEncoder:
             raise ConfigError(f"data.sources {source.path} has no column {source.column!r}, only {', '.join(columns)}")
         return [source.column]
 
-    def documents(self, batch: dict[str, list], source: Source, numbers: Sequence[int]) -> list[Tokens]:
-        values = batch[source.column]
+    def documents(self, rows: list[dict], source: Source, numbers: Sequence[int]) -> list[Tokens]:
+        values = [row.get(source.column) for row in rows]
         for number, value in zip(numbers, values, strict=True):
             if not isinstance(value, str | None):
                 found = f"row {number} of {source.column!r} holds {type(value).__name__}, not text"
