@@ -1,6 +1,7 @@
 """Sources: what can be read, what is refused, when the token cache holds, and that a stream resumes anywhere."""
 
 import json
+import multiprocessing
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -15,10 +16,12 @@ from lacuna.data.loader import RowDataset
 from lacuna.data.sources import Cursor
 from lacuna.data.tokenize import TextEncoder
 
-from .conftest import FORKSERVER
 from .corpora import FIRST, lacuna_log, make_config, make_source, number_tokenizer, text, write, write_shards
 
 TEXTS = [f"Document {i}: naïve café 😀\nand a second line." for i in range(7)]
+
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(["lacuna.data.loader"])
 
 
 class CountingEncoder(TextEncoder):
