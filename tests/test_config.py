@@ -207,16 +207,6 @@ CONTRADICTIONS = {  # name: (what is wrong, words of the sentence, what the sent
         ["train.global_batch_size 8", "train.micro_batch_size 16"],
         ["--train.global_batch_size", "16", "--train.micro_batch_size", "16"],
     ),
-    "long context": (
-        ["--data.context_len", "128", "--train.seq_len", "64"],
-        ["data.context_len 128", "train.seq_len 64", "lower"],
-        ["--data.context_len", "64", "--train.seq_len", "64"],
-    ),
-    "context warm-up from nowhere": (
-        ["--data.context_warmup_steps", "5"],
-        ["data.context_warmup_steps", "data.context_len"],
-        ["--data.context_warmup_steps", "5", "--data.context_len", "64"],
-    ),
     "decay steps of another schedule": (
         ["--optim.decay_steps", "5"],
         ["optim.decay_steps", 'optim.schedule = "wsd"'],
@@ -397,8 +387,6 @@ patch = "my patches.py:norms"
 [data]
 mask_boundary = false
 num_streams = 8
-context_len = 16
-context_warmup_steps = 2
 
 [[data.sources]]
 path = "a.jsonl"
@@ -540,8 +528,6 @@ def test_the_task_decides_the_learning_rate_and_must_be_the_files(tmp_path):
     assert load_config(None, ONE_STEP).optim.lr == 3e-4
     with pytest.raises(ConfigError, match=r"task = 'sft': run lacuna sft"):
         load_config(str(file), [])
-    with pytest.raises(ConfigError, match=r"data\.context_len .* lacuna pt"):
-        load_config(None, [*ONE_STEP, "--data.context_len", "8"], "sft")
 
 
 ONE_STEP = ["--train.steps", "1", "--data.sources", '[{"path": "x"}]']

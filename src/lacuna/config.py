@@ -87,8 +87,6 @@ class DataConfig(Section):
     overlong: Literal["drop", "truncate", "error"] = key("drop", "sft: conversations over seq_len")
     mask_boundary: bool = key(True, "a document does not predict the next one's first token")
     num_streams: int | None = key(None, "virtual streams; default: one a shard, at most 64", ge=1)
-    context_len: int | None = key(None, "longest piece of a document, tokens; default: seq_len", ge=1)
-    context_warmup_steps: int = key(0, "steps in which context_len grows to seq_len", ge=0)
     cache: str = key("~/.cache/lacuna", "folder of the token cache")
 
 
@@ -178,7 +176,6 @@ def contradictions(config: Config) -> list[tuple]:
     resume = config.checkpoint.resume
     held_out = config.eval.sources
     fraction = config.eval.fraction
-    context = data.context_len or 0
     streams = any(source.streaming for source in data.sources)
     weights = [source.weight for source in data.sources]
     flash_in_float32 = config.model.attention in ("varlen", "fa4") and config.model.dtype == "float32"
@@ -190,9 +187,6 @@ def contradictions(config: Config) -> list[tuple]:
         (any(weights) and not all(weights), "data.sources: give every source a weight, or none"),
         (streams and len(weights) > 1 and not all(weights), "data.sources: a mixture that streams needs weights"),
         (train.global_batch_size % train.micro_batch_size, uneven_batch(train)),
-        (context > train.seq_len, f"data.context_len {context} is over train.seq_len {train.seq_len}: lower it"),
-        (data.context_warmup_steps and not context, "data.context_warmup_steps needs data.context_len"),
-        (config.task == "sft" and context, "data.context_len would cut conversations apart: it belongs to lacuna pt"),
         (config.task == "pt" and data.chat_template, "data.chat_template belongs to lacuna sft: text has no template"),
         (config.optim.decay_steps and config.optim.schedule != "wsd", 'optim.decay_steps needs optim.schedule = "wsd"'),
         (flash_in_float32, f'model.attention = "{config.model.attention}" needs model.dtype = "bfloat16"; or "sdpa"'),

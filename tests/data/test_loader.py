@@ -282,9 +282,9 @@ def test_the_rows_of_a_limit_are_the_first_ones(tmp_path, encoder):
 @kinds
 def test_rows_of_tiny_documents_are_rows_like_any_other(tmp_path, encoder, kind):
     corpus = Corpus([[token] for token in range(10, 400)])
-    config = make_config(tmp_path, *corpus.sources(tmp_path, kind), context_len=8)
+    config = make_config(tmp_path, *corpus.sources(tmp_path, kind))
     batches = read(config, encoder, 4)[0][0]
-    assert max(len(batch.cu_seqlens) for batch in batches) > ROWS * SEQ_LEN // 8
+    assert max(len(batch.cu_seqlens) for batch in batches) > SEQ_LEN // 2
     config = make_config(tmp_path, *corpus.sources(tmp_path, "map"), steps=None, epochs=1)
     rows = rows_in_order(read(config, encoder, rows_of_run(config, encoder) // ROWS)[0])
     assert Counter(label for _, labels, _ in rows for label in labels if label >= 0) == Counter({EOS: 390})
@@ -322,39 +322,6 @@ def test_without_the_mask_the_last_token_of_a_document_predicts_the_next_ones_fi
             else:
                 assert labels_open[at] == labels[at]
     assert ends > 5
-
-
-@kinds
-def test_context_len_cuts_boundaries_only(tmp_path, encoder, kind):
-    whole = make_config(tmp_path, *LONG.sources(tmp_path, kind))
-    cut = make_config(tmp_path, *LONG.sources(tmp_path, kind), context_len=12)
-    for a, b in zip(read(whole, encoder, 5)[0][0], read(cut, encoder, 5)[0][0], strict=True):
-        assert (a.input_ids == b.input_ids).all()
-        assert (a.labels == b.labels).all()
-        assert a.counts["checksum"] == b.counts["checksum"]
-        expected = []
-        for start, end in pairwise(sorted(set(a.cu_seqlens.tolist()))):
-            expected += range(start, end, 12)
-        bounds = b.cu_seqlens.tolist()
-        assert sorted(set(bounds)) == [*expected, len(a.input_ids)]
-        assert b.position_ids.tolist() == [p for s, e in pairwise(bounds) for p in range(e - s)]
-        assert b.counts["pairs"] == sum((e - s) ** 2 for s, e in pairwise(bounds))
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_context_len_grows_to_seq_len_over_the_warmup_steps(tmp_path, encoder, ranks):
-    one = [list(range(100, 4000))]  # one document: every row is full of it
-    source = make_source(write(tmp_path / "a.jsonl", [text(one[0])]))
-    config = make_config(tmp_path, source, context_len=16, context_warmup_steps=4)
-    expected = [16, 28, 40, 52, 64, 64]  # 16 + 48 * step / 4
-    accumulation = config.train.global_batch_size // config.train.micro_batch_size // ranks
-    batches, _ = read(config, encoder, 6, ranks)
-    for of_rank in batches:
-        longest = [int(batch.cu_seqlens.diff().max()) for batch in of_rank]
-        assert longest == [length for length in expected for _ in range(accumulation)]
-    state = read(config, encoder, 2, ranks)[1]
-    resumed = read(config, encoder, 4, ranks, state)[0]
-    assert [int(batch.cu_seqlens.diff().max()) for batch in resumed[0]][::accumulation] == expected[2:]
 
 
 # One order, whatever the hardware
@@ -481,15 +448,14 @@ def test_a_step_is_the_micro_batches_of_a_global_batch(tmp_path, encoder):
 
 
 @pytest.mark.parametrize("kind", ["map", "stream"])
-def test_evaluation_has_one_micro_batch_a_step_and_whole_context(tmp_path, encoder, kind):
-    whole = make_config(tmp_path, *LONG.sources(tmp_path, kind))
-    config = make_config(tmp_path, *LONG.sources(tmp_path, kind), context_len=12)
+def test_evaluation_has_one_micro_batch_a_step(tmp_path, encoder, kind):
+    config = make_config(tmp_path, *LONG.sources(tmp_path, kind))
     dataset = RowDataset(config, config.data.sources, encoder, rank=0, ranks=1)
     for _ in range(2):  # each from the beginning
         loader = Loader(config, dataset, CPU, training=False)
         batches = [batch for _ in range(8) for [batch] in [loader.step()]]
         loader.close()
-        for ours, expected in zip(batches, read(whole, encoder, 2)[0][0], strict=True):
+        for ours, expected in zip(batches, read(config, encoder, 2)[0][0], strict=True):
             assert [ours[i].tolist() for i in range(4)] == [expected[i].tolist() for i in range(4)]
 
 

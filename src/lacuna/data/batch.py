@@ -6,8 +6,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from lacuna.data.pack import split_documents
-
 IGNORE = -100  # a label that trains nothing, as in torch and transformers
 
 
@@ -82,14 +80,13 @@ class PackedBatch(NamedTuple):
         return PackedBatch(*tensors, *self[4:])
 
 
-def collate(rows: list[Row], context_len: int) -> PackedBatch:
-    """Lay rows end to end as one long sample, cutting documents to context_len."""
+def collate(rows: list[Row]) -> PackedBatch:
+    """Lay rows end to end as one long sample."""
     seq_len = len(rows[0].ids)
     ids = np.concatenate([row.ids for row in rows]).astype(np.int64)
     labels = np.concatenate([row.labels for row in rows]).astype(np.int64)
-    begins = np.concatenate([row.starts + i * seq_len for i, row in enumerate(rows)])
-    document, start, lengths = split_documents(np.diff(begins, append=len(ids)), context_len)
-    starts = begins[document] + start
+    starts = np.concatenate([row.starts + i * seq_len for i, row in enumerate(rows)])
+    lengths = np.diff(starts, append=len(ids))
     counts = {
         "trained_tokens": int((labels != IGNORE).sum()),
         "tokens": sum(row.tokens for row in rows),

@@ -172,11 +172,8 @@ class Loader:
         self.state = self.prepared = dataset.state  # what is prepared is ahead of what is consumed
         self.micro_batch_size = config.train.micro_batch_size
         self.accumulation = dataset.batch_rows // (self.micro_batch_size * dataset.ranks)
-        self.shortest = config.data.context_len or dataset.seq_len
-        self.warmup = config.data.context_warmup_steps
-        if not training:  # evaluation: whole context, one micro-batch a step
+        if not training:  # evaluation: one micro-batch a step
             self.accumulation = 1
-            self.shortest = dataset.seq_len
         ranks = dataset.ranks
         times = ranks // math.gcd(dataset.num_streams, ranks)
         if times > 1 and dataset.rank == 0 and not dataset.map_style:
@@ -198,14 +195,9 @@ class Loader:
     def prepare(self) -> tuple[PackedBatch, dict]:
         """In the thread: a micro-batch, and the state after it."""
         rows = list(itertools.islice(self.rows, self.micro_batch_size))
-        done = self.prepared["rows"]
-        # the longest piece that attention sees grows to seq_len (arXiv 2503.15450)
-        step = done // self.dataset.batch_rows
-        grown = min(1, step / self.warmup) if self.warmup else 0
-        batch = collate(rows, self.shortest + int((self.dataset.seq_len - self.shortest) * grown))
         streams = self.prepared["streams"] | {str(row.stream): row.state for row in rows if row.state}
-        self.prepared = {"rows": done + len(rows) * self.dataset.ranks, "streams": streams}
-        return batch, self.prepared
+        self.prepared = {"rows": self.prepared["rows"] + len(rows) * self.dataset.ranks, "streams": streams}
+        return collate(rows), self.prepared
 
     def close(self):
         self.thread.shutdown(cancel_futures=True)
