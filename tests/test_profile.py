@@ -1,4 +1,4 @@
-"""`log.profile` writes what viewers open, and benchmarks/waits.py finds host waits where there are some."""
+"""examples/profile.py writes what viewers open, and benchmarks/waits.py finds host waits where there are some."""
 
 import gzip
 import json
@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import REPO
+from conftest import EXAMPLES, REPO
 from test_train import options, texts  # noqa: F401  texts is a fixture
 
 from lacuna import train as train_module
@@ -17,28 +17,26 @@ sys.path.append(str(REPO / "benchmarks"))
 from waits import count_waits
 
 
-def profiled(folder, texts, tmp_path, *more):  # noqa: F811
-    argv = options(folder, texts, tmp_path, "--log.profile", *more)
-    return run(load_config(None, argv)) / "profile"
+@pytest.fixture
+def profiled(texts, tmp_path, monkeypatch):  # noqa: F811
+    """A run under the patch, in a folder of its own; gives the folder of its traces."""
+    monkeypatch.chdir(tmp_path)
+
+    def profiled(folder, *more):
+        argv = options(folder, texts, tmp_path, "--model.patch", f"{EXAMPLES / 'profile.py'}:profile", *more)
+        run(load_config(None, [*argv, "--train.global_batch_size", "2", "--train.micro_batch_size", "2"]))
+        return tmp_path / "profile"
+
+    return profiled
 
 
-def test_a_run_leaves_a_trace_of_three_steps_and_a_table(model_folder, texts, tmp_path):  # noqa: F811
-    place = profiled(model_folder("llama"), texts, tmp_path, "--train.steps", "16")
+def test_a_run_leaves_a_trace_of_three_steps_and_a_table(model_folder, profiled, capsys):
+    place = profiled(model_folder("llama"), "--train.steps", "16")
     with gzip.open(place / "rank_0.json.gz") as file:
         names = [event.get("name", "") for event in json.load(file)["traceEvents"]]
     assert names.count("aten::_foreach_norm") == 3  # clipping: once a step
     assert "aten::mm" in (place / "rank_0.txt").read_text()
-    assert f"profile of a few steps in {place}" in (place.parent / "log.txt").read_text()
-
-
-@pytest.mark.parametrize(("steps", "traced"), [("13", 3), ("5", 3), ("3", 2)])
-def test_a_short_run_is_traced_too_and_one_without_the_key_is_not(steps, traced, model_folder, texts, tmp_path):  # noqa: F811
-    place = profiled(model_folder("llama"), texts, tmp_path, "--train.steps", steps)
-    with gzip.open(place / "rank_0.json.gz") as file:
-        names = [event.get("name", "") for event in json.load(file)["traceEvents"]]
-    assert names.count("aten::_foreach_norm") == traced
-    other = run(load_config(None, options(model_folder("llama"), texts, tmp_path, "--train.steps", "2", "--name", "b")))
-    assert not (other / "profile").exists()
+    assert "profile of three micro-batches in profile" in capsys.readouterr().out
 
 
 def test_waits_of_the_host_are_counted_but_not_the_profilers_own(tmp_path):
@@ -50,9 +48,9 @@ def test_waits_of_the_host_are_counted_but_not_the_profilers_own(tmp_path):
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_a_wait_is_counted_and_memory_is_there(model_folder, texts, tmp_path, monkeypatch):  # noqa: F811
+def test_on_a_gpu_a_wait_is_counted_and_memory_is_there(model_folder, profiled, monkeypatch):
     folder = model_folder("llama")
-    place = profiled(folder, texts, tmp_path, "--train.steps", "16")
+    place = profiled(folder, "--train.steps", "16")
     assert count_waits(place / "rank_0.json.gz") == 0
     assert (place / "rank_0.memory.pickle").stat().st_size > 10_000
 
@@ -63,5 +61,5 @@ def test_on_a_gpu_a_wait_is_counted_and_memory_is_there(model_folder, texts, tmp
 
     monkeypatch.setattr(train_module, "accumulate_gradients", waiting)
     torch.cuda.synchronize()
-    place = profiled(folder, texts, tmp_path, "--train.steps", "16", "--name", "waiting")
+    place = profiled(folder, "--train.steps", "16", "--name", "waiting")
     assert count_waits(place / "rank_0.json.gz") == 3

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from pydantic_settings import CliImplicitFlag, CliSettingsSource
+from pydantic_settings import CliSettingsSource
 
 log = logging.getLogger("lacuna")
 
@@ -129,7 +129,6 @@ class CheckpointConfig(Section):
 
 class LogConfig(Section):
     every: int = key(10, "steps between two lines of metrics", ge=1)
-    profile: CliImplicitFlag[bool] = key(False, "trace three steps into the run folder")
     show: int = key(2, "rows that lacuna explain prints", ge=1)
     show_ids: bool = key(False, "lacuna explain: token ids too")
     trackers: list[Literal["wandb", "tensorboard", "trackio"]] = key([], "where else metrics go")

@@ -19,7 +19,6 @@ from lacuna.model import Trainee, build_model, held, read_tensors
 from lacuna.optim import AdamW, learning_rate, trained
 from lacuna.parallel import Ranks, gradient_norm, start, sum_over_ranks
 from lacuna.preemption import Preemption
-from lacuna.profile import start_profile
 
 
 def run(config: Config) -> Path:
@@ -73,7 +72,6 @@ def run(config: Config) -> Path:
     sizes = torch.from_numpy(token_bytes(tokenizer)).to(ranks.device)  # [V]
     if held_out and is_due(state["step"], config.eval.every, steps):
         report.evaluation(state["step"], evaluate(trainee, config, held_out, ranks, sizes, preemption))
-    profile = start_profile(ranks, folder, steps - state["step"]) if config.log.profile else None
     failed = torch.zeros((), device=ranks.device, dtype=torch.bool)  # a loss or gradient was not finite
     report.start_clock()
 
@@ -126,15 +124,11 @@ def run(config: Config) -> Path:
             # all leave together: Slurm ends the others of one that has left
             sum_over_ranks([{"left": 1}], ranks.device)["left"].item()
             raise Preempted(f"stopped by a signal after step {step} of {steps}; the same command goes on from there")
-        if profile:
-            profile.step()
 
     # The end: a plain Hugging Face folder. A signal ends it at once, since the checkpoint is whole.
     loader.close()
     checkpoints.finish()
     preemption.can_save = False
-    if profile:
-        profile.stop()
     if ranks.rank == 0:
         newest = [checkpoint, *in_order(folder / "checkpoints")][-1]
         export(newest, folder / "hf")
