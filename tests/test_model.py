@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ARCHITECTURES, model_config, pack, random_documents
-from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lacuna.config import ConfigError, load_config
@@ -132,34 +131,6 @@ def test_weights_ties_and_rotary_buffers_are_those_of_from_pretrained(name, mode
         assert key == other and torch.equal(a, b), key
     tied = ARCHITECTURES[name]["tie_word_embeddings"]
     assert (ours.get_input_embeddings().weight is ours.get_output_embeddings().weight) == tied
-
-
-def test_sharded_files_are_read_by_their_names(model_folder):
-    folder = model_folder("llama")
-    whole = load_file(folder / "model.safetensors")
-    names = sorted(whole)
-    (folder / "model.safetensors").unlink()
-    for i in range(3):
-        save_file({n: whole[n] for n in names[i::3]}, folder / f"model-{i + 1:05d}-of-00003.safetensors")
-    for name, parameter in build(folder).model.named_parameters():
-        assert torch.equal(parameter, whole[name])
-
-
-def test_weights_that_do_not_fit_are_refused_by_name(model_folder):
-    folder = model_folder("llama")
-    whole = load_file(folder / "model.safetensors")
-    save_file({k: v for k, v in whole.items() if "layers.1.mlp.up_proj" not in k}, folder / "model.safetensors")
-    with pytest.raises(ConfigError, match=r"missing.*layers.1.mlp.up_proj"):
-        build(folder)
-    save_file(whole | {"model.layers.0.extra": torch.zeros(1)}, folder / "model.safetensors")
-    with pytest.raises(ConfigError, match=r"unknown.*layers.0.extra"):
-        build(folder)
-    save_file(whole | {"model.norm.weight": torch.zeros(3)}, folder / "model.safetensors")
-    with pytest.raises(ConfigError, match=r"model.norm.weight is \[3\]"):
-        build(folder)
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(ConfigError, match="from_scratch"):
-        build(folder)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

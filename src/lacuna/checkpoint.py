@@ -1,7 +1,7 @@
 """Checkpoints to go on from, and models out to disk.
 
 runs/NAME/checkpoints/step_N/ holds the model under its Hugging Face names and the optimizer's state as `optimizer.*`,
-float32, in one safetensors file a rank, which torch's distributed checkpoint reads on any other number of ranks. Beside
+float32, in one safetensors file a rank, which any other number of ranks can read (weights.py). Beside
 them state.json (step, counters, place in the data, config), the model's config and the tokenizer. It is written as
 .step_N while training goes on, and renamed once every rank's file is on disk: what is named step_N is whole.
 """
@@ -22,15 +22,14 @@ import torch
 import torch.distributed as dist
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
-from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import GenerationConfig, PreTrainedModel
 
 from lacuna.config import Config, ConfigError, log
 from lacuna.data.loader import merge_states
-from lacuna.model import read_tensors
 from lacuna.parallel import Ranks, local
+from lacuna.weights import read_tensors, stored_parts, whole_shape
 
 FORMAT = 2  # of names and state in a checkpoint: counted up when no run can go on from those of before
 PIECE = 2**26  # float32 values, 256 MiB: so much host memory is pinned at once
@@ -224,7 +223,7 @@ class Checkpoints:
         log.info("step %d: checkpoint in %s, written in %.2f s", step, final, time.perf_counter() - begin)
 
     def write_safetensors(self, file: Path):
-        """One file of float32 tensors, with their offsets in the whole ones for HuggingFaceStorageReader."""
+        """One file of float32 tensors, with their offsets in the whole ones."""
         # torch's own writer joins all bytes in memory once more and holds the interpreter's lock, up to 3 s a GB
         # (measured on a CPU), in which training stands still
         shares, offsets = {}, {}
@@ -265,11 +264,11 @@ def match_eos(config: Config, model: PreTrainedModel, tokenizer):
 def export(checkpoint: Path, out: Path):
     """Make a plain Hugging Face folder of a checkpoint, in the dtype of its config."""
     state_of(checkpoint)  # or else it is no checkpoint
-    stored = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
     dtype = getattr(torch, json.loads((checkpoint / "config.json").read_text())["dtype"])
+    stored = stored_parts(checkpoint)
     names = [name for name in stored if not name.startswith("optimizer.")]
-    weights = {name: torch.empty(stored[name].size, dtype=dtype) for name in names}
-    read_tensors(weights, checkpoint, no_dist=True)
+    weights = {name: torch.empty(whole_shape(stored[name]), dtype=dtype) for name in names}
+    read_tensors(weights, checkpoint)
     out.mkdir(parents=True, exist_ok=True)
     save_torch_state_dict(weights, out)
     shutil.copytree(checkpoint, out, ignore=shutil.ignore_patterns("*.safetensors", "state.json"), dirs_exist_ok=True)

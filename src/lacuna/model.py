@@ -8,12 +8,10 @@ import difflib
 import functools
 import hashlib
 import runpy
-import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed.checkpoint as dcp
 from huggingface_hub import snapshot_download
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -26,6 +24,7 @@ from lacuna.config import Config, ConfigError, ModelConfig
 from lacuna.data.batch import PackedBatch
 from lacuna.loss import head_loss
 from lacuna.parallel import Ranks, shard_model
+from lacuna.weights import load_weights
 
 
 class Plan(NamedTuple):
@@ -252,35 +251,3 @@ def fill_by_transformers(model: PreTrainedModel, module: nn.Module, name: str, t
     model._init_weights(module)
     if any(tensor.isnan().any() for tensor in tensors):
         raise ConfigError(f"{type(model).__name__} does not say how to initialise {name}")
-
-
-def held(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """What a folder of the model holds, by name: everything but what is tied to something else."""
-    tied = set(model.all_tied_weights_keys)
-    return {name: p for name, p in model.named_parameters(remove_duplicate=False) if name not in tied}
-
-
-def load_weights(model: PreTrainedModel, folder: Path):
-    """Read this rank's part of every parameter from safetensors files."""
-    metadata = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    stored = {name: tensor.size for name, tensor in metadata.items()}
-    if not stored:
-        raise ConfigError(f"model.name {folder} has no *.safetensors; to begin without, set model.from_scratch = true")
-    places = held(model)
-    missing = sorted(places.keys() - stored)
-    unknown = sorted(stored.keys() - places - set(model.all_tied_weights_keys))
-    # a checkpoint also holds the optimizer, old folders the rotary frequencies
-    unknown = [name for name in unknown if not name.startswith("optimizer.") and not name.endswith("inv_freq")]
-    misfit = f"model.name {folder} does not fit {type(model).__name__}"
-    if missing or unknown:
-        raise ConfigError(f"{misfit}: missing {missing[:3]}, unknown {unknown[:3]}")
-    for name, place in places.items():
-        if stored[name] != place.shape:
-            raise ConfigError(f"{misfit}: {name} is {list(stored[name])}, the model wants {list(place.shape)}")
-    read_tensors(places, folder)
-
-
-def read_tensors(tensors: dict[str, torch.Tensor], folder: Path, **options):
-    """Fill tensors, sharded or not, from a folder's safetensors files, however many ranks wrote them."""
-    with warnings.catch_warnings(action="ignore"):  # torch warns where one rank is alone
-        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), **options)

@@ -15,10 +15,11 @@ from lacuna.data.conversations import make_encoder
 from lacuna.data.loader import Loader, RowDataset
 from lacuna.data.tokenize import load_tokenizer, token_bytes
 from lacuna.metrics import Report, start_logging
-from lacuna.model import Trainee, build_model, held, read_tensors
+from lacuna.model import Trainee, build_model
 from lacuna.optim import AdamW, learning_rate, trained
 from lacuna.parallel import Ranks, gradient_norm, start, sum_over_ranks
 from lacuna.preemption import Preemption
+from lacuna.weights import held, read_tensors
 
 
 def run(config: Config) -> Path:

@@ -1,0 +1,112 @@
+"""Folders of weights, a model's or a checkpoint's: which files count, and what is in them, sharded or not."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import safe_open
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from transformers import PreTrainedModel
+
+from lacuna.config import ConfigError, blame, log
+from lacuna.parallel import local
+
+
+class Part(NamedTuple):
+    """Rows of a tensor, in one file; a scalar is one row."""
+
+    file: Path
+    begin: list[int]  # where they lie in the whole tensor
+    values: torch.Tensor  # the file itself, mapped into memory: read where it is looked at
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that count: of a checkpoint, or else as transformers finds them. Others are ignored."""
+    index = folder / "model.safetensors.index.json"
+    alone = folder / "model.safetensors"
+    if (folder / "state.json").exists():
+        return sorted(folder.glob("rank_*.safetensors"))
+    if index.exists():
+        with blame(f"{index} cannot be read"):
+            files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+        if alone.exists() and alone not in files:
+            log.warning("%s: the files that %s names are read, and %s is not", folder, index.name, alone.name)
+        return files
+    if not alone.exists():
+        cure = "to begin without weights, set model.from_scratch = true"
+        raise ConfigError(f"model.name {folder} has neither {alone.name} nor {index.name}; {cure}")
+    return [alone]
+
+
+def stored_parts(folder: Path) -> dict[str, list[Part]]:
+    """The parts of each tensor, which follow one another. ConfigError where rows are missing, or there twice."""
+    stored = {}
+    for file in weight_files(folder):
+        with blame(f"{file} is no whole safetensors file"):
+            with open(file, "rb") as content:
+                if content.read(24) == b"version https://git-lfs.":
+                    raise ConfigError(f"{file} is a pointer of git-lfs: `git lfs pull` brings the file itself")
+            content = safe_open(file, "pt")
+            places = json.loads((content.metadata() or {}).get("DCP_SHARDING_INFO", "{}"))
+            for name in content.keys():  # noqa: SIM118
+                values = torch.atleast_1d(content.get_tensor(name))
+                begin = places.get(name, {}).get("saved_offsets") or [0] * values.ndim
+                stored.setdefault(name, []).append(Part(file, begin, values))
+    for name, parts in stored.items():
+        parts.sort(key=lambda part: part.begin)
+        [_, *columns] = parts[0].values.shape
+        rows = 0
+        for part in parts:
+            [more, *width] = part.values.shape
+            if part.begin != [rows] + [0] * len(columns) or width != columns:
+                where = f"{part.file}: {name} begins at {part.begin}, and not at row {rows}"
+                raise ConfigError(f"{where}: a file is missing, or one is there twice")
+            rows += more
+    return stored
+
+
+def whole_shape(parts: list[Part]) -> list[int]:
+    rows = sum(len(part.values) for part in parts)
+    return [rows, *parts[0].values.shape[1:]]
+
+
+@torch.no_grad()
+def read_tensors(tensors: dict[str, torch.Tensor], folder: Path):
+    """Fill tensors, sharded or not, from a folder's files, however many ranks wrote them."""
+    stored = stored_parts(folder)
+    for name, tensor in tensors.items():
+        wanted = list(tensor.shape) or [1]
+        found = whole_shape(stored[name]) if name in stored else None
+        if found != wanted:
+            raise ConfigError(f"{folder} does not fit: {name} is {found or 'missing'}, and should be {wanted}")
+        share = torch.atleast_1d(local(tensor))
+        first = 0
+        if isinstance(tensor, DTensor):  # FSDP shards rows
+            _, [first, *_] = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+        for part in stored[name]:
+            begin = max(first, part.begin[0])
+            end = min(first + len(share), part.begin[0] + len(part.values))
+            if begin < end:
+                share[begin - first : end - first] = part.values[begin - part.begin[0] : end - part.begin[0]]
+
+
+def held(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """What a folder of the model holds, by name: everything but what is tied to something else."""
+    tied = set(model.all_tied_weights_keys)
+    return {name: p for name, p in model.named_parameters(remove_duplicate=False) if name not in tied}
+
+
+def load_weights(model: PreTrainedModel, folder: Path):
+    """Read this rank's part of every parameter. ConfigError where names or shapes are not the model's."""
+    stored = stored_parts(folder)
+    places = held(model)
+    missing = sorted(places.keys() - stored)
+    unknown = sorted(stored.keys() - places - set(model.all_tied_weights_keys))
+    # a checkpoint also holds the optimizer, old folders the rotary frequencies
+    unknown = [name for name in unknown if not name.startswith("optimizer.") and not name.endswith("inv_freq")]
+    if missing or unknown:
+        misfit = f"model.name {folder} does not fit {type(model).__name__}"
+        raise ConfigError(f"{misfit}: missing {missing[:3]}, unknown {unknown[:3]}")
+    read_tensors(places, folder)

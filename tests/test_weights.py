@@ -1,0 +1,146 @@
+"""A model folder is read as transformers reads it, and nothing is read that is not there."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import EXAMPLES
+from processes import tensors
+from safetensors.torch import load_file, save_file
+from test_model import build
+
+from lacuna.config import ConfigError
+from lacuna.weights import read_tensors
+
+TINY = load_file(EXAMPLES / "tiny" / "model.safetensors")
+NAMES = sorted(TINY)
+
+
+def shards(folder: Path, weights: dict):
+    """Weights in two files, as an export of a large model has them, without their index."""
+    for i in range(2):
+        save_file({name: weights[name] for name in NAMES[i::2]}, folder / f"model-{i + 1:05}-of-00002.safetensors")
+
+
+def index(folder: Path):
+    names = {name: f"model-{i + 1:05}-of-00002.safetensors" for i in range(2) for name in NAMES[i::2]}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+
+
+def zeros() -> dict:
+    return {name: torch.zeros_like(tensor) for name, tensor in TINY.items()}
+
+
+@pytest.fixture
+def tiny(tmp_path) -> Path:
+    return shutil.copytree(EXAMPLES / "tiny", tmp_path / "tiny")
+
+
+def save(folder: Path, name: str, weights: dict):
+    save_file(weights, folder / name)
+
+
+def spoil(folder: Path, change):
+    """A fault of model.safetensors, from its bytes to others."""
+    file = folder / "model.safetensors"
+    file.write_bytes(change(file.read_bytes()))
+
+
+WHOLE, FIRST, SECOND = "model.safetensors", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+FOLDERS = {
+    "one file": lambda f: None,
+    "shards": lambda f: [shards(f, TINY), index(f), (f / WHOLE).unlink()],
+    "an index, and an older export beside": lambda f: [shards(f, TINY), index(f), save(f, WHOLE, zeros())],
+    "no index, and older shards beside": lambda f: shards(f, zeros()),
+    "Mistral's own file": lambda f: save(f, "consolidated.safetensors", {"tok_embeddings.weight": torch.zeros(4)}),
+    "an adapter": lambda f: save(f, "adapter_model.safetensors", {"base_model.lora_A.weight": torch.zeros(4)}),
+    "a copy": lambda f: shutil.copy(f / WHOLE, f / "copy.safetensors"),
+}
+
+
+@pytest.mark.parametrize("what", FOLDERS)
+def test_a_folder_is_its_index_or_else_model_safetensors_and_other_files_are_ignored(what, tiny):
+    FOLDERS[what](tiny)
+    got = dict(build(tiny).model.named_parameters())
+    assert got.keys() == TINY.keys()
+    assert all(torch.equal(got[name], TINY[name].float()) for name in TINY)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5050000\n"
+INDEX = "model.safetensors.index.json"
+BROKEN = {
+    "cut": (lambda f: spoil(f, lambda content: content[:-1]), "model.safetensors is no whole safetensors file"),
+    "longer": (lambda f: spoil(f, lambda content: content + b"x"), "model.safetensors is no whole safetensors file"),
+    "a pointer": (lambda f: spoil(f, lambda content: POINTER), "model.safetensors is a pointer of git-lfs"),
+    "a shard is missing": (lambda f: [shards(f, TINY), index(f), (f / SECOND).unlink()], SECOND),
+    "a broken index": (lambda f: (f / INDEX).write_text("{"), "index.json cannot be read"),
+    "a name twice": (lambda f: [shards(f, TINY), index(f), save(f, SECOND, TINY)], "there twice"),
+    "shards without index": (lambda f: [shards(f, TINY), (f / WHOLE).unlink()], "neither model.safetensors nor"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_what_is_not_whole_is_named(what, tiny):
+    change, message = BROKEN[what]
+    change(tiny)
+    with pytest.raises(ConfigError, match=message):
+        build(tiny)
+
+
+def test_weights_that_do_not_fit_are_refused_by_name(model_folder):
+    folder = model_folder("llama")
+    whole = load_file(folder / "model.safetensors")
+    save_file({k: v for k, v in whole.items() if "layers.1.mlp.up_proj" not in k}, folder / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"missing.*layers.1.mlp.up_proj"):
+        build(folder)
+    save_file(whole | {"model.layers.0.extra": torch.zeros(1)}, folder / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"unknown.*layers.0.extra"):
+        build(folder)
+    save_file(whole | {"model.norm.weight": torch.zeros(3)}, folder / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"model.norm.weight is \[3\]"):
+        build(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match="from_scratch"):
+        build(folder)
+
+
+# ---- parts of several ranks
+
+
+def write_ranks(folder: Path, rows: list[torch.Tensor], begins: list[int]):
+    folder.mkdir()
+    (folder / "state.json").write_text("{}")
+    for rank, (part, begin) in enumerate(zip(rows, begins, strict=True)):
+        places = json.dumps({"w": {"saved_offsets": [begin, 0]}})
+        save_file({"w": part}, folder / f"rank_{rank:05}.safetensors", {"DCP_SHARDING_INFO": places})
+
+
+def test_parts_of_several_ranks_are_put_together(tmp_path):
+    whole = torch.randn(7, 3)
+    write_ranks(tmp_path / "c", list(whole.split(3)), [0, 3, 6])
+    got = torch.empty(7, 3)
+    read_tensors({"w": got}, tmp_path / "c")
+    assert torch.equal(got, whole) and torch.equal(tensors(tmp_path / "c")["w"], whole)
+
+
+COVERS = {
+    "the first is missing": ([1, 2], [3, 6]),
+    "one between is missing": ([0, 2], [0, 6]),
+    "the last is missing": ([0, 1], [0, 3]),
+    "one is there twice, and another is missing": ([0, 1, 1], [0, 3, 3]),
+    "two overlap": ([0, 1, 2], [0, 2, 6]),
+    "offsets far away": ([0], [10**12]),
+}
+
+
+@pytest.mark.parametrize("what", COVERS)
+def test_parts_that_do_not_cover_a_tensor_exactly_once_are_refused_and_nothing_of_it_is_read(what, tmp_path):
+    ranks, begins = COVERS[what]
+    parts = torch.randn(7, 3).split(3)
+    write_ranks(tmp_path / "c", [parts[rank] for rank in ranks], begins)
+    got = torch.full((7, 3), 5.0)
+    with pytest.raises(ConfigError, match=r"w (begins at|is)"):
+        read_tensors({"w": got}, tmp_path / "c")
+    assert (got == 5).all()
