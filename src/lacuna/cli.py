@@ -1,17 +1,18 @@
 """The `lacuna` command and `count_lines`. No torch before it is needed: `--help` answers in under a second."""
 
-import errno
 import gc
 import os
 import re
+import signal
 import sys
 import traceback
+from contextlib import suppress
 from glob import glob
 from importlib import import_module
 from pathlib import Path
 
-from lacuna.config import Config, ConfigError, NonFinite, Preempted, load_config
-from lacuna.preemption import REQUEUE, SIGNALS, Preemption
+from lacuna.config import Config, ConfigError, NonFinite, Preempted, known_fault, load_config
+from lacuna.preemption import REQUEUE, SIGNALS, Preemption, handle
 
 USAGE = """usage: lacuna pt [CONFIG.toml] [--section.key VALUE ...]    train on text: every token
        lacuna sft …                                         train on what an assistant says
@@ -23,6 +24,7 @@ USAGE = """usage: lacuna pt [CONFIG.toml] [--section.key VALUE ...]    train on 
 
 
 def main():
+    handle([signal.SIGINT], lambda number, frame: leave(130, "interrupted"))
     try:
         command, config, words = parse(sys.argv[1:])
         if command == "chat":
@@ -45,7 +47,10 @@ def main():
     except (ConfigError, NonFinite) as error:
         leave(1, str(error))
     except Exception as error:
-        leave(1, explain_fault(error))
+        sentence = known_fault(error)
+        if not sentence:
+            traceback.print_exc()
+        leave(1, sentence)
 
 
 def parse(argv: list[str]) -> tuple[str, Config | None, list[str]]:
@@ -69,28 +74,13 @@ def parse(argv: list[str]) -> tuple[str, Config | None, list[str]]:
     return command, load_config(path, words, task), [task, path, *words]
 
 
-def explain_fault(error: Exception) -> str:
-    """A sentence for a fault of disks or of other ranks; of any other, the traceback is printed."""
-    text = str(error).partition("\n")[0]
-    number = getattr(error, "errno", None)
-    again = "the same command goes on from the last checkpoint"
-    if number in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk is full ({text}): make room, and {again}"
-    if number in (errno.EROFS, errno.EACCES, errno.EPERM):
-        return f"a folder cannot be written ({text}): change it or `out`, and {again}"
-    if "gloo" in text or type(error).__name__ in ("DistStoreError", "DistNetworkError", "DistBackendError"):
-        return f"another rank has ended, or cannot be reached ({text}): see what it says; {again}"
-    traceback.print_exc()
-    return ""
-
-
 def leave(status: int, sentence: str = ""):
     """Exit, saying why."""
     rank = os.environ.get("RANK")
-    if sentence:
-        name = f"lacuna (rank {rank})" if rank else "lacuna"
-        print(f"{name}: {sentence}", file=sys.stderr)
-    sys.stdout.flush()
+    name = f"lacuna (rank {rank})" if rank else "lacuna"
+    with suppress(OSError):  # the terminal may be gone
+        sys.stdout.flush()
+        print(f"{name}: {sentence}" if sentence else "", end="\n" if sentence else "", file=sys.stderr)
     # One of several ranks skips the interpreter's end: gloo's threads outlive it, and 1 run in 20 aborted. So does a
     # run that stops early: the loader's thread may stand still in a read.
     if status or rank:

@@ -1,6 +1,7 @@
 """Every knob of a run, from a TOML file and `--section.key value`, which wins. No torch, so that --help is quick."""
 
 import difflib
+import errno
 import logging
 import re
 import tomllib
@@ -36,9 +37,30 @@ def blame(where: str):
     except (ConfigError, NonFinite, Preempted, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # tokenizers, written in Rust, panics with one
-        log.debug("%s", where, exc_info=True)
-        text = " ".join(str(error.__cause__ or error).split())[:300]
-        raise ConfigError(f"{where}: {type(error).__name__}: {text}") from error
+        log.debug("%s", where, exc_info=True)  # to log.txt, where a run has one by now
+        raise ConfigError(f"{where}: {known_fault(error) or name_fault(error)}") from error
+
+
+def name_fault(error: BaseException) -> str:
+    """An error of any library in one line: what they go on to advise is for those who call them."""
+    text = str(error.__cause__ or error).strip()
+    if isinstance(error, OSError):
+        text = text.partition("\n")[0]
+    return f"{type(error).__name__}: {' '.join(text.split())[:300]}"
+
+
+def known_fault(error: BaseException) -> str:
+    """A sentence with its cure for a fault of disks or of other ranks; of any other, nothing."""
+    text = str(error).partition("\n")[0]
+    number = getattr(error, "errno", None)
+    again = "the same command goes on from the last checkpoint"
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full ({text}): make room, and {again}"
+    if number in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return f"it cannot be read or written ({text}): change who may, or name another place, and {again}"
+    if "gloo" in text or type(error).__name__ in ("DistStoreError", "DistNetworkError", "DistBackendError"):
+        return f"another rank has ended, or cannot be reached ({text}): see what it says; {again}"
+    return ""
 
 
 def key(default, meaning: str, **limits):

@@ -1,13 +1,15 @@
-"""What a cluster says before it takes a machine away: SIGTERM, or SIGUSR1 as configs/slurm.sh asks for."""
+"""What ends a run early: a cluster's SIGTERM, or SIGUSR1 as configs/slurm.sh asks for; Ctrl-C; a terminal that closes."""
 
 import os
 import signal
 import time
-from threading import Thread
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager, suppress
+from threading import Thread, current_thread, main_thread
 
 REPEAT_SECONDS = 2  # in which a signal comes twice: Slurm signals torchrun and its ranks, and torchrun passes it on
 REQUEUE = 75  # exit status: start me again, I go on from my checkpoint (EX_TEMPFAIL of sysexits.h)
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
 class Preemption:
@@ -21,15 +23,46 @@ class Preemption:
         pipe, wakeup = os.pipe()
         os.set_blocking(wakeup, False)
         signal.set_wakeup_fd(wakeup)
-        for number in SIGNALS:
-            signal.signal(number, lambda number, frame: None)
+        handle(SIGNALS, lambda number, frame: None)
         Thread(target=self.listen, args=[pipe], daemon=True).start()
 
     def listen(self, pipe: int):
         first = float("inf")  # when the first one came
         while number := os.read(pipe, 1)[0]:
-            if number in SIGNALS:
-                first = min(first, time.monotonic())
-                if not self.can_save or time.monotonic() > first + REPEAT_SECONDS:
-                    os._exit(REQUEUE)
-                self.asked = True
+            if number not in SIGNALS:
+                continue
+            first = min(first, time.monotonic())
+            repeated = time.monotonic() < first + REPEAT_SECONDS
+            if number == signal.SIGINT and self.asked and "RANK" not in os.environ:
+                repeated = False  # without a launcher, only a hand on the keyboard says it twice
+            if not self.can_save or not repeated:
+                name = signal.Signals(number).name
+                with suppress(OSError):  # the terminal may be gone
+                    os.write(2, f"lacuna: ended at once by {name}; the same command goes on from a checkpoint\n".encode())
+                os._exit(REQUEUE)
+            self.asked = True
+
+
+def handle(numbers: Iterable[int], handler: Callable):
+    """Set a handler of signals, but of none that this process was started to ignore: by nohup, or in the background."""
+    for number in numbers:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+@contextmanager
+def time_limit(seconds: float):
+    """TimeoutError inside after so long: in the main thread, since others get no signal."""
+
+    def stop(number, frame):
+        raise TimeoutError(f"it takes more than {seconds} s")
+
+    if current_thread() is not main_thread():
+        yield
+        return
+    signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
