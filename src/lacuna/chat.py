@@ -13,11 +13,8 @@ def chat(name: str):
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     of_run = Path(name) / "hf"
-    try:
-        # without False transformers would ask, and a yes on the terminal would run the model's code
-        model = pipeline("text-generation", str(of_run if of_run.is_dir() else name), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"lacuna chat {name}: no model there: {error}") from None
+    # without False transformers would ask, and a yes on the terminal would run the model's code
+    model = pipeline("text-generation", str(of_run if of_run.is_dir() else name), trust_remote_code=False)
     if not model.tokenizer.chat_template:
         raise ConfigError(f"{name} has no chat template: it was trained on text only, so go on with lacuna sft")
     streamer = TextStreamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -11,7 +11,7 @@ from glob import glob
 from importlib import import_module
 from pathlib import Path
 
-from lacuna.config import Config, ConfigError, NonFinite, Preempted, known_fault, load_config
+from lacuna.config import Config, ConfigError, NonFinite, Preempted, blame, known_fault, load_config
 from lacuna.preemption import REQUEUE, SIGNALS, Preemption, handle
 
 USAGE = """usage: lacuna pt [CONFIG.toml] [--section.key VALUE ...]    train on text: every token
@@ -27,20 +27,22 @@ def main():
     handle([signal.SIGINT], lambda number, frame: leave(130, "interrupted"))
     try:
         command, config, words = parse(sys.argv[1:])
-        if command == "chat":
-            import_module("lacuna.chat").chat(*words)
-        if command == "export":
-            import_module("lacuna.checkpoint").export(*map(Path, words))
-        if command == "explain":
-            import_module("lacuna.explain").explain(config)
         if command in ("pt", "sft"):
             launch(words)
-            Preemption()  # imports alone take seconds, and one or two more with garbage collection
-            gc.disable()
-            train = import_module("lacuna.train")
-            gc.freeze()  # what imports make stays: looking through it takes half a second every few dozen steps
-            gc.enable()
-            train.run(config)
+            preemption = Preemption()  # imports alone take seconds, and one or two more with garbage collection
+            with blame("before the end of the first step", unless=lambda: preemption.can_save):
+                gc.disable()
+                train = import_module("lacuna.train")
+                gc.freeze()  # what imports make stays: looking through it takes half a second every few dozen steps
+                gc.enable()
+                train.run(config, preemption)
+        with blame(f"lacuna {command} {' '.join(words)}"):
+            if command == "chat":
+                import_module("lacuna.chat").chat(*words)
+            if command == "export":
+                import_module("lacuna.checkpoint").export(*map(Path, words))
+            if command == "explain":
+                import_module("lacuna.explain").explain(config)
         leave(0)
     except Preempted as error:
         leave(REQUEUE, str(error))
@@ -78,7 +80,7 @@ def leave(status: int, sentence: str = ""):
     """Exit, saying why."""
     rank = os.environ.get("RANK")
     name = f"lacuna (rank {rank})" if rank else "lacuna"
-    with suppress(OSError):  # the terminal may be gone
+    with suppress(OSError, AttributeError):  # the terminal may be gone, or never have been there
         sys.stdout.flush()
         print(f"{name}: {sentence}" if sentence else "", end="\n" if sentence else "", file=sys.stderr)
     # One of several ranks skips the interpreter's end: gloo's threads outlive it, and 1 run in 20 aborted. So does a

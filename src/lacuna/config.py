@@ -6,6 +6,7 @@ import logging
 import re
 import tomllib
 from argparse import ArgumentParser
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -30,13 +31,15 @@ class Preempted(Exception):
 
 
 @contextmanager
-def blame(where: str):
-    """Whatever goes wrong inside becomes one sentence that begins with `where`: a ConfigError."""
+def blame(where: str, unless: Callable[[], bool] = lambda: False):
+    """Whatever goes wrong inside becomes one sentence that begins with `where`, a ConfigError, unless it is a bug."""
     try:
         yield
     except (ConfigError, NonFinite, Preempted, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # tokenizers, written in Rust, panics with one
+        if unless():
+            raise
         log.debug("%s", where, exc_info=True)  # to log.txt, where a run has one by now
         raise ConfigError(f"{where}: {known_fault(error) or name_fault(error)}") from error
 
@@ -113,10 +116,10 @@ class DataConfig(Section):
 
 
 class TrainConfig(Section):
-    seq_len: int = key(1024, "slots a row, tokens", ge=8)
-    micro_batch_size: int = key(8, "rows a device takes through the model at once", ge=1)
-    global_batch_size: int = key(8, "rows an optimizer step, over all devices", ge=1)
-    steps: int | None = key(None, "optimizer steps (this or train.epochs)", ge=1)
+    seq_len: int = key(1024, "slots a row, tokens", ge=8, le=2**24)
+    micro_batch_size: int = key(8, "rows a device takes through the model at once", ge=1, le=2**16)
+    global_batch_size: int = key(8, "rows an optimizer step, over all devices", ge=1, le=2**24)
+    steps: int | None = key(None, "optimizer steps (this or train.epochs)", ge=1, le=10**9)
     epochs: int | None = key(None, "passes over map-style data (this or train.steps)", ge=1)
     compile: bool | None = key(None, "torch.compile each layer; default: on a GPU")
     activation_checkpointing: Literal["none", "full", "selective"] = key("none", "recompute all, or what is cheap")
@@ -125,10 +128,10 @@ class TrainConfig(Section):
 
 
 class OptimConfig(Section):
-    lr: float | None = key(None, "peak learning rate; default: 3e-4 for pt, 2e-5 for sft", gt=0)
+    lr: float | None = key(None, "peak learning rate; default: 3e-4 for pt, 2e-5 for sft", gt=0, le=100)
     weight_decay: float = key(0.1, "of matrices; embeddings, norms and biases have none", ge=0)
     betas: list[Rate] = key([0.9, 0.95], "AdamW's two decay rates", min_length=2, max_length=2)
-    eps: float = key(1e-8, "AdamW's epsilon", gt=0)
+    eps: float = key(1e-8, "AdamW's epsilon", gt=0, le=1)
     schedule: Literal["constant", "linear", "cosine", "wsd"] = key("cosine", "wsd: constant, then linear")
     warmup_steps: int = key(0, "steps of linear warmup from 0", ge=0)
     decay_steps: int | None = key(None, "wsd: steps of decay at the end; default: a tenth", ge=1)
@@ -139,7 +142,7 @@ class DistConfig(Section):
     dp_replicate: int = key(1, "copies of the sharded model (HSDP)", ge=1)
     dp_shard: int | None = key(None, "ranks that share a copy (FSDP2); default: all left", ge=1)
     reshard_after_forward: bool | None = key(None, "free layers till backward; default: large models")
-    timeout: int = key(600, "seconds after which a collective that hangs ends the run", ge=10)
+    timeout: int = key(600, "seconds after which a collective that hangs ends the run", ge=10, le=10**6)
 
 
 class CheckpointConfig(Section):
@@ -251,14 +254,13 @@ def unknown_key(wrong: str) -> str:
 def load_config(path: str | None, argv: list[str], task: str = "pt") -> Config:
     """The config from a TOML file and a command line's words; exits if they ask for help."""
     parser = Parser(usage=f"lacuna {task} [CONFIG.toml] [--section.key VALUE ...]", allow_abbrev=False)
-    given = CliSettingsSource(Config, None, argv, root_parser=parser, parse_args_method=Parser.parse_args)()
+    with blame("the command line"):
+        given = CliSettingsSource(Config, None, argv, root_parser=parser, parse_args_method=Parser.parse_args)()
     if {"steps", "epochs"} & set(given.get("train", {})):
         # they exclude each other: one on the command line takes back the file's
         given["train"] = {"steps": None, "epochs": None} | given["train"]
-    try:
+    with blame(f"cannot read config {path} as TOML"):
         merged = tomllib.loads(Path(path).read_text()) if path else {}
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read config {path} as TOML: {error}") from None
     for section, value in given.items():
         if isinstance(value, dict) and isinstance(merged.get(section), dict):
             value = merged[section] | value

@@ -178,13 +178,14 @@ def open_metrics(folder: Path, step: int):
 
 
 def start_logging(folder: Path, rank: int):
-    """Rank 0 logs to stderr and log.txt, other ranks only warnings to stderr."""
+    """Rank 0 logs to stderr and, with the tracebacks of what ends it, to log.txt; other ranks warnings to stderr."""
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    log.setLevel(logging.DEBUG)
     logging.raiseExceptions = False  # on a full disk it would print a traceback a line; metrics.jsonl ends the run
     log.propagate = False  # other libraries print their own: on the root logger their lines would stand twice
     log.handlers = [logging.StreamHandler()]
+    log.handlers[0].setLevel(logging.INFO if rank == 0 else logging.WARNING)
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         log.addHandler(logging.FileHandler(folder / "log.txt", mode="a"))

@@ -1,4 +1,4 @@
-"""What ends a run early: a cluster's SIGTERM, or SIGUSR1 as configs/slurm.sh asks for; Ctrl-C; a terminal that closes."""
+"""What ends a run early: SIGTERM, SIGUSR1 as configs/slurm.sh asks for, Ctrl-C, a terminal that is closed."""
 
 import os
 import signal
@@ -38,7 +38,7 @@ class Preemption:
             if not self.can_save or not repeated:
                 name = signal.Signals(number).name
                 with suppress(OSError):  # the terminal may be gone
-                    os.write(2, f"lacuna: ended at once by {name}; the same command goes on from a checkpoint\n".encode())
+                    os.write(2, f"lacuna: ended at once by signal {name}; run the same again to go on\n".encode())
                 os._exit(REQUEUE)
             self.asked = True
 

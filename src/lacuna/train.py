@@ -9,10 +9,11 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout
 
 from lacuna.checkpoint import Checkpoints, export, find_checkpoint, in_order, match_eos, read_state
-from lacuna.config import Config, ConfigError, NonFinite, Preempted, log, to_toml
+from lacuna.config import Config, ConfigError, NonFinite, Preempted, blame, log, to_toml
 from lacuna.data.batch import IGNORE, PackedBatch
 from lacuna.data.conversations import make_encoder
 from lacuna.data.loader import Loader, RowDataset
+from lacuna.data.sources import hold
 from lacuna.data.tokenize import load_tokenizer, token_bytes
 from lacuna.metrics import Report, start_logging
 from lacuna.model import Trainee, build_model
@@ -22,52 +23,54 @@ from lacuna.preemption import Preemption
 from lacuna.weights import held, read_tensors
 
 
-def run(config: Config) -> Path:
+def run(config: Config, preemption: Preemption | None = None) -> Path:
     """Train as `config` says; returns the run folder, with the model in its `hf`. Raises Preempted after a signal."""
     # Set up: ranks, run folder, what to go on from, tokenizer.
-    preemption = Preemption()
-    ranks = start(config.dist, config.train)
+    preemption = preemption or Preemption()
+    with blame("the other ranks, as RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT say"):
+        ranks = start(config.dist, config.train)
     folder = Path(config.out) / config.name
-    start_logging(folder, ranks.rank)
-    lock = FileLock(folder / ".lock")  # released when this process ends, however it ends
-    if ranks.rank == 0:
-        try:
-            lock.acquire(timeout=60)  # the ranks of a run that is just being ended may still be there
-        except Timeout:
-            raise ConfigError(f"{folder} is in use by another run: wait for it, or set another name") from None
-    checkpoint = find_checkpoint(config, folder, ranks.rank)
-    state = read_state(checkpoint, config)
-    if ranks.rank == 0:
-        (folder / "config.toml").write_text(to_toml(config))
-    tokenizer = load_tokenizer(config.model)
-    encoder = make_encoder(config, tokenizer)
+    with blame(f"out: the run's folder {folder}"):
+        start_logging(folder, ranks.rank)
+        lock = occupy(folder, config) if ranks.rank == 0 else None  # noqa: F841  released when this process ends
+        checkpoint = find_checkpoint(config, folder, ranks.rank)
+    with blame(f"{checkpoint}/state.json is damaged"):
+        state = read_state(checkpoint, config)
+    with blame(f"model.tokenizer {config.model.tokenizer or config.model.name}"):
+        tokenizer = load_tokenizer(config.model)
+    with blame("data.chat_template, or the tokenizer's own template"):
+        encoder = make_encoder(config, tokenizer)
 
     # Data comes before the model, so that it is read ahead while the model is built.
-    dataset, held_out = open_rows(config, encoder, ranks, state["data"])
-    if state.get("inventory", dataset.inventory) != dataset.inventory and not config.checkpoint.resume_changed:
-        change = f"the data of {checkpoint} was {state['inventory']}, now {dataset.inventory}"
-        raise ConfigError(f"data.sources: {change}: bring it back, or set checkpoint.resume_changed = true")
-    steps = config.train.steps or math.ceil(dataset.count_rows() / config.train.global_batch_size)
+    with blame("data.sources" + (f" from where {checkpoint}/state.json says" if checkpoint else "")):
+        dataset, held_out = open_rows(config, encoder, ranks, state["data"])
+        if state.get("inventory", dataset.inventory) != dataset.inventory and not config.checkpoint.resume_changed:
+            change = f"the data of {checkpoint} was {state['inventory']}, now {dataset.inventory}"
+            raise ConfigError(f"data.sources: {change}: bring it back, or set checkpoint.resume_changed = true")
+        steps = config.train.steps or math.ceil(dataset.count_rows() / config.train.global_batch_size)
+        loader = Loader(config, dataset, ranks.device)
     if config.optim.warmup_steps >= steps:
         raise ConfigError(f"optim.warmup_steps {config.optim.warmup_steps} must be below the run's {steps} steps")
-    loader = Loader(config, dataset, ranks.device)
 
     # Model, optimizer, checkpoints, and where the run reports to.
-    trainee = build_model(config, ranks, len(tokenizer), checkpoint)
-    model = trainee.model
-    parameters = trained(model)
-    optimizer = AdamW(model, model.get_decoder().layers, config.optim, trainee.plan.compiled)
-    if checkpoint:
-        read_tensors(optimizer.tensors(parameters), checkpoint)
-        log.info("Going on after step %d, from %s", state["step"], checkpoint)
-    encoder.adapt(tokenizer)
-    match_eos(config, model, tokenizer)
+    with blame(f"model.name {config.model.name}"):
+        trainee = build_model(config, ranks, len(tokenizer), checkpoint)
+        model = trainee.model
+        parameters = trained(model)
+        optimizer = AdamW(model, model.get_decoder().layers, config.optim, trainee.plan.compiled)
+        encoder.adapt(tokenizer)
+        match_eos(config, model, tokenizer)
     tensors = held(model) | optimizer.tensors(parameters)
+    if checkpoint:
+        with blame(f"{checkpoint} has no whole optimizer"):
+            read_tensors(optimizer.tensors(parameters), checkpoint)
+        log.info("Going on after step %d, from %s", state["step"], checkpoint)
     checkpoints = Checkpoints(config, ranks, folder, tensors, model, tokenizer)
     what = f"{model.num_parameters():,} parameters, {trainee.plan.backend} attention, {trainee.plan.dtype}"
     length = f"{steps} steps of {config.train.global_batch_size} rows x {config.train.seq_len} tokens"
     log.info("%s: %s, %d rank(s), %s", config.model.name, what, ranks.world, length)
-    report = Report(config, ranks, folder, steps, model, state)
+    with blame(f"{folder}/metrics.jsonl, or log.trackers"):
+        report = Report(config, ranks, folder, steps, model, state)
     if checkpoint is None:
         report.write({"step": 0, "documents": dataset.notes})
     sizes = torch.from_numpy(token_bytes(tokenizer)).to(ranks.device)  # [V]
@@ -143,6 +146,16 @@ def run(config: Config) -> Path:
     return folder
 
 
+def occupy(folder: Path, config: Config) -> FileLock:
+    """The run's folder for this process alone, with its config."""
+    try:
+        lock = hold(folder / ".lock", timeout=60)  # the ranks of a run that is just being ended may still be there
+    except Timeout:
+        raise ConfigError(f"{folder} is in use by another run: wait for it, or set another name") from None
+    (folder / "config.toml").write_text(to_toml(config))
+    return lock
+
+
 def open_rows(config: Config, encoder, ranks: Ranks, state) -> tuple[RowDataset, RowDataset | None]:
     """The rows to train on, from a Loader's state on, and those held out, if any: a share of the same, or others."""
     fraction = config.eval.fraction or 0.0
@@ -184,8 +197,9 @@ def evaluate(trainee: Trainee, config: Config, dataset: RowDataset, ranks: Ranks
     loader = Loader(config, dataset, ranks.device, training=False)
     parts = [{"nats": 0.0, "tokens": 0, "bytes": 0}]
     trainee.eval()
+    rows = min(config.eval.rows, dataset.count_rows()) if dataset.map_style else config.eval.rows
     # every rank takes as many rows, and one without data feeds rows that train nothing: so nobody hangs
-    for _ in range(math.ceil(config.eval.rows / (config.train.micro_batch_size * ranks.world))):
+    for _ in range(math.ceil(rows / (config.train.micro_batch_size * ranks.world))):
         [batch] = loader.step()
         tokens = batch.counts["trained_tokens"]
         marks = sum_over_ranks([{"tokens": tokens, "stop_asked": preemption.asked}], ranks.device)
