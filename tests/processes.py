@@ -145,6 +145,37 @@ def signal_at(step: int, number: int):
     Report.write = write
 
 
+def ignored(number: int):
+    """As nohup leaves SIGHUP."""
+    signal.signal(number, signal.SIG_IGN)
+
+
+def variables(environ: dict):
+    os.environ.update(environ)
+
+
+def bug_at(step: int):
+    """A bug of lacuna's in the step after this one."""
+    from lacuna import train
+
+    count = itertools.count(1)
+
+    def accumulate(*arguments, real=train.accumulate_gradients):
+        return real(*arguments) if next(count) <= step else 1 / 0
+
+    train.accumulate_gradients = accumulate
+
+
+def no_locks(number: int):
+    """As an NFS without its lock daemon, or a file system of FUSE."""
+    import fcntl
+
+    def flock(descriptor, how):
+        raise OSError(number, "No locks available")
+
+    fcntl.flock = flock
+
+
 def slow_save(seconds: float, marker: str):
     """A slow disk; the marker is there once a save has begun."""
     from lacuna.checkpoint import Checkpoints

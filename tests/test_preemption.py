@@ -17,7 +17,7 @@ from lacuna.preemption import REPEAT_SECONDS
 pytestmark = pytest.mark.slow  # minutes: left out of the second set of versions in CI
 
 STEPS = 20
-SIGNALS = [signal.SIGTERM, signal.SIGUSR1]
+SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP]
 
 
 def state_of(run: Path, step: int) -> dict:
@@ -35,6 +35,7 @@ def test_a_signal_ends_a_run_with_75_after_a_checkpoint_at_the_next_step_boundar
     assert 8 <= newest <= 10 and [m["step"] for m in train_lines(run)] == list(range(1, newest + 1))
     assert state_of(run, newest)["step"] == newest
     assert f"stopped by a signal after step {newest} of 20; the same command goes on" in done.output
+    assert "Traceback" not in done.output
     assert not (run / "hf").exists()
 
 
@@ -108,6 +109,29 @@ def test_a_signal_during_a_save_waits_for_it_and_a_second_one_ends_at_once_with_
     assert_same_run(run, straight("map"))
 
 
+def test_a_second_ctrl_c_ends_at_once_but_not_under_a_launcher_that_passes_it_on(place):  # noqa: F811
+    for launched in (False, True):
+        run, marker = place / "runs" / f"twice_{launched}", place / f"twice_{launched}"
+        command = words(place, "map", run.name, "--checkpoint.every", "4")
+        rank = {"variables": ({"RANK": "0", "WORLD_SIZE": "1"},)} if launched else {}
+        with Run(place, *command, faults={"slow_save": (4, str(marker)), **rank}) as process:
+            process.until(marker.exists)
+            process.send(signal.SIGINT)
+            time.sleep(0.3)
+            process.send(signal.SIGINT)
+            assert process.wait() == 75, process.output
+        assert "Traceback" not in process.output
+        assert ("ended at once by signal SIGINT" in process.output) != launched
+        assert checkpoints(run) == [] if not launched else len(checkpoints(run)) > 0
+
+
+def test_what_nohup_ignores_stays_ignored(place):  # noqa: F811
+    command = words(place, "map", "nohup")
+    faults = {"ignored": (signal.SIGHUP,), "signal_at": (3, signal.SIGHUP)}
+    assert finish(place, *command, faults=faults).status == 0
+    assert last_step(place / "runs" / "nohup") == STEPS
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_signal_to_one_of_two_ranks_ends_both_with_75_after_one_checkpoint(rank, place):  # noqa: F811
     name = f"one_of_two_{rank}"
@@ -134,10 +158,18 @@ def test_a_signal_to_one_of_two_ranks_during_an_evaluation_stops_both(place):  #
     assert checkpoints(run) == [5]
 
 
-def test_a_signal_while_torch_is_still_imported_is_answered_with_75(tmp_path):
+@pytest.mark.parametrize(
+    ("task", "number", "status", "sentence"),
+    [
+        ("pt", signal.SIGTERM, 75, "lacuna: ended at once by signal SIGTERM; run the same again"),
+        ("pt", signal.SIGINT, 75, "lacuna: ended at once by signal SIGINT; run the same again"),
+        ("explain", signal.SIGINT, 130, "lacuna: interrupted"),
+    ],
+)
+def test_a_signal_while_torch_is_still_imported_is_answered(tmp_path, task, number, status, sentence):
     """The command itself, not forked: its first seconds go into imports, and a cluster may not wait for them."""
     (tmp_path / "empty.toml").write_text("")
-    command = [sys.executable, "-X", "importtime", "-m", "lacuna"]
+    command = [sys.executable, "-X", "importtime", "-m", "lacuna", *["explain"][: task == "explain"]]
     command += words(tmp_path, "map", "early", "--model.name", "nowhere")
     with open(tmp_path / "imports.txt", "w") as imports:
         process = subprocess.Popen(command, env=os.environ | VARIABLES, stderr=imports)
@@ -145,7 +177,9 @@ def test_a_signal_while_torch_is_still_imported_is_answered_with_75(tmp_path):
         end = time.monotonic() + 60
         while "torch._utils" not in (tmp_path / "imports.txt").read_text() and time.monotonic() < end:
             time.sleep(0.01)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 75
+        process.send_signal(number)
+        assert process.wait(30) == status
+        said = (tmp_path / "imports.txt").read_text()
+        assert sentence in said and "Traceback" not in said
     finally:
         process.kill()

@@ -13,8 +13,10 @@ def chat(name: str):
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     of_run = Path(name) / "hf"
-    # without False transformers would ask, and a yes on the terminal would run the model's code
-    model = pipeline("text-generation", str(of_run if of_run.is_dir() else name), trust_remote_code=False)
+    # Without False transformers would ask, and a yes on the terminal would run the model's code; without sdpa it would
+    # run a kernel that the model's config names as its attention.
+    options = {"trust_remote_code": False, "model_kwargs": {"attn_implementation": "sdpa"}}
+    model = pipeline("text-generation", str(of_run if of_run.is_dir() else name), **options)
     if not model.tokenizer.chat_template:
         raise ConfigError(f"{name} has no chat template: it was trained on text only, so go on with lacuna sft")
     streamer = TextStreamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -30,7 +30,8 @@ def main():
         if command in ("pt", "sft"):
             launch(words)
             preemption = Preemption()  # imports alone take seconds, and one or two more with garbage collection
-            with blame("before the end of the first step", unless=lambda: preemption.can_save):
+            where = "before the first step has ended (see model.overrides, model.head, train.compile)"
+            with blame(where, unless=lambda: preemption.can_save):
                 gc.disable()
                 train = import_module("lacuna.train")
                 gc.freeze()  # what imports make stays: looking through it takes half a second every few dozen steps

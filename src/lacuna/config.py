@@ -15,6 +15,8 @@ import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import CliSettingsSource
 
+from lacuna.preemption import time_limit
+
 log = logging.getLogger("lacuna")
 
 
@@ -46,9 +48,12 @@ def blame(where: str, unless: Callable[[], bool] = lambda: False):
 
 def name_fault(error: BaseException) -> str:
     """An error of any library in one line: what they go on to advise is for those who call them."""
-    text = str(error.__cause__ or error).strip()
+    text = str(error)
     if isinstance(error, OSError):
         text = text.partition("\n")[0]
+    cause = str(error.__cause__ or "")
+    if cause not in text:
+        text = f"{text} {cause}"
     return f"{type(error).__name__}: {' '.join(text.split())[:300]}"
 
 
@@ -76,7 +81,7 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    name: str = key("examples/tiny", "Hub id, or folder with config.json (and *.safetensors)")
+    name: str = key("examples/tiny", "Hub id, or folder with config.json (and *.safetensors)", max_length=500)
     from_scratch: bool = key(False, "initialise the weights instead of reading them")
     overrides: dict[str, Any] = key({}, "fields of the model's config to replace")
     tokenizer: str | None = key(None, "Hub id or folder; default: the model's own")
@@ -99,7 +104,7 @@ class Source(Section):
     split: str = key("train", "split, slices allowed: train[:1000]")
     data_files: Annotated[list[str] | None, OneOrSeveral] = key(None, "files in `path`, or globs")
     streaming: bool = key(False, "read while training instead of tokenising all of it first")
-    weight: float | None = key(None, "share of the tokens; default: all data once an epoch", gt=0)
+    weight: float | None = key(None, "share of the tokens; default: all data once an epoch", ge=1e-9, le=1e9)
     column: str = key("text", "pt: column that holds the text")
 
 
@@ -168,7 +173,7 @@ class EvalConfig(Section):
 
 class Config(Section):
     task: Literal["pt", "sft"] = key("pt", "pt: text; sft: conversations")
-    name: str = key("run", "the run's name: everything lands in out/name", pattern=r"^[\w.-]+$")
+    name: str = key("run", "everything lands in out/name", pattern=r"^\.*[\w-][\w.-]*$", max_length=200)
     seed: int = key(0, "of the order of data and of initial weights", ge=0, lt=2**32)
     out: str = key("runs", "folder of runs")
     model: ModelConfig = key(ModelConfig(), "what is trained")
@@ -259,8 +264,8 @@ def load_config(path: str | None, argv: list[str], task: str = "pt") -> Config:
     if {"steps", "epochs"} & set(given.get("train", {})):
         # they exclude each other: one on the command line takes back the file's
         given["train"] = {"steps": None, "epochs": None} | given["train"]
-    with blame(f"cannot read config {path} as TOML"):
-        merged = tomllib.loads(Path(path).read_text()) if path else {}
+    with blame(f"cannot read config {path} as TOML"), time_limit(10):  # a pipe may never be written
+        merged = tomllib.loads(Path(path).read_text("utf-8-sig")) if path else {}
     for section, value in given.items():
         if isinstance(value, dict) and isinstance(merged.get(section), dict):
             value = merged[section] | value
@@ -270,7 +275,7 @@ def load_config(path: str | None, argv: list[str], task: str = "pt") -> Config:
     try:
         return Config.model_validate(merged)
     except ValidationError as error:
-        raise ConfigError("\n".join(sentence(problem) for problem in error.errors())) from None
+        raise ConfigError("\n".join(sentence(problem) for problem in error.errors()[:20])) from None
 
 
 def sentence(problem: dict) -> str:
@@ -282,7 +287,9 @@ def sentence(problem: dict) -> str:
     if not place:
         return message
     cure = "; leave it out for the default" if problem["input"] == "auto" else ""
-    return f"{'.'.join(place)}: {message}, not {problem['input']!r}{cure}"
+    if problem["type"] == "list_type" and place[-1] == "sources":
+        cure = "; write [[data.sources]] above each"
+    return f"{'.'.join(place)}: {message}, not {problem['input']!r:.100}{cure}"
 
 
 def to_toml(config: Config) -> str:

@@ -17,11 +17,10 @@ def explain(config: Config):
     log.setLevel(logging.INFO)
     log.addHandler(logging.StreamHandler())
     console = Console(highlight=False)
-    with blame(f"model.tokenizer {config.model.tokenizer or config.model.name}"):
-        tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model)
     with blame("data.chat_template, or the tokenizer's own template"):
         encoder = make_encoder(config, tokenizer)
-    with blame("data.sources"):
+    with blame("data.sources, data.cache"):
         share = (config.eval.fraction or 0, 1)
         dataset = RowDataset(config, config.data.sources, encoder, rank=0, ranks=1, share=share)
         rows = list(islice(dataset, config.log.show))

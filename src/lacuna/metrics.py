@@ -15,7 +15,7 @@ import datasets
 import torch
 from transformers import PreTrainedModel
 
-from lacuna.config import Config, NonFinite, log
+from lacuna.config import Config, NonFinite, blame, log
 from lacuna.optim import trained
 from lacuna.parallel import Ranks
 
@@ -204,11 +204,12 @@ def peak_memory(device: torch.device) -> float:
 
 def open_tracker(name: str, config: Config, folder: Path):
     """What takes a step's metrics, and what ends it. The packages are extras: wandb, tensorboard, trackio."""
-    if name == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
+    with blame(f"log.trackers: {name} (pip install 'lacuna[{name}]')"):
+        if name == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(str(folder / "tensorboard"))
-        return lambda metrics: [writer.add_scalar(k, v, metrics["step"]) for k, v in metrics.items()], writer.close
-    module = __import__(name)  # wandb and trackio share one interface
-    module.init(project="lacuna", name=config.name, config=config.model_dump())
-    return module.log, module.finish
+            writer = SummaryWriter(str(folder / "tensorboard"))
+            return lambda metrics: [writer.add_scalar(k, v, metrics["step"]) for k, v in metrics.items()], writer.close
+        module = __import__(name)  # wandb and trackio share one interface
+        module.init(project="lacuna", name=config.name, config=config.model_dump())
+        return module.log, module.finish

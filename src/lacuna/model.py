@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lacuna.attention import boundaries, choose_backend
-from lacuna.config import Config, ConfigError, ModelConfig
+from lacuna.config import Config, ConfigError, ModelConfig, blame
 from lacuna.data.batch import PackedBatch
 from lacuna.loss import head_loss
 from lacuna.parallel import Ranks, shard_model
@@ -116,10 +116,8 @@ def materialise(trainee: Trainee, device: torch.device, seed: int, folder: Path 
 def empty_model(config: ModelConfig, vocabulary: int) -> PreTrainedModel:
     """The model on the meta device, with lacuna's attention; ConfigError where it cannot be trained."""
     trust = {"trust_remote_code": config.trust_remote_code}
-    try:
+    with blame(f"model.name {config.name}: its config"):
         hf_config = AutoConfig.from_pretrained(config.name, **trust)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.name {config.name}: {error}") from None
     for key, value in config.overrides.items():
         if not hasattr(hf_config, key):
             near = difflib.get_close_matches(key, hf_config.to_dict(), 1)
@@ -127,12 +125,9 @@ def empty_model(config: ModelConfig, vocabulary: int) -> PreTrainedModel:
         setattr(hf_config, key, copy.deepcopy(value))
     # before the model is built: transformers would fetch and run a kernel that a config names as its attention
     hf_config._attn_implementation = "lacuna"
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32, **trust)
-    except (KeyError, TypeError, ValueError) as error:
-        why = f"with lacuna's attention and model.overrides {config.overrides}: {error!r}"
-        raise ConfigError(f"model.name {config.name} cannot be built {why}") from None
+    where = f"model.name {config.name} cannot be built with lacuna's attention and model.overrides {config.overrides}"
+    with blame(where), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32, **trust)
     refuse_unfit(model)
     if vocabulary > hf_config.vocab_size:
         sizes = f"the tokenizer has {vocabulary} tokens, the model {hf_config.vocab_size}"

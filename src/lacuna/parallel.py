@@ -4,20 +4,23 @@ The mesh is (dp_replicate, dp_shard): parameters are sharded over the second dim
 (HSDP). One rank alone has no FSDP: it has nothing to shard, and the copies cost 28 of 433 ms of a 1.7B model (H200).
 """
 
+import errno
 import os
 import subprocess
 from datetime import timedelta
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch._inductor.config
 import torch.distributed as dist
+from filelock import FileLock
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from lacuna.config import ConfigError, DistConfig, TrainConfig, uneven_batch
+from lacuna.config import ConfigError, DistConfig, TrainConfig, log, uneven_batch
 
 
 class Ranks(NamedTuple):
@@ -25,6 +28,18 @@ class Ranks(NamedTuple):
     world: int
     device: torch.device
     mesh: DeviceMesh | None  # (dp_replicate, dp_shard); None where one rank is alone
+
+
+def lock(file: Path, timeout: float = -1) -> FileLock:
+    """A lock that is held; where the file system has none, a warning in its place."""
+    held = FileLock(file)
+    try:
+        held.acquire(timeout)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        log.warning("%s: this file system has no locks (%s): start one run at a time", file, error)
+    return held
 
 
 def join_slurm(environ: dict):
@@ -48,6 +63,8 @@ def start(config: DistConfig, train: TrainConfig) -> Ranks:
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     shard = config.dp_shard or max(1, world // config.dp_replicate)
+    if not 0 <= rank < world:
+        raise ConfigError(f"RANK {rank} is none of WORLD_SIZE {world}, which begin with 0: unset both, or use torchrun")
     if config.dp_replicate * shard != world:
         raise ConfigError(f"dist.dp_replicate {config.dp_replicate} x dist.dp_shard {shard} is not the {world} ranks")
     if train.global_batch_size % (train.micro_batch_size * world):

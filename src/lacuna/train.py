@@ -6,19 +6,18 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from lacuna.checkpoint import Checkpoints, export, find_checkpoint, in_order, match_eos, read_state
 from lacuna.config import Config, ConfigError, NonFinite, Preempted, blame, log, to_toml
 from lacuna.data.batch import IGNORE, PackedBatch
 from lacuna.data.conversations import make_encoder
 from lacuna.data.loader import Loader, RowDataset
-from lacuna.data.sources import hold
 from lacuna.data.tokenize import load_tokenizer, token_bytes
 from lacuna.metrics import Report, start_logging
 from lacuna.model import Trainee, build_model
 from lacuna.optim import AdamW, learning_rate, trained
-from lacuna.parallel import Ranks, gradient_norm, start, sum_over_ranks
+from lacuna.parallel import Ranks, gradient_norm, lock, start, sum_over_ranks
 from lacuna.preemption import Preemption
 from lacuna.weights import held, read_tensors
 
@@ -32,17 +31,23 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
     folder = Path(config.out) / config.name
     with blame(f"out: the run's folder {folder}"):
         start_logging(folder, ranks.rank)
-        lock = occupy(folder, config) if ranks.rank == 0 else None  # noqa: F841  released when this process ends
+        if ranks.rank == 0:
+            try:  # the ranks of a run that is just being ended may still be there
+                held_lock = lock(folder / ".lock", timeout=60)  # noqa: F841  till this process ends, however it ends
+            except Timeout:
+                raise ConfigError(f"{folder} is in use by another run: wait for it, or set another name") from None
         checkpoint = find_checkpoint(config, folder, ranks.rank)
-    with blame(f"{checkpoint}/state.json is damaged"):
+    from_state = f" from {checkpoint}/state.json" if checkpoint else ""
+    with blame(f"out: the run{from_state}"):
         state = read_state(checkpoint, config)
-    with blame(f"model.tokenizer {config.model.tokenizer or config.model.name}"):
-        tokenizer = load_tokenizer(config.model)
+        if ranks.rank == 0:
+            (folder / "config.toml").write_text(to_toml(config))
+    tokenizer = load_tokenizer(config.model)
     with blame("data.chat_template, or the tokenizer's own template"):
         encoder = make_encoder(config, tokenizer)
 
     # Data comes before the model, so that it is read ahead while the model is built.
-    with blame("data.sources" + (f" from where {checkpoint}/state.json says" if checkpoint else "")):
+    with blame(f"data.sources, data.cache{from_state}"):
         dataset, held_out = open_rows(config, encoder, ranks, state["data"])
         if state.get("inventory", dataset.inventory) != dataset.inventory and not config.checkpoint.resume_changed:
             change = f"the data of {checkpoint} was {state['inventory']}, now {dataset.inventory}"
@@ -53,7 +58,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
         raise ConfigError(f"optim.warmup_steps {config.optim.warmup_steps} must be below the run's {steps} steps")
 
     # Model, optimizer, checkpoints, and where the run reports to.
-    with blame(f"model.name {config.model.name}"):
+    with blame(f"model.name {config.model.name} with model.overrides {config.model.overrides}"):
         trainee = build_model(config, ranks, len(tokenizer), checkpoint)
         model = trainee.model
         parameters = trained(model)
@@ -69,7 +74,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
     what = f"{model.num_parameters():,} parameters, {trainee.plan.backend} attention, {trainee.plan.dtype}"
     length = f"{steps} steps of {config.train.global_batch_size} rows x {config.train.seq_len} tokens"
     log.info("%s: %s, %d rank(s), %s", config.model.name, what, ranks.world, length)
-    with blame(f"{folder}/metrics.jsonl, or log.trackers"):
+    with blame(f"{folder}/metrics.jsonl{from_state}"):
         report = Report(config, ranks, folder, steps, model, state)
     if checkpoint is None:
         report.write({"step": 0, "documents": dataset.notes})
@@ -144,16 +149,6 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
     if dist.is_initialized():
         dist.destroy_process_group()
     return folder
-
-
-def occupy(folder: Path, config: Config) -> FileLock:
-    """The run's folder for this process alone, with its config."""
-    try:
-        lock = hold(folder / ".lock", timeout=60)  # the ranks of a run that is just being ended may still be there
-    except Timeout:
-        raise ConfigError(f"{folder} is in use by another run: wait for it, or set another name") from None
-    (folder / "config.toml").write_text(to_toml(config))
-    return lock
 
 
 def open_rows(config: Config, encoder, ranks: Ranks, state) -> tuple[RowDataset, RowDataset | None]:

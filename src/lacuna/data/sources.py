@@ -1,6 +1,5 @@
 """Map-style and streaming datasets: `read` yields the documents of a virtual stream, `load` the token ids of one."""
 
-import errno
 import itertools
 from collections import Counter
 from collections.abc import Iterator
@@ -97,25 +96,12 @@ def tokenise(source: Source, encoder: Encoder, cache: str) -> datasets.Dataset:
         return {"ids": [tokens.ids for tokens in documents], "note": [tokens.note for tokens in documents]}
 
     options = {"batched": True, "with_indices": True, "remove_columns": dataset.column_names, "features": CACHED}
-    lock = hold(file.with_suffix(".lock"))  # one rank makes it, the others wait here and read it
-    tokens = dataset.map(encode, cache_file_name=str(file), new_fingerprint=name, **options)
-    lock.release()
+    with FileLock(file.with_suffix(".lock")):  # one rank makes it, the others wait here and read it
+        tokens = dataset.map(encode, cache_file_name=str(file), new_fingerprint=name, **options)
     for note, count in Counter(tokens.data["note"].to_pylist()).items():
         if note:
             log.warning("%s: %d of %d documents %s", source.path, count, len(tokens), note)
     return tokens
-
-
-def hold(file: Path, timeout: float = -1) -> FileLock:
-    """A lock that is held until it is released, or collected; where the file system knows none, a warning."""
-    lock = FileLock(file)
-    try:
-        lock.acquire(timeout)
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
-            raise
-        log.warning("%s: this file system has no locks (%s): start no second run on it", file, error.strerror)
-    return lock
 
 
 class StreamSource:

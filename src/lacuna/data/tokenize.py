@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 from transformers import AutoTokenizer
 
-from lacuna.config import ConfigError, ModelConfig, Source
+from lacuna.config import ConfigError, ModelConfig, Source, blame
 from lacuna.data import batch
 from lacuna.data.batch import Tokens
 
@@ -82,10 +82,8 @@ def digest(*parts) -> str:
 def load_tokenizer(model: ModelConfig):
     """The tokenizer of `model.tokenizer`, or else of `model.name`."""
     name = model.tokenizer or model.name
-    try:
+    with blame(f"model.tokenizer: no tokenizer in {name}"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"model.tokenizer: no tokenizer in {name}: {error}") from None
     if not tokenizer.is_fast:
         raise ConfigError(f"model.tokenizer {name} is a slow one, in Python: use one of the tokenizers library")
     return tokenizer
