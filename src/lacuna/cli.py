@@ -11,8 +11,8 @@ from glob import glob
 from importlib import import_module
 from pathlib import Path
 
-from lacuna.config import Config, ConfigError, NonFinite, Preempted, blame, known_fault, load_config
-from lacuna.preemption import REQUEUE, SIGNALS, Preemption, handle
+from lacuna.config import AGAIN, Config, ConfigError, NonFinite, Preempted, blame, fault, load_config, log
+from lacuna.preemption import REQUEUE, SIGNALS, Preemption
 
 USAGE = """usage: lacuna pt [CONFIG.toml] [--section.key VALUE ...]    train on text: every token
        lacuna sft …                                         train on what an assistant says
@@ -24,19 +24,19 @@ USAGE = """usage: lacuna pt [CONFIG.toml] [--section.key VALUE ...]    train on 
 
 
 def main():
-    handle([signal.SIGINT], lambda number, frame: leave(130, "interrupted"))
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # in the background it is ignored
+        signal.signal(signal.SIGINT, lambda number, frame: leave(130, "interrupted"))
+    preemption = None
     try:
         command, config, words = parse(sys.argv[1:])
         if command in ("pt", "sft"):
             launch(words)
             preemption = Preemption()  # imports alone take seconds, and one or two more with garbage collection
-            where = "before the first step has ended (see model.overrides, model.head, train.compile)"
-            with blame(where, unless=lambda: preemption.can_save):
-                gc.disable()
-                train = import_module("lacuna.train")
-                gc.freeze()  # what imports make stays: looking through it takes half a second every few dozen steps
-                gc.enable()
-                train.run(config, preemption)
+            gc.disable()
+            train = import_module("lacuna.train")
+            gc.freeze()  # what imports make stays: looking through it takes half a second every few dozen steps
+            gc.enable()
+            train.run(config, preemption)
         with blame(f"lacuna {command} {' '.join(words)}"):
             if command == "chat":
                 import_module("lacuna.chat").chat(*words)
@@ -50,10 +50,10 @@ def main():
     except (ConfigError, NonFinite) as error:
         leave(1, str(error))
     except Exception as error:
-        sentence = known_fault(error)
-        if not sentence:
-            traceback.print_exc()
-        leave(1, sentence)
+        log.debug("", exc_info=True)
+        if preemption and preemption.can_save and AGAIN not in fault(error):
+            traceback.print_exc()  # a bug
+        leave(1, f"{fault(error)}. If no step was done, see model.overrides, model.head and train.compile")
 
 
 def parse(argv: list[str]) -> tuple[str, Config | None, list[str]]:
@@ -83,7 +83,7 @@ def leave(status: int, sentence: str = ""):
     name = f"lacuna (rank {rank})" if rank else "lacuna"
     with suppress(OSError, AttributeError):  # the terminal may be gone, or never have been there
         sys.stdout.flush()
-        print(f"{name}: {sentence}" if sentence else "", end="\n" if sentence else "", file=sys.stderr)
+        sys.stderr.write(f"{name}: {sentence}\n" if sentence else "")
     # One of several ranks skips the interpreter's end: gloo's threads outlive it, and 1 run in 20 aborted. So does a
     # run that stops early: the loader's thread may stand still in a read.
     if status or rank:

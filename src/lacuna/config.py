@@ -6,7 +6,6 @@ import logging
 import re
 import tomllib
 from argparse import ArgumentParser
-from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,6 +17,11 @@ from pydantic_settings import CliSettingsSource
 from lacuna.preemption import time_limit
 
 log = logging.getLogger("lacuna")
+
+
+AGAIN = "the same command goes on from the last checkpoint"
+CURES = dict.fromkeys([errno.ENOSPC, errno.EDQUOT], f". The disk is full: make room, and {AGAIN}")
+CURES |= dict.fromkeys([errno.EROFS, errno.EACCES, errno.EPERM], f". Change who may, or name another place; {AGAIN}")
 
 
 class ConfigError(Exception):
@@ -33,42 +37,28 @@ class Preempted(Exception):
 
 
 @contextmanager
-def blame(where: str, unless: Callable[[], bool] = lambda: False):
-    """Whatever goes wrong inside becomes one sentence that begins with `where`, a ConfigError, unless it is a bug."""
+def blame(where: str):
+    """Whatever goes wrong inside becomes one sentence that begins with `where`: a ConfigError."""
     try:
         yield
     except (ConfigError, NonFinite, Preempted, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # tokenizers, written in Rust, panics with one
-        if unless():
-            raise
         log.debug("%s", where, exc_info=True)  # to log.txt, where a run has one by now
-        raise ConfigError(f"{where}: {known_fault(error) or name_fault(error)}") from error
+        raise ConfigError(f"{where}: {fault(error)}") from error
 
 
-def name_fault(error: BaseException) -> str:
-    """An error of any library in one line: what they go on to advise is for those who call them."""
+def fault(error: BaseException) -> str:
+    """An error of any library in one line, with a cure where a disk or another rank is at fault."""
     text = str(error)
-    if isinstance(error, OSError):
+    if isinstance(error, OSError):  # what else transformers writes is for programmers
         text = text.partition("\n")[0]
-    cause = str(error.__cause__ or "")
-    if cause not in text:
-        text = f"{text} {cause}"
-    return f"{type(error).__name__}: {' '.join(text.split())[:300]}"
-
-
-def known_fault(error: BaseException) -> str:
-    """A sentence with its cure for a fault of disks or of other ranks; of any other, nothing."""
-    text = str(error).partition("\n")[0]
-    number = getattr(error, "errno", None)
-    again = "the same command goes on from the last checkpoint"
-    if number in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk is full ({text}): make room, and {again}"
-    if number in (errno.EROFS, errno.EACCES, errno.EPERM):
-        return f"it cannot be read or written ({text}): change who may, or name another place, and {again}"
+    elif str(error.__cause__ or "") not in text:
+        text = f"{text} {error.__cause__}"
+    cure = CURES.get(getattr(error, "errno", None), "")
     if "gloo" in text or type(error).__name__ in ("DistStoreError", "DistNetworkError", "DistBackendError"):
-        return f"another rank has ended, or cannot be reached ({text}): see what it says; {again}"
-    return ""
+        cure = f". Another rank has ended, or cannot be reached: see what it says; {AGAIN}"
+    return f"{type(error).__name__}: {' '.join(text.split())[:300]}{cure}"
 
 
 def key(default, meaning: str, **limits):
@@ -94,7 +84,7 @@ class ModelConfig(Section):
     trust_remote_code: bool = key(False, "run Python code that comes with the model")
 
 
-OneOrSeveral = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+OneOrSeveral = BeforeValidator(lambda value: [value] if isinstance(value, str | dict) else value)
 Rate = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -112,7 +102,7 @@ SOURCE = "; ".join(f"{name} ({field.description})" for name, field in Source.mod
 
 
 class DataConfig(Section):
-    sources: list[Source] = key([], "[[data.sources]] in TOML, JSON here; keys: " + SOURCE)
+    sources: Annotated[list[Source], OneOrSeveral] = key([], "[[data.sources]] in TOML, JSON here; keys: " + SOURCE)
     chat_template: str | None = key(None, "sft: file, text or name; default: the tokenizer's")
     overlong: Literal["drop", "truncate", "error"] = key("drop", "sft: conversations over seq_len")
     mask_boundary: bool = key(True, "a document does not predict the next one's first token")
@@ -165,7 +155,7 @@ class LogConfig(Section):
 
 
 class EvalConfig(Section):
-    sources: list[Source] = key([], "held-out data, same keys as data.sources")
+    sources: Annotated[list[Source], OneOrSeveral] = key([], "held-out data, same keys as data.sources")
     fraction: float | None = key(None, "or this share of data.sources' documents", gt=0, lt=1)
     every: int | None = key(None, "steps between evaluations; default: only at start and end", ge=1)
     rows: int = key(512, "rows evaluated at most", ge=1)
@@ -287,8 +277,6 @@ def sentence(problem: dict) -> str:
     if not place:
         return message
     cure = "; leave it out for the default" if problem["input"] == "auto" else ""
-    if problem["type"] == "list_type" and place[-1] == "sources":
-        cure = "; write [[data.sources]] above each"
     return f"{'.'.join(place)}: {message}, not {problem['input']!r:.100}{cure}"
 
 

@@ -6,7 +6,7 @@ from itertools import groupby, islice, pairwise
 from rich.console import Console
 from rich.text import Text
 
-from lacuna.config import Config, blame, log
+from lacuna.config import Config, log
 from lacuna.data.conversations import make_encoder
 from lacuna.data.loader import RowDataset
 from lacuna.data.tokenize import load_tokenizer
@@ -18,13 +18,9 @@ def explain(config: Config):
     log.addHandler(logging.StreamHandler())
     console = Console(highlight=False)
     tokenizer = load_tokenizer(config.model)
-    with blame("data.chat_template, or the tokenizer's own template"):
-        encoder = make_encoder(config, tokenizer)
-    with blame("data.sources, data.cache"):
-        share = (config.eval.fraction or 0, 1)
-        dataset = RowDataset(config, config.data.sources, encoder, rank=0, ranks=1, share=share)
-        rows = list(islice(dataset, config.log.show))
-    for number, row in enumerate(rows):
+    encoder = make_encoder(config, tokenizer)
+    rows = RowDataset(config, config.data.sources, encoder, rank=0, ranks=1, share=(config.eval.fraction or 0, 1))
+    for number, row in enumerate(islice(rows, config.log.show)):
         text = Text()
         for start, end in pairwise([*row.starts, len(row.ids)]):
             if start:

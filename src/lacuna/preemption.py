@@ -3,7 +3,6 @@
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable
 from contextlib import contextmanager, suppress
 from threading import Thread, current_thread, main_thread
 
@@ -23,7 +22,9 @@ class Preemption:
         pipe, wakeup = os.pipe()
         os.set_blocking(wakeup, False)
         signal.set_wakeup_fd(wakeup)
-        handle(SIGNALS, lambda number, frame: None)
+        for number in SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
+                signal.signal(number, lambda number, frame: None)
         Thread(target=self.listen, args=[pipe], daemon=True).start()
 
     def listen(self, pipe: int):
@@ -32,22 +33,14 @@ class Preemption:
             if number not in SIGNALS:
                 continue
             first = min(first, time.monotonic())
-            repeated = time.monotonic() < first + REPEAT_SECONDS
-            if number == signal.SIGINT and self.asked and "RANK" not in os.environ:
-                repeated = False  # without a launcher, only a hand on the keyboard says it twice
-            if not self.can_save or not repeated:
+            # without a launcher, only a hand on the keyboard says it twice
+            repeat = 0 if number == signal.SIGINT and self.asked and "RANK" not in os.environ else REPEAT_SECONDS
+            if not self.can_save or time.monotonic() > first + repeat:
                 name = signal.Signals(number).name
                 with suppress(OSError):  # the terminal may be gone
                     os.write(2, f"lacuna: ended at once by signal {name}; run the same again to go on\n".encode())
                 os._exit(REQUEUE)
             self.asked = True
-
-
-def handle(numbers: Iterable[int], handler: Callable):
-    """Set a handler of signals, but of none that this process was started to ignore: by nohup, or in the background."""
-    for number in numbers:
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, handler)
 
 
 @contextmanager

@@ -29,7 +29,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
     with blame("the other ranks, as RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT say"):
         ranks = start(config.dist, config.train)
     folder = Path(config.out) / config.name
-    with blame(f"out: the run's folder {folder}"):
+    with blame(f"out: the run in {folder}, or what it goes on from"):
         start_logging(folder, ranks.rank)
         if ranks.rank == 0:
             try:  # the ranks of a run that is just being ended may still be there
@@ -37,8 +37,6 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
             except Timeout:
                 raise ConfigError(f"{folder} is in use by another run: wait for it, or set another name") from None
         checkpoint = find_checkpoint(config, folder, ranks.rank)
-    from_state = f" from {checkpoint}/state.json" if checkpoint else ""
-    with blame(f"out: the run{from_state}"):
         state = read_state(checkpoint, config)
         if ranks.rank == 0:
             (folder / "config.toml").write_text(to_toml(config))
@@ -47,7 +45,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
         encoder = make_encoder(config, tokenizer)
 
     # Data comes before the model, so that it is read ahead while the model is built.
-    with blame(f"data.sources, data.cache{from_state}"):
+    with blame("data.sources, data.cache, or the place in them that state.json holds"):
         dataset, held_out = open_rows(config, encoder, ranks, state["data"])
         if state.get("inventory", dataset.inventory) != dataset.inventory and not config.checkpoint.resume_changed:
             change = f"the data of {checkpoint} was {state['inventory']}, now {dataset.inventory}"
@@ -66,16 +64,15 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
         encoder.adapt(tokenizer)
         match_eos(config, model, tokenizer)
     tensors = held(model) | optimizer.tensors(parameters)
-    if checkpoint:
-        with blame(f"{checkpoint} has no whole optimizer"):
+    with blame(f"out: the checkpoints or metrics of {folder}"):
+        if checkpoint:
             read_tensors(optimizer.tensors(parameters), checkpoint)
-        log.info("Going on after step %d, from %s", state["step"], checkpoint)
-    checkpoints = Checkpoints(config, ranks, folder, tensors, model, tokenizer)
+            log.info("Going on after step %d, from %s", state["step"], checkpoint)
+        checkpoints = Checkpoints(config, ranks, folder, tensors, model, tokenizer)
+        report = Report(config, ranks, folder, steps, model, state)
     what = f"{model.num_parameters():,} parameters, {trainee.plan.backend} attention, {trainee.plan.dtype}"
     length = f"{steps} steps of {config.train.global_batch_size} rows x {config.train.seq_len} tokens"
     log.info("%s: %s, %d rank(s), %s", config.model.name, what, ranks.world, length)
-    with blame(f"{folder}/metrics.jsonl{from_state}"):
-        report = Report(config, ranks, folder, steps, model, state)
     if checkpoint is None:
         report.write({"step": 0, "documents": dataset.notes})
     sizes = torch.from_numpy(token_bytes(tokenizer)).to(ranks.device)  # [V]
