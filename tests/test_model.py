@@ -19,9 +19,10 @@ LENGTHS = [[3, 40, 11], [64], [1, 30, 2, 25]]  # three rows; Mistral's window of
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor on a CPU needs a C++ compiler")
 
 
-def build(folder, *options: str, device="cpu", vocabulary=4096):
+def build(folder, *options: str, device="cpu", tokenizer=range(4096)):
+    """The trainee; of a tokenizer that is the model's own, only the size counts."""
     argv = ["--data.sources", '[{"path": "x"}]', "--train.steps", "1", "--model.name", str(folder), *options]
-    return build_model(load_config(None, argv), Ranks(0, 1, torch.device(device), None), vocabulary)
+    return build_model(load_config(None, argv), Ranks(0, 1, torch.device(device), None), tokenizer)
 
 
 def batch_and_documents() -> tuple[PackedBatch, list[list[int]]]:
@@ -158,7 +159,7 @@ def test_overrides_change_the_config_and_unknown_ones_name_the_nearest(tmp_path)
 def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
     model_config("llama").save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="5000 tokens, the model 4096"):
-        build(tmp_path, "--model.from_scratch", "true", vocabulary=5000)
+        build(tmp_path, "--model.from_scratch", "true", tokenizer=range(5000))
 
 
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "_attn_implementation_internal"])

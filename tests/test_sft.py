@@ -85,7 +85,7 @@ def test_loss_and_gradient_of_packed_conversations_are_those_of_each_alone(name,
     batches = [batch for _ in range(-(-dataset.count_rows() // 2)) for batch in loader.step()]
     loader.close()
     trained = sum(batch.counts["trained_tokens"] for batch in batches)
-    trainee = build_model(config, ONE, len(tokenizer))
+    trainee = build_model(config, ONE, tokenizer)
     loss = accumulate_gradients(trainee, batches, torch.tensor(trained), ONE)
 
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
@@ -114,7 +114,7 @@ def test_on_a_gpu_they_are_as_near_as_plain_transformers_in_bfloat16_is(chats, t
     batches = [batch for _ in range(-(-dataset.count_rows() // 2)) for batch in loader.step()]
     loader.close()
     trained = torch.tensor(sum(batch.counts["trained_tokens"] for batch in batches), device="cuda")
-    trainee = build_model(config, ranks, len(tokenizer))
+    trainee = build_model(config, ranks, tokenizer)
     loss = accumulate_gradients(trainee, batches, trained, ranks).item()
     ours = {key: parameter.grad.double().cpu() for key, parameter in trainee.model.named_parameters()}
 
@@ -145,7 +145,7 @@ def test_evaluation_weighs_tokens_and_is_the_same_packed_or_not(model_folder, ch
         argv = options(folder, chats, tmp_path, "--train.steps", "1", "--train.seq_len", seq_len)
         config = load_config(None, argv, "sft")
         dataset = open_rows(config, tokenizer)
-        trainee = build_model(config, ONE, len(tokenizer))
+        trainee = build_model(config, ONE, tokenizer)
         nobody = SimpleNamespace(asked=False)
         result = evaluate(trainee, config, dataset, ONE, torch.ones(len(tokenizer)), nobody)
         assert result["eval_tokens"] == count

@@ -124,7 +124,7 @@ def test_the_gradient_of_a_global_batch_is_the_same_for_every_split(split, model
         got = torch.load(tmp_path / "out.pt", weights_only=True)
     else:
         argv = ["--data.sources", '[{"path": "x"}]', "--train.steps", "1", "--model.name", str(folder)]
-        trainee = build_model(load_config(None, argv), ONE, 4096)
+        trainee = build_model(load_config(None, argv), ONE, range(4096))  # of the tokenizer only the size counts
         rows = list(uneven_rows())
         batches = [batch_of(rows)] if split == "8x1" else [batch_of(rows[i : i + 2]) for i in range(0, 8, 2)]
         trained = torch.tensor(sum(batch.counts["trained_tokens"] for batch in batches))
@@ -331,7 +331,7 @@ def test_mfu_counts_weights_and_attention_inside_documents(model_folder, monkeyp
     from lacuna.metrics import Work
 
     argv = ["--data.sources", '[{"path": "x"}]', "--train.steps", "1", "--model.name", str(model_folder("qwen3"))]
-    trainee = build_model(load_config(None, argv), ONE, 4096)
+    trainee = build_model(load_config(None, argv), ONE, range(4096))  # of the tokenizer only the size counts
     work = Work(trainee.model, torch.device("cpu"))
     work.peak = 1e12
     # an independent count: torch's own, of one document through the plain model, forward and backward

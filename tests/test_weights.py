@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EXAMPLES
+from conftest import ARCHITECTURES, EXAMPLES, SMALL, model_config, pack
 from processes import tensors
 from safetensors.torch import load_file, save_file
 from test_model import build
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from lacuna.config import ConfigError
-from lacuna.weights import read_tensors
+from lacuna.checkpoint import match_eos
+from lacuna.config import ConfigError, load_config
+from lacuna.weights import held, read_tensors
 
 TINY = load_file(EXAMPLES / "tiny" / "model.safetensors")
 NAMES = sorted(TINY)
@@ -144,3 +146,70 @@ def test_parts_that_do_not_cover_a_tensor_exactly_once_are_refused_and_nothing_o
     with pytest.raises(ConfigError, match=r"w (begins at|is)"):
         read_tensors({"w": got}, tmp_path / "c")
     assert (got == 5).all()
+
+
+# ---- what the files and the config say against each other
+
+
+def logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits
+
+
+def test_a_head_that_differs_in_the_files_is_a_head_of_its_own_as_in_transformers(tiny):
+    ids = torch.arange(20)[None]
+    embedding = TINY["model.embed_tokens.weight"]
+    save(tiny, WHOLE, TINY | {"lm_head.weight": embedding.flip(0)})
+    trainee = build(tiny)
+    own = trainee.model
+    assert not own.config.tie_word_embeddings and "lm_head.weight" in held(own)
+    with torch.no_grad():
+        hidden = trainee.hidden(pack([[ids[0].tolist()]], 20))
+        assert torch.allclose(own.lm_head(hidden), logits(tiny, ids)[0], atol=1e-5)
+    save(tiny, WHOLE, TINY | {"lm_head.weight": embedding.clone()})
+    twice = build(tiny).model
+    assert twice.config.tie_word_embeddings and twice.lm_head.weight is twice.get_input_embeddings().weight
+    only_head = {name: tensor for name, tensor in TINY.items() if "embed" not in name} | {"lm_head.weight": embedding}
+    save(tiny, WHOLE, only_head)
+    assert torch.equal(build(tiny).model.get_input_embeddings().weight, embedding.float())
+
+
+def test_all_special_ids_are_those_of_another_tokenizer_and_the_old_ones_are_words(tiny):
+    """Of nn.Embedding's padding_idx the row has no gradient: the old one's must not be it."""
+    tokenizer = AutoTokenizer.from_pretrained(EXAMPLES / "tiny")
+    tokenizer.add_special_tokens({"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"})
+    tokenizer.save_pretrained(tiny.with_name("tokenizer"))
+    old = AutoTokenizer.from_pretrained(EXAMPLES / "tiny")
+    assert old.pad_token_id != tokenizer.pad_token_id and len(tokenizer) == len(old)
+    options = ["--model.tokenizer", str(tiny.with_name("tokenizer"))]
+    GenerationConfig(bos_token_id=0, eos_token_id=[0, 3], pad_token_id=3).save_pretrained(tiny)
+    trainee = build(tiny, *options, tokenizer=tokenizer)
+    model = trainee.model
+    words = ["--data.sources", '[{"path": "x"}]', "--train.steps", "1", "--model.name", str(tiny), *options]
+    match_eos(load_config(None, words), model, tokenizer)
+    for kind in ("bos", "eos", "pad"):
+        ids = [getattr(c, f"{kind}_token_id") for c in (tokenizer, model.config, model.generation_config)]
+        assert ids == [ids[0]] * 3 and ids[0] is not None, kind
+    row = [[old.pad_token_id, 5, old.pad_token_id, 7]]
+    trainee(pack([row], 4)).backward()
+    assert model.get_input_embeddings().padding_idx == tokenizer.pad_token_id
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "mistral"])
+def test_overrides_are_as_if_they_stood_in_the_config_that_a_model_is_made_with(name, tmp_path):
+    config = model_config(name)
+    config.save_pretrained(tmp_path)
+    fields = {"num_hidden_layers": 4, "sliding_window": 16}
+    if name != "mistral":
+        fields |= {"use_sliding_window": True, "max_window_layers": 2}
+    got = build(tmp_path, "--model.from_scratch", "true", "--model.overrides", json.dumps(fields)).model.config
+    want = AutoConfig.for_model(name, **SMALL | ARCHITECTURES[name] | fields)
+    for key in ("layer_types", "num_hidden_layers", "sliding_window", "head_dim"):
+        assert getattr(got, key, None) == getattr(want, key, None), key
+
+
+def test_overrides_of_the_wrong_type_or_against_each_other_are_a_sentence(tmp_path):
+    model_config("qwen3").save_pretrained(tmp_path)
+    for fields in ({"hidden_size": "x"}, {"layer_types": ["full_attention"]}):
+        with pytest.raises(ConfigError, match=r"model.overrides \{'" + next(iter(fields))):
+            build(tmp_path, "--model.from_scratch", "true", "--model.overrides", json.dumps(fields))

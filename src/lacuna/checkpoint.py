@@ -256,9 +256,19 @@ def match_eos(config: Config, model: PreTrainedModel, tokenizer):
     model.config.eos_token_id = eos
     with suppress(OSError):  # where the model has none, it stays as made from its config
         model.generation_config = GenerationConfig.from_pretrained(config.model.name)
-    ends = model.generation_config.eos_token_id
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError as error:
+        log.info("%s: its generation_config is left out, since transformers refuses it: %s", config.model.name, error)
+        model.generation_config = GenerationConfig(bos_token_id=tokenizer.bos_token_id)
+    generation = model.generation_config
+    if config.model.tokenizer:  # the ids of another one would be other words
+        generation.bos_token_id = tokenizer.bos_token_id
+        generation.pad_token_id = tokenizer.pad_token_id
+        generation.eos_token_id = None
+    ends = generation.eos_token_id
     others = [end for end in (ends if isinstance(ends, list) else [ends]) if end not in (eos, None)]
-    model.generation_config.eos_token_id = [eos, *others] if others else eos
+    generation.eos_token_id = [eos, *others] if others else eos
 
 
 def export(checkpoint: Path, out: Path):

@@ -17,14 +17,14 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lacuna.attention import boundaries, choose_backend
 from lacuna.config import Config, ConfigError, ModelConfig, blame
 from lacuna.data.batch import PackedBatch
 from lacuna.loss import head_loss
 from lacuna.parallel import Ranks, shard_model
-from lacuna.weights import load_weights
+from lacuna.weights import load_weights, untie
 
 
 class Plan(NamedTuple):
@@ -56,19 +56,19 @@ class Trainee(nn.Module):
         return self.model.get_decoder()(**inputs, **boundaries(batch, self.plan.backend)).last_hidden_state[0]
 
 
-def build_model(config: Config, ranks: Ranks, vocabulary: int, checkpoint: Path | None = None) -> Trainee:
+def build_model(config: Config, ranks: Ranks, tokenizer, checkpoint: Path | None = None) -> Trainee:
     """The model of `config.model`, sharded and ready to train, with its own weights or a checkpoint's."""
-    trainee = assemble(config, ranks, vocabulary)
     folder = checkpoint
     if folder is None and not config.model.from_scratch:
         name = config.model.name
         files = ["*.safetensors", "*.json"]
         folder = Path(name if Path(name).is_dir() else snapshot_download(name, allow_patterns=files))
+    trainee = assemble(config, ranks, tokenizer, folder)
     materialise(trainee, ranks.device, config.seed, folder)
     return trainee
 
 
-def assemble(config: Config, ranks: Ranks, vocabulary: int) -> Trainee:
+def assemble(config: Config, ranks: Ranks, tokenizer, folder: Path | None) -> Trainee:
     """The recipe, on the meta device: nothing is allocated yet."""
     on_gpu = ranks.device.type == "cuda"
     dtype = getattr(torch, config.model.dtype or ("bfloat16" if on_gpu else "float32"))
@@ -77,7 +77,9 @@ def assemble(config: Config, ranks: Ranks, vocabulary: int) -> Trainee:
     head = {"head": config.model.head, "accum_dtype": accum_dtype, "compiled": compiled}
     plan = Plan(dtype, compiled, choose_backend(config.model.attention, ranks.device, dtype), head)
 
-    model = empty_model(config.model, vocabulary)
+    model = empty_model(config.model, tokenizer)
+    if folder:
+        untie(model, folder)
     layers = list(model.get_decoder().layers)
     # kernels replace modules, so they come first
     if config.model.patch:
@@ -113,26 +115,39 @@ def materialise(trainee: Trainee, device: torch.device, seed: int, folder: Path 
         load_weights(model, folder)
 
 
-def empty_model(config: ModelConfig, vocabulary: int) -> PreTrainedModel:
+def empty_model(config: ModelConfig, tokenizer) -> PreTrainedModel:
     """The model on the meta device, with lacuna's attention; ConfigError where it cannot be trained."""
     trust = {"trust_remote_code": config.trust_remote_code}
     with blame(f"model.name {config.name}: its config"):
         hf_config = AutoConfig.from_pretrained(config.name, **trust)
-    for key, value in config.overrides.items():
+    for key in config.overrides:
         if not hasattr(hf_config, key):
             near = difflib.get_close_matches(key, hf_config.to_dict(), 1)
             raise ConfigError(f"model.overrides.{key} is no field of {config.name}'s config; nearest: {near or 'none'}")
-        setattr(hf_config, key, copy.deepcopy(value))
+    if config.overrides:
+        with blame(f"model.overrides {config.overrides}"):
+            hf_config = override(hf_config, config)
+    if config.tokenizer:  # before the model is built: the row of an old padding_idx would have no gradient
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(hf_config, key, getattr(tokenizer, key))
     # before the model is built: transformers would fetch and run a kernel that a config names as its attention
     hf_config._attn_implementation = "lacuna"
     where = f"model.name {config.name} cannot be built with lacuna's attention and model.overrides {config.overrides}"
     with blame(where), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32, **trust)
     refuse_unfit(model)
-    if vocabulary > hf_config.vocab_size:
-        sizes = f"the tokenizer has {vocabulary} tokens, the model {hf_config.vocab_size}"
+    if len(tokenizer) > hf_config.vocab_size:
+        sizes = f"the tokenizer has {len(tokenizer)} tokens, the model {hf_config.vocab_size}"
         raise ConfigError(f"{sizes}: set model.tokenizer, or train from_scratch with model.overrides.vocab_size")
     return model
+
+
+def override(hf_config: PretrainedConfig, config: ModelConfig) -> PretrainedConfig:
+    """The config with model.overrides, made anew of its file: so that what follows from other fields still does."""
+    fields, _ = hf_config.get_config_dict(config.name)
+    if {"num_hidden_layers", "sliding_window", "use_sliding_window", "max_window_layers"} & config.overrides.keys():
+        fields.pop("layer_types", None)  # which layers have a window
+    return type(hf_config).from_dict(fields | copy.deepcopy(config.overrides))
 
 
 def refuse_unfit(model: PreTrainedModel):

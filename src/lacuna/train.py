@@ -57,7 +57,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
 
     # Model, optimizer, checkpoints, and where the run reports to.
     with blame(f"model.name {config.model.name} with model.overrides {config.model.overrides}"):
-        trainee = build_model(config, ranks, len(tokenizer), checkpoint)
+        trainee = build_model(config, ranks, tokenizer, checkpoint)
         model = trainee.model
         parameters = trained(model)
         optimizer = AdamW(model, model.get_decoder().layers, config.optim, trainee.plan.compiled)

@@ -6,12 +6,16 @@ from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
+from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
 
 from lacuna.config import ConfigError, blame, log
 from lacuna.parallel import local
+
+WHOLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"  # of a model in several files
 
 
 class Part(NamedTuple):
@@ -24,20 +28,16 @@ class Part(NamedTuple):
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that count: of a checkpoint, or else as transformers finds them. Others are ignored."""
-    index = folder / "model.safetensors.index.json"
-    alone = folder / "model.safetensors"
+    index = folder / INDEX
     if (folder / "state.json").exists():
         return sorted(folder.glob("rank_*.safetensors"))
     if index.exists():
         with blame(f"{index} cannot be read"):
-            files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
-        if alone.exists() and alone not in files:
-            log.warning("%s: the files that %s names are read, and %s is not", folder, index.name, alone.name)
-        return files
-    if not alone.exists():
+            return sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+    if not (folder / WHOLE).exists():
         cure = "to begin without weights, set model.from_scratch = true"
-        raise ConfigError(f"model.name {folder} has neither {alone.name} nor {index.name}; {cure}")
-    return [alone]
+        raise ConfigError(f"model.name {folder} has neither {WHOLE} nor {INDEX}; {cure}")
+    return [folder / WHOLE]
 
 
 def stored_parts(folder: Path) -> dict[str, list[Part]]:
@@ -98,10 +98,30 @@ def held(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return {name: p for name, p in model.named_parameters(remove_duplicate=False) if name not in tied}
 
 
+def untie(model: PreTrainedModel, folder: Path):
+    """As transformers does: a head that differs from the embedding in the files is not tied to it, whatever is said."""
+    stored = stored_parts(folder)
+    for tied, source in list(model.all_tied_weights_keys.items()):
+        both = tied in stored and source in stored
+        if both and not torch.equal(stored[tied][0].values, stored[source][0].values):
+            log.info("%s: %s differs from %s, and is not tied to it", folder, tied, source)
+            owner, _, name = tied.rpartition(".")
+            weight = model.get_parameter(source)
+            setattr(model.get_submodule(owner), name, nn.Parameter(torch.empty_like(weight)))
+            del model.all_tied_weights_keys[tied]
+            model.config.tie_word_embeddings = False
+
+
 def load_weights(model: PreTrainedModel, folder: Path):
     """Read this rank's part of every parameter. ConfigError where names or shapes are not the model's."""
+    files = weight_files(folder)
+    if (folder / WHOLE).exists() and folder / WHOLE not in files:
+        log.info("%s: the files that %s names are read, and %s is not", folder, INDEX, WHOLE)
     stored = stored_parts(folder)
     places = held(model)
+    for tied, source in model.all_tied_weights_keys.items():
+        if tied in stored and source not in stored:  # the one that is there counts
+            places[tied] = places.pop(source)
     missing = sorted(places.keys() - stored)
     unknown = sorted(stored.keys() - places - set(model.all_tied_weights_keys))
     # a checkpoint also holds the optimizer, old folders the rotary frequencies
