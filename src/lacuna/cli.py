@@ -30,7 +30,8 @@ def main():
     try:
         command, config, words = parse(sys.argv[1:])
         if command in ("pt", "sft"):
-            launch(words)
+            with blame("the environment's LOCAL_WORLD_SIZE, SLURM_NTASKS or SLURM_STEP_TASKS_PER_NODE"):
+                launch(words)
             preemption = Preemption()  # imports alone take seconds, and one or two more with garbage collection
             gc.disable()
             train = import_module("lacuna.train")

@@ -255,7 +255,7 @@ def load_config(path: str | None, argv: list[str], task: str = "pt") -> Config:
         # they exclude each other: one on the command line takes back the file's
         given["train"] = {"steps": None, "epochs": None} | given["train"]
     with blame(f"cannot read config {path} as TOML"), time_limit(10):  # a pipe may never be written
-        merged = tomllib.loads(Path(path).read_text("utf-8-sig")) if path else {}
+        merged = tomllib.loads(Path(path).read_text().removeprefix("\ufeff")) if path else {}
     for section, value in given.items():
         if isinstance(value, dict) and isinstance(merged.get(section), dict):
             value = merged[section] | value
