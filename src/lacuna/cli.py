@@ -61,7 +61,7 @@ def parse(argv: list[str]) -> tuple[str, Config | None, list[str]]:
     """The command, its config (chat and export have none), and its words; exits if they ask for help."""
     command, *words = argv or ["--help"]
     if command in ("-h", "--help"):
-        print(USAGE)
+        print(USAGE, flush=True)
         sys.exit(0)
     if (command, len(words)) in (("chat", 1), ("export", 2)):
         return command, None, words
