@@ -1,5 +1,6 @@
 """The command: lines are counted honestly, threads are set, and several GPUs become torchrun only when they should."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,8 +8,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from transformers import PreTrainedModel
 
 from lacuna import cli
+from lacuna.chat import chat
 from lacuna.config import ConfigError
 
 VARIABLES = [
@@ -261,3 +264,33 @@ def test_a_command_without_a_config(argv):
 def test_what_is_no_command_shows_the_usage(argv):
     with pytest.raises(ConfigError, match=f"(?s)^unknown command {argv}\n.*usage: lacuna pt"):
         cli.parse(argv.split())
+
+
+# chat
+
+
+def test_chat_runs_no_kernel_and_no_code_that_a_models_config_names(model_folder, monkeypatch):
+    """transformers takes `owner/name` for a kernel of the Hub, and asks whether to run a model's code."""
+    folder = model_folder("llama")
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(fields | {"attn_implementation": "stranger/kernel"}))
+    asked = []
+    check = PreTrainedModel._check_and_adjust_attn_implementation
+
+    def spy(self, implementation, *arguments, **options):
+        asked.append(implementation)
+        return check(self, implementation, *arguments, **options)
+
+    monkeypatch.setattr(PreTrainedModel, "_check_and_adjust_attn_implementation", spy)
+    monkeypatch.setattr("builtins.input", lambda prompt: "")
+    with suppress(ConfigError):  # it has no chat template
+        chat(str(folder))
+    assert set(asked) == {"sdpa"}
+
+    (folder / "evil.py").write_text(f"open({str(folder / 'pwned')!r}, 'w')")
+    code = {"auto_map": {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}, "model_type": "evil"}
+    (folder / "config.json").write_text(json.dumps(fields | code))
+    monkeypatch.setattr("builtins.input", lambda prompt: "y")
+    with pytest.raises(ConfigError, match="contains custom code"):
+        chat(str(folder))
+    assert not (folder / "pwned").exists()

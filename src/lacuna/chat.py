@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import TextStreamer, logging, pipeline
 
-from lacuna.config import ConfigError
+from lacuna.config import ConfigError, blame
 
 
 def chat(name: str):
@@ -16,7 +16,8 @@ def chat(name: str):
     # Without False transformers would ask, and a yes on the terminal would run the model's code; without sdpa it would
     # run a kernel that the model's config names as its attention.
     options = {"trust_remote_code": False, "model_kwargs": {"attn_implementation": "sdpa"}}
-    model = pipeline("text-generation", str(of_run if of_run.is_dir() else name), **options)
+    with blame(f"no model there: give a run's folder, a model's, or the Hub's OWNER/NAME, not {name}"):
+        model = pipeline("text-generation", str(of_run if of_run.is_dir() else name), **options)
     if not model.tokenizer.chat_template:
         raise ConfigError(f"{name} has no chat template: it was trained on text only, so go on with lacuna sft")
     streamer = TextStreamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True)
