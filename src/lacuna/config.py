@@ -4,17 +4,17 @@ import difflib
 import errno
 import logging
 import re
+import signal
 import tomllib
 from argparse import ArgumentParser
 from contextlib import contextmanager
 from pathlib import Path
+from threading import current_thread, main_thread
 from typing import Annotated, Any, Literal
 
 import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import CliSettingsSource
-
-from lacuna.preemption import time_limit
 
 log = logging.getLogger("lacuna")
 
@@ -37,28 +37,36 @@ class Preempted(Exception):
 
 
 @contextmanager
-def blame(where: str):
-    """Whatever goes wrong inside becomes one sentence that begins with `where`: a ConfigError."""
+def blame(where: str, seconds: float = 0):
+    """Whatever goes wrong inside, or takes too long in the main thread, becomes one sentence: a ConfigError."""
+    limited = seconds and current_thread() is main_thread()  # no other hears a signal
     try:
+        if limited:
+            signal.signal(signal.SIGALRM, too_long)
+            signal.setitimer(signal.ITIMER_REAL, seconds, 0.1)  # once more, if something inside goes on
         yield
     except (ConfigError, NonFinite, Preempted, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # tokenizers, written in Rust, panics with one
         log.debug("%s", where, exc_info=True)  # to log.txt, where a run has one by now
         raise ConfigError(f"{where}: {fault(error)}") from error
+    finally:
+        if limited:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def too_long(number, frame):
+    raise TimeoutError("it takes too long")
 
 
 def fault(error: BaseException) -> str:
     """An error of any library in one line, with a cure where a disk or another rank is at fault."""
-    text = str(error)
-    if isinstance(error, OSError):  # what else transformers writes is for programmers
-        text = text.partition("\n")[0]
-    elif str(error.__cause__ or "") not in text:
-        text = f"{text} {error.__cause__}"
+    # of more lines, transformers' and the Hub's are for programmers
+    text = str(error).partition("\n")[0] if isinstance(error, OSError) else " ".join(str(error).split())[:300]
     cure = CURES.get(getattr(error, "errno", None), "")
     if "gloo" in text or type(error).__name__ in ("DistStoreError", "DistNetworkError", "DistBackendError"):
         cure = f". Another rank has ended, or cannot be reached: see what it says; {AGAIN}"
-    return f"{type(error).__name__}: {' '.join(text.split())[:300]}{cure}"
+    return f"{type(error).__name__}: {text}{cure}"
 
 
 def key(default, meaning: str, **limits):
@@ -254,7 +262,7 @@ def load_config(path: str | None, argv: list[str], task: str = "pt") -> Config:
     if {"steps", "epochs"} & set(given.get("train", {})):
         # they exclude each other: one on the command line takes back the file's
         given["train"] = {"steps": None, "epochs": None} | given["train"]
-    with blame(f"cannot read config {path} as TOML"), time_limit(10):  # a pipe may never be written
+    with blame(f"cannot read config {path} as TOML", seconds=10):  # a pipe may never be written
         merged = tomllib.loads(Path(path).read_text().removeprefix("\ufeff")) if path else {}
     for section, value in given.items():
         if isinstance(value, dict) and isinstance(merged.get(section), dict):

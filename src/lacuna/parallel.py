@@ -63,10 +63,9 @@ def start(config: DistConfig, train: TrainConfig) -> Ranks:
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     shard = config.dp_shard or max(1, world // config.dp_replicate)
-    if not 0 <= rank < world:
-        raise ConfigError(f"RANK {rank} is none of WORLD_SIZE {world}, which begin with 0: unset both, or use torchrun")
-    if config.dp_replicate * shard != world:
-        raise ConfigError(f"dist.dp_replicate {config.dp_replicate} x dist.dp_shard {shard} is not the {world} ranks")
+    if config.dp_replicate * shard != world or rank not in range(world):
+        size = f"dist.dp_replicate {config.dp_replicate} x dist.dp_shard {shard}"
+        raise ConfigError(f"{size} is not the {world} ranks (WORLD_SIZE), or this rank none of them (RANK {rank})")
     if train.global_batch_size % (train.micro_batch_size * world):
         raise ConfigError(uneven_batch(train, world))
     device = torch.device("cpu")

@@ -3,8 +3,8 @@
 import os
 import signal
 import time
-from contextlib import contextmanager, suppress
-from threading import Thread, current_thread, main_thread
+from contextlib import suppress
+from threading import Thread
 
 REPEAT_SECONDS = 2  # in which a signal comes twice: Slurm signals torchrun and its ranks, and torchrun passes it on
 REQUEUE = 75  # exit status: start me again, I go on from my checkpoint (EX_TEMPFAIL of sysexits.h)
@@ -36,24 +36,7 @@ class Preemption:
             # without a launcher, only a hand on the keyboard says it twice
             repeat = 0 if number == signal.SIGINT and self.asked and "RANK" not in os.environ else REPEAT_SECONDS
             if not self.can_save or time.monotonic() > first + repeat:
-                name = signal.Signals(number).name
                 with suppress(OSError):  # the terminal may be gone
-                    os.write(2, f"lacuna: ended at once by signal {name}; run the same again to go on\n".encode())
+                    os.write(2, f"lacuna: ended at once by signal {number}; run the same again to go on\n".encode())
                 os._exit(REQUEUE)
             self.asked = True
-
-
-@contextmanager
-def time_limit(seconds: int):
-    """TimeoutError inside after so long; but only in the main thread, since others get no signal. One at a time."""
-
-    def stop(number, frame):
-        raise TimeoutError(f"it takes more than {seconds} s")
-
-    if current_thread() is main_thread():
-        signal.signal(signal.SIGALRM, stop)
-        signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)

@@ -41,7 +41,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
         if ranks.rank == 0:
             (folder / "config.toml").write_text(to_toml(config))
     tokenizer = load_tokenizer(config.model)
-    with blame(f"data.chat_template {config.data.chat_template or 'of the tokenizer'!s:.80}"):
+    with blame(f"data.chat_template {config.data.chat_template or 'of the tokenizer'!s:.80}", seconds=10):
         encoder = make_encoder(config, tokenizer)
 
     # Data comes before the model, so that it is read ahead while the model is built.
