@@ -83,8 +83,8 @@ def leave(status: int, sentence: str = ""):
     rank = os.environ.get("RANK")
     name = f"lacuna (rank {rank})" if rank else "lacuna"
     with suppress(OSError, AttributeError):  # the terminal may be gone, or never have been there
-        sys.stdout.flush()
         sys.stderr.write(f"{name}: {sentence}\n" if sentence else "")
+        sys.stdout.flush()
     # One of several ranks skips the interpreter's end: gloo's threads outlive it, and 1 run in 20 aborted. So does a
     # run that stops early: the loader's thread may stand still in a read.
     if status or rank:
