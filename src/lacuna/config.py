@@ -262,7 +262,7 @@ def load_config(path: str | None, argv: list[str], task: str = "pt") -> Config:
     if {"steps", "epochs"} & set(given.get("train", {})):
         # they exclude each other: one on the command line takes back the file's
         given["train"] = {"steps": None, "epochs": None} | given["train"]
-    with blame(f"cannot read config {path} as TOML", seconds=10):  # a pipe may never be written
+    with blame(f"cannot read config {path} as TOML", seconds=5):  # a pipe may never be written
         merged = tomllib.loads(Path(path).read_text().removeprefix("\ufeff")) if path else {}
     for section, value in given.items():
         if isinstance(value, dict) and isinstance(merged.get(section), dict):
