@@ -139,7 +139,7 @@ def empty_model(config: ModelConfig, tokenizer) -> PreTrainedModel:
     # before the model is built: transformers would fetch and run a kernel that a config names as its attention
     hf_config._attn_implementation = "lacuna"
     where = f"model.name {config.name} cannot be built with lacuna's attention and model.overrides {config.overrides}"
-    with blame(where), torch.device("meta"):
+    with blame(where, seconds=50), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32, **trust)
     refuse_unfit(model)
     if len(tokenizer) > hf_config.vocab_size:
