@@ -54,7 +54,7 @@ def main():
         log.debug("", exc_info=True)
         if preemption and preemption.can_save and AGAIN not in fault(error):
             traceback.print_exc()  # a bug
-        leave(1, f"{fault(error)}. If no step was done, see model.overrides, model.head and train.compile")
+        leave(1, f"{fault(error)}. If no step was done, see model.overrides, model.head, train.compile, or state.json")
 
 
 def parse(argv: list[str]) -> tuple[str, Config | None, list[str]]:

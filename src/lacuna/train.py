@@ -29,7 +29,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
     with blame("the environment's RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, SLURM_NTASKS or SLURM_JOB_ID"):
         ranks = start(config.dist, config.train)
     folder = Path(config.out) / config.name
-    with blame(f"out: the run in {folder}, or what it goes on from"):
+    with blame(f"out: the run in {folder}, or the state.json that it goes on from"):
         start_logging(folder, ranks.rank)
         if ranks.rank == 0:
             try:  # the ranks of a run that is just being ended may still be there
@@ -64,7 +64,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
         encoder.adapt(tokenizer)
         match_eos(config, model, tokenizer)
     tensors = held(model) | optimizer.tensors(parameters)
-    with blame(f"out: the checkpoints or metrics of {folder}"):
+    with blame(f"out: {folder}/metrics.jsonl, or the state.json of {checkpoint}"):
         if checkpoint:
             read_tensors(optimizer.tensors(parameters), stored_tensors(checkpoint))
             log.info("Going on after step %d, from %s", state["step"], checkpoint)
