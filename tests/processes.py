@@ -297,7 +297,7 @@ def last_step(run: Path) -> int:
 
 def checkpoints(run: Path) -> list[int]:
     """Steps of the checkpoints that are there."""
-    return sorted(int(folder.name.removeprefix("step_")) for folder in (run / "checkpoints").glob("step_*[0-9]"))
+    return sorted(int(folder.name.removeprefix("step_")) for folder in (run / "checkpoints").glob("step_*"))
 
 
 def tensors(checkpoint: Path) -> dict:

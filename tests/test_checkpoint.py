@@ -15,14 +15,12 @@ import torch
 from conftest import EXAMPLES, model_config
 from processes import checkpoints, finish, lines, tensors, train_lines
 from safetensors.torch import load_file
-from test_model import build
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from lacuna import checkpoint as checkpoint_module
 from lacuna import train as train_module
 from lacuna.checkpoint import FREE, Checkpoints, HostMemory, export, find_checkpoint, flat
 from lacuna.config import ConfigError, Preempted, load_config
-from lacuna.metrics import Report, open_metrics
+from lacuna.metrics import Report
 from lacuna.parallel import Ranks
 from lacuna.train import run
 
@@ -308,163 +306,6 @@ def test_flat_names_every_key_of_the_config():
     assert not any(isinstance(config.model_dump().get(key), dict) for key in keys)
 
 
-# ---- whether it is whole
-
-
-SPOILT = {
-    "removed": lambda file: file.unlink(),
-    "cut by a byte": lambda file: file.write_bytes(file.read_bytes()[:-1]),
-    "a bit flipped": lambda file: flip(file),
-    "zeros at the end": lambda file: file.write_bytes(file.read_bytes()[:-64] + bytes(64)),
-}
-FOREIGN = {
-    "an extra rank": lambda step: shutil.copy(step.with_name("step_2") / RANK, step / "rank_00001.safetensors"),
-    "an export": lambda step: shutil.copy(step / RANK, step / "model.safetensors"),
-    "another step's file": lambda step: shutil.copy(step.with_name("step_2") / RANK, step / RANK),
-    "no state": lambda step: (step / "state.json").unlink(),
-    "half a state": lambda step: (step / "state.json").write_text((step / "state.json").read_text()[:100]),
-    "a state that is a list": lambda step: (step / "state.json").write_text("[]"),
-}
-RANK = "rank_00000.safetensors"
-
-
-def flip(file: Path):
-    content = bytearray(file.read_bytes())
-    content[-100] ^= 1
-    file.write_bytes(content)
-
-
-def test_a_checkpoint_with_a_file_missing_changed_or_foreign_is_refused_everywhere(options, tmp_path):
-    folder = run(load_config(None, options(train__steps=4)))
-    own = folder / "checkpoints"
-    kept = shutil.copytree(own, tmp_path / "kept")
-    faults = {
-        f"{name} {how}": lambda step, name=name, spoil=spoil: spoil(step / name)
-        for name in (RANK, "config.json", "tokenizer.json")
-        for how, spoil in SPOILT.items()
-    }
-    for what, fault in (faults | FOREIGN).items():
-        newest = own / "step_4"
-        fault(newest)
-        given = load_config(None, options(checkpoint__resume=newest))
-        with pytest.raises(ConfigError, match=r"checkpoint.resume .*step_4 is no .*the newest there: step_2"):
-            find_checkpoint(given, folder, 0)
-        with pytest.raises(ConfigError, match=r"lacuna export .*step_4 is no .*the newest there: step_2"):
-            export(newest, tmp_path / "out")
-        if (newest / "state.json").exists():
-            with pytest.raises(ConfigError, match=r"model.name .*step_4 is no .*the newest there: step_2"):
-                build(newest)
-        assert find_checkpoint(load_config(None, options()), folder, 0) == own / "step_2", what
-        assert checkpoints(folder) == [2] and (own / "step_4.damaged").is_dir(), what
-        shutil.rmtree(own)
-        shutil.copytree(kept, own)
-    assert find_checkpoint(load_config(None, options()), folder, 0) == own / "step_4"
-
-
-def test_a_run_goes_on_from_the_newest_whole_checkpoint_and_from_none_where_all_are_damaged(options, stop_after):
-    folder = stop_after(3, options(checkpoint__keep=9))
-    wanted = losses(run(load_config(None, options(name="straight"))))
-    assert checkpoints(folder) == [2, 4]
-    flip(folder / "checkpoints" / "step_4" / RANK)
-    run(load_config(None, options(checkpoint__keep=9)))
-    assert checkpoints(folder) == [2, 4, 6] and losses(folder) == wanted
-    assert f"step_4 is not whole ({RANK} is missing, cut off or changed)" in (folder / "log.txt").read_text()
-    shutil.rmtree(folder / "checkpoints" / "step_4.damaged")
-    for step in (2, 4, 6):
-        flip(folder / "checkpoints" / f"step_{step}" / RANK)
-    with pytest.raises(ConfigError, match=r"step_6 is no checkpoint that is whole.*the newest there: none"):
-        run(load_config(None, options()))
-    assert checkpoints(folder) == [2, 4, 6] and losses(folder) == wanted
-
-
-def test_only_step_and_a_number_is_a_checkpoint_and_anything_else_is_left_alone(options, stop_after):
-    own = stop_after(2, options()) / "checkpoints"
-    for name in ("step_backup", "step_4_milestone", ".keep_step_2", "step_", "step_-1"):
-        (own / name).mkdir()
-        (own / name / "notes").write_text("mine")
-    (own / "step_notes.txt").write_text("mine")
-    (own / "step_99").write_text("a file")
-    (own / "step_98").symlink_to("step_2")
-    before = {path.name for path in own.iterdir()} - {"step_2", "step_3"}
-    run(load_config(None, options(checkpoint__keep=1)))
-    assert {path.name for path in own.iterdir()} == before | {"step_6"}
-
-
-class Panic(BaseException):
-    """As tokenizers, written in Rust, panics."""
-
-
-@pytest.mark.parametrize("where", ["tokenizer.json", "state.json"])
-@pytest.mark.parametrize("error", [RuntimeError("it broke"), Panic("it broke")])
-def test_an_error_of_any_type_in_a_save_is_a_sentence_and_the_older_checkpoint_is_whole(
-    error, where, options, monkeypatch
-):
-    real = checkpoint_module.write_file
-
-    def write(file, content):
-        if "step_4" in str(file) and file.name == where:
-            raise error
-        real(file, content)
-
-    monkeypatch.setattr(checkpoint_module, "write_file", write)
-    config = load_config(None, options())
-    with pytest.raises(ConfigError, match=r"no checkpoint of step 4: .*it broke.*step_2 is whole"):
-        run(config)
-    assert checkpoints(Path(config.out) / config.name) == [2]
-
-
-def test_what_transformers_refuses_to_write_and_a_disk_without_room_are_known_before_the_first_step(
-    options, monkeypatch
-):
-    def refuse(*arguments, **options):
-        raise ValueError("it cannot be written")
-
-    config = load_config(None, options())
-    with monkeypatch.context() as patch, pytest.raises(ConfigError, match="it cannot be written"):
-        patch.setattr("transformers.PreTrainedConfig.save_pretrained", refuse)
-        run(config)
-    gc.collect()
-    with monkeypatch.context() as patch, pytest.raises(ConfigError, match=r"out .*: 0.0 GB are free"):
-        patch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 10, 0))
-        run(config)
-    assert not (Path(config.out) / config.name / "metrics.jsonl").exists()
-
-
-def test_a_generation_config_that_transformers_would_not_write_again_is_left_out(options, model_folder):
-    folder = model_folder("smollm2")
-    (folder / "generation_config.json").write_text('{"eos_token_id": [0, 2], "temperature": 0.6}')
-    assert GenerationConfig.from_pretrained(run(load_config(None, options())) / "hf").temperature is None
-
-
-def test_a_checkpoint_that_cannot_be_removed_is_a_warning(options, monkeypatch):
-    def refuse(folder, real=shutil.rmtree, **options):
-        if "step_" in Path(folder).name:
-            raise PermissionError(13, "not yours")
-        real(folder, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("lacuna.checkpoint.shutil.rmtree", refuse)
-        folder = run(load_config(None, options(checkpoint__keep=1, train__steps=4)))
-    assert checkpoints(folder) == [4] and (folder / "checkpoints" / ".old_step_2").exists()
-    assert "step_2 cannot be removed: [Errno 13] not yours" in (folder / "log.txt").read_text()
-
-
-def test_every_file_of_a_checkpoint_is_on_the_disk_before_it_gets_its_name(options, monkeypatch):
-    synced = []
-    monkeypatch.setattr(checkpoint_module, "sync", lambda file: synced.append(file.name))
-    monkeypatch.setattr(Path, "rename", lambda a, b, real=Path.rename: synced.append(str(b)) or real(a, b))
-    step = run(load_config(None, options(train__steps=2))) / "checkpoints" / "step_2"
-    before = synced[: synced.index(str(step))]
-    assert sorted(before) == sorted(file.name for file in step.iterdir())
-
-
-@pytest.mark.parametrize("end", ['{"step": 3, "loss": 5', '{"step": 3, "lo\0\0\0\n', "\0\0\0\0", '{"step": 3}'])
-def test_a_last_line_of_the_metrics_that_is_damaged_is_dropped(end, tmp_path):
-    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"step": 2}\n' + end.encode())
-    open_metrics(tmp_path, 4).close()
-    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
-
-
 # ---- a step that is not finite
 
 
@@ -491,13 +332,13 @@ def test_a_checkpoint_of_another_format_is_refused_with_what_to_do(options, stop
             run(load_config(None, options()))
 
 
-def test_the_thread_that_saves_is_on_the_ranks_own_gpu(options, monkeypatch, tmp_path, tokenizer):
+def test_the_thread_that_saves_is_on_the_ranks_own_gpu(options, monkeypatch, tmp_path):
     """CUDA's current device is each thread's: on another one, a copy would be taken for done before it is."""
     seen = []
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: seen.append((threading.get_ident(), device)))
     second = torch.device("cuda", 1)
     model = AutoModelForCausalLM.from_config(model_config("llama"))
-    checkpoints = Checkpoints(load_config(None, options()), Ranks(0, 1, second, None), tmp_path, {}, model, tokenizer)
+    checkpoints = Checkpoints(load_config(None, options()), Ranks(0, 1, second, None), tmp_path, {}, model, None)
     assert [(checkpoints.thread.submit(threading.get_ident).result(), second)] == seen
 
 
@@ -615,35 +456,3 @@ def test_pinned_host_memory_is_given_back_with_the_run(options, monkeypatch):
     for place, _ in places:
         now = torch.frombuffer((ctypes.c_char * 4).from_address(place), dtype=torch.uint8)
         assert not now.is_pinned()
-
-
-def test_export_refuses_the_checkpoint_itself_and_leaves_no_older_shards(options, tmp_path):
-    step = run(load_config(None, options(train__steps=2))) / "checkpoints" / "step_2"
-    for inside in (step, step / "hf"):
-        with pytest.raises(ConfigError, match="in the checkpoint itself"):
-            export(step, inside)
-    out = tmp_path / "out"
-    out.mkdir()
-    for i in (1, 2):
-        (out / f"model-0000{i}-of-00002.safetensors").write_bytes(b"older")
-    (out / "model.safetensors.index.json").write_text("{}")
-    export(step, out)
-    assert [file.name for file in out.glob("*.safetensors*")] == ["model.safetensors"]
-    assert all(torch.equal(p, tensors(step)[name]) for name, p in load_file(out / "model.safetensors").items())
-
-
-def test_code_of_a_model_travels_into_checkpoints_and_exports(options, model_folder):
-    folder = model_folder("smollm2")
-    fields = json.loads((folder / "config.json").read_text())
-    names = {"AutoConfig": "configuration_mine.MineConfig", "AutoModelForCausalLM": "modeling_mine.MineForCausalLM"}
-    (folder / "config.json").write_text(json.dumps(fields | {"model_type": "mine", "auto_map": names}))
-    config = "from transformers import LlamaConfig\n\n\nclass MineConfig(LlamaConfig):\n    model_type = 'mine'\n"
-    (folder / "configuration_mine.py").write_text(config)
-    model = "from transformers import LlamaForCausalLM\n\nfrom .configuration_mine import MineConfig\n\n\n"
-    model += "class MineForCausalLM(LlamaForCausalLM):\n    config_class = MineConfig\n"
-    (folder / "modeling_mine.py").write_text(model)
-    hf = run(load_config(None, options(train__steps=2, model__trust_remote_code="true"))) / "hf"
-    again = AutoModelForCausalLM.from_pretrained(hf, trust_remote_code=True)
-    assert type(again).__name__ == "MineForCausalLM"
-    step = hf.parent / "checkpoints" / "step_2"
-    assert all(torch.equal(p, tensors(step)[name]) for name, p in again.named_parameters())

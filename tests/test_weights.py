@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from lacuna.checkpoint import match_eos
 from lacuna.config import ConfigError, load_config
-from lacuna.weights import held, read_tensors, stored_tensors
+from lacuna.weights import held, read_tensors
 
 TINY = load_file(EXAMPLES / "tiny" / "model.safetensors")
 NAMES = sorted(TINY)
@@ -75,10 +75,7 @@ INDEX = "model.safetensors.index.json"
 BROKEN = {
     "cut": (lambda f: spoil(f, lambda content: content[:-1]), "model.safetensors is no whole safetensors file"),
     "longer": (lambda f: spoil(f, lambda content: content + b"x"), "model.safetensors is no whole safetensors file"),
-    "a pointer": (
-        lambda f: spoil(f, lambda content: POINTER),
-        "model.safetensors is no whole .*git lfs pull",
-    ),
+    "a pointer": (lambda f: spoil(f, lambda content: POINTER), "model.safetensors is a pointer of git-lfs"),
     "a shard is missing": (lambda f: [shards(f, TINY), index(f), (f / SECOND).unlink()], SECOND),
     "a broken index": (lambda f: (f / INDEX).write_text("{"), "index.json cannot be read"),
     "a name twice": (lambda f: [shards(f, TINY), index(f), save(f, SECOND, TINY)], "there twice"),
@@ -126,7 +123,7 @@ def test_parts_of_several_ranks_are_put_together(tmp_path):
     whole = torch.randn(7, 3)
     write_ranks(tmp_path / "c", list(whole.split(3)), [0, 3, 6])
     got = torch.empty(7, 3)
-    read_tensors({"w": got}, stored_tensors(tmp_path / "c"))
+    read_tensors({"w": got}, tmp_path / "c")
     assert torch.equal(got, whole) and torch.equal(tensors(tmp_path / "c")["w"], whole)
 
 
@@ -146,8 +143,8 @@ def test_parts_that_do_not_cover_a_tensor_exactly_once_are_refused_and_nothing_o
     parts = torch.randn(7, 3).split(3)
     write_ranks(tmp_path / "c", [parts[rank] for rank in ranks], begins)
     got = torch.full((7, 3), 5.0)
-    with pytest.raises(ConfigError, match=r"w is"):
-        read_tensors({"w": got}, stored_tensors(tmp_path / "c"))
+    with pytest.raises(ConfigError, match=r"w (begins at|is)"):
+        read_tensors({"w": got}, tmp_path / "c")
     assert (got == 5).all()
 
 
@@ -172,6 +169,9 @@ def test_a_head_that_differs_in_the_files_is_a_head_of_its_own_as_in_transformer
     save(tiny, WHOLE, TINY | {"lm_head.weight": embedding.clone()})
     twice = build(tiny).model
     assert twice.config.tie_word_embeddings and twice.lm_head.weight is twice.get_input_embeddings().weight
+    only_head = {name: tensor for name, tensor in TINY.items() if "embed" not in name} | {"lm_head.weight": embedding}
+    save(tiny, WHOLE, only_head)
+    assert torch.equal(build(tiny).model.get_input_embeddings().weight, embedding.float())
 
 
 def test_all_special_ids_are_those_of_another_tokenizer_and_the_old_ones_are_words(tiny):

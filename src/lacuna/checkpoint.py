@@ -1,9 +1,9 @@
 """Checkpoints to go on from, and models out to disk.
 
 runs/NAME/checkpoints/step_N/ holds the model under its Hugging Face names and the optimizer's state as `optimizer.*`,
-float32, in one safetensors file a rank, which any other number of ranks can read (weights.py). Beside them are the
-model's config, the tokenizer, and state.json: step, counters, place in the data, config, and every file with its size
-and checksum. It is written as .step_N while training goes on, and renamed once every rank's file is on disk.
+float32, in one safetensors file a rank, which any other number of ranks can read (weights.py). Beside
+them state.json (step, counters, place in the data, config), the model's config and the tokenizer. It is written as
+.step_N while training goes on, and renamed once every rank's file is on disk: what is named step_N is whole.
 """
 
 import json
@@ -17,7 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 import torch.distributed as dist
@@ -27,12 +26,12 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import GenerationConfig, PreTrainedModel
 
-from lacuna.config import Config, ConfigError, ModelConfig, log
+from lacuna.config import Config, ConfigError, log
 from lacuna.data.loader import merge_states
 from lacuna.parallel import Ranks, local
-from lacuna.weights import damage, fingerprint, in_order, refuse_damaged, stored_tensors
+from lacuna.weights import read_tensors, stored_parts, whole_shape
 
-FORMAT = 3  # of names and state in a checkpoint: counted up when no run can go on from those of before
+FORMAT = 2  # of names and state in a checkpoint: counted up when no run can go on from those of before
 PIECE = 2**26  # float32 values, 256 MiB: so much host memory is pinned at once
 # What may change when a run goes on: places, reports, hardware. With another value of any other key it is another run.
 FREE = ("name", "out", "log.", "checkpoint.", "dist.", "eval.every", "eval.rows", "eval.sources", "data.cache")
@@ -41,55 +40,47 @@ FREE += ("train.micro_batch_size", "train.activation_checkpointing", "train.dete
 
 def find_checkpoint(config: Config, folder: Path, rank: int) -> Path | None:
     """Where this run goes on from, the same on all ranks. What a killed save left is removed."""
-    own = folder / "checkpoints"
     found = [None]
     if rank == 0:
-        for leftover in in_order(own, ".step_") + in_order(own, ".old_step_"):
-            remove(leftover)
-        found = [choose_checkpoint(config.checkpoint.resume, own)]
+        for leftover in (folder / "checkpoints").glob(".*step_*"):
+            shutil.rmtree(leftover)
+        found = [choose_checkpoint(config.checkpoint.resume, in_order(folder / "checkpoints"))]
     if dist.is_initialized():
         dist.broadcast_object_list(found, device=torch.device("cpu"))
     return found[0]
 
 
-def choose_checkpoint(asked: str | None, own: Path) -> Path | None:
-    """The checkpoint that was asked for, or else the newest whole one of the run's own."""
+def choose_checkpoint(asked: str | None, own: list[Path]) -> Path | None:
+    """The checkpoint that was asked for, or else the newest of the run's own."""
+    newest = own[-1] if own else None
     restarted = any(int(os.environ.get(key, 0)) for key in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
     if asked is None or restarted:  # a run that began at `asked` has its own by now
-        return newest_whole(own)
-    refuse_damaged(Path(asked), "checkpoint.resume")
-    step = json.loads(Path(asked, "state.json").read_text())["step"]
-    if any(int(other.name.removeprefix("step_")) > step for other in in_order(own)):
-        raise ConfigError(f"{own} has later checkpoints: remove those to go back, or leave checkpoint.resume out")
+        return newest
+    if not (Path(asked) / "state.json").exists():
+        here = ", ".join(path.name for path in own)
+        raise ConfigError(f"checkpoint.resume {asked} is no checkpoint; here are: {here or 'none'}")
+    if newest and state_of(newest)["step"] > state_of(Path(asked))["step"]:
+        raise ConfigError(
+            f"{newest.parent} has later checkpoints: remove those to go back, or leave checkpoint.resume out"
+        )
     return Path(asked)
 
 
-def newest_whole(own: Path) -> Path | None:
-    """The newest checkpoint that is whole. Damaged ones after it get out of the way, by another name."""
-    found = in_order(own)
-    whole = next((checkpoint for checkpoint in reversed(found) if not damage(checkpoint)), None)
-    if found and not whole:
-        refuse_damaged(found[-1], "the newest checkpoint")
-    for other in found[found.index(whole) + 1 :] if whole else []:
-        log.warning("%s is not whole (%s): it is called .damaged now, and %s counts", other, damage(other), whole.name)
-        other.rename(f"{other}.damaged")
-    return whole
+def state_of(checkpoint: Path) -> dict:
+    if not (checkpoint / "state.json").exists():
+        raise ConfigError(f"{checkpoint} is no checkpoint: give a folder such as runs/NAME/checkpoints/step_N")
+    return json.loads((checkpoint / "state.json").read_text())
 
 
-def remove(checkpoint: Path):
-    """Gone at once, whatever happens while it is deleted; what stays is removed when the run starts again."""
-    step = checkpoint.name.rpartition("_")[2]
-    try:
-        shutil.rmtree(checkpoint.rename(checkpoint.with_name(f".old_step_{step}")))
-    except OSError as error:
-        log.warning("%s cannot be removed: %s", checkpoint, error)
+def in_order(checkpoints: Path) -> list[Path]:
+    return sorted(checkpoints.glob("step_*"), key=lambda checkpoint: state_of(checkpoint)["step"])
 
 
 def read_state(checkpoint: Path | None, config: Config) -> dict:
     """Step, counters and place in the data. ConfigError where the run that goes on would be another one."""
     if checkpoint is None:
         return {"step": 0, "tokens": 0, "trained_tokens": 0, "data": None}
-    state = json.loads((checkpoint / "state.json").read_text())
+    state = state_of(checkpoint)
     if state.get("format") != FORMAT:
         cure = f"begin a new run from its weights, --model.name {checkpoint}"
         raise ConfigError(f"{checkpoint} was written by another version of lacuna: {cure}")
@@ -150,13 +141,7 @@ class Checkpoints:
         first = ranks.rank == 0 or ranks.mesh.get_coordinate()[0] == 0
         mine = {name: t for name, t in tensors.items() if ranks.rank == 0 or (first and isinstance(t, DTensor))}
         self.tensors = {name: tensor for name, tensor in mine.items() if local(tensor).numel() > 0}
-        # now, so that what transformers refuses to write is known before the first step
-        self.small_files = small_files(config.model, model, tokenizer) if ranks.rank == 0 else {}
-        need = sum(tensor.nbytes for tensor in (*tensors.values(), *model.parameters()))  # and the export's
-        free = shutil.disk_usage(folder).free
-        if free < need:
-            room = f"{free / 1e9:.1f} GB are free, and a checkpoint and the model take {need / 1e9:.1f} GB"
-            raise ConfigError(f"out {folder}: {room}: make room, or name another disk")
+        self.small_files = [model.config, model.generation_config, tokenizer]
         on_gpu = ranks.device.type == "cuda"
         # CUDA's current device is each thread's own: else copies from every GPU but the first would not be waited for
         setup = {"initializer": torch.cuda.set_device, "initargs": (ranks.device,)} if on_gpu else {}
@@ -191,8 +176,8 @@ class Checkpoints:
 
     def wait_for_copy(self):
         """Before parameters change: whatever is being saved must be on the host."""
-        if self.copied and self.copied.exception():
-            self.finish()  # says so
+        if self.copied:
+            self.copied.result()
 
     def finish(self):
         """Wait until what is being saved is whole. ConfigError where it cannot be."""
@@ -212,34 +197,29 @@ class Checkpoints:
         """Write this rank's files; once all ranks have, give the folder its name and remove the oldest."""
         begin = time.perf_counter()
         path, final = self.folder / f".step_{step}", self.folder / f"step_{step}"
-        name = f"rank_{self.ranks.rank:05}.safetensors"
-        mine = {"error": "", "files": {}}  # by name, with their fingerprints
+        errors = [""] * self.ranks.world
         try:
             self.copied.result()
             path.mkdir(parents=True, exist_ok=True)
-            self.write_safetensors(path / name)
-            for small, content in self.small_files.items():
-                write_file(path / small, content)
-            mine["files"] = {file: fingerprint(path / file) for file in (name, *self.small_files)}
-        except BaseException as error:  # of any kind: the other ranks must hear of it
-            mine["error"] = str(error) or repr(error)
-        everyone = [mine] * self.ranks.world
+            self.write_safetensors(path / f"rank_{self.ranks.rank:05}.safetensors")
+            if self.ranks.rank == 0:
+                self.write_small_files(path, state)
+        except Exception as error:  # of any kind: the other ranks must hear of it
+            errors[self.ranks.rank] = str(error) or repr(error)
         if self.group:
-            dist.all_gather_object(everyone, mine, group=self.group)
-        errors = [rank["error"] for rank in everyone if rank["error"]]
-        if self.ranks.rank == 0 and not errors:
+            dist.all_gather_object(errors, errors[self.ranks.rank], group=self.group)
+        if self.ranks.rank == 0 and not any(errors):
             try:
-                state["files"] = {file: mark for rank in everyone for file, mark in rank["files"].items()}
-                write_file(path / "state.json", json.dumps(state).encode())
                 path.rename(final)
-            except BaseException as error:
-                errors = [str(error) or repr(error)]
-        if errors:
+            except OSError as error:
+                errors[0] = str(error)
+        if any(errors):
             last = in_order(self.folder)[-1:]
-            what = f"{last[0]} is whole, and the same command goes on from it" if last else "there is none before it"
-            raise ConfigError(f"no checkpoint of step {step}: {errors[0]}; {what}")
+            what = f"{last[0]} is whole, and the run goes on from it" if last else "there is none before it"
+            raise ConfigError(f"no checkpoint of step {step}: {next(filter(None, errors))}. Make room there; {what}")
         for old in in_order(self.folder)[: -self.config.checkpoint.keep] if self.ranks.rank == 0 else []:
-            remove(old)
+            # gone at once, whatever happens while it is deleted; what stays is removed when the run starts again
+            shutil.rmtree(old.rename(old.with_name(f".old_{old.name}")), ignore_errors=True)
         log.info("step %d: checkpoint in %s, written in %.2f s", step, final, time.perf_counter() - begin)
 
     def write_safetensors(self, file: Path):
@@ -256,23 +236,11 @@ class Checkpoints:
         save_file(shares, file, {"DCP_SHARDING_INFO": json.dumps(offsets)})  # two entries would come in any order
         sync(file)
 
-
-def small_files(config: ModelConfig, model: PreTrainedModel, tokenizer) -> dict[str, bytes]:
-    """What stands beside the weights, by name: the model's config and code, and the tokenizer."""
-    with TemporaryDirectory() as place:
-        for content in (model.config, model.generation_config, tokenizer):
-            content.save_pretrained(place)
-        for file in Path(config.name).glob("*.py") if config.trust_remote_code else []:
-            shutil.copy(file, place)
-        files = [file for file in Path(place).rglob("*") if file.is_file()]
-        return {str(file.relative_to(place)): file.read_bytes() for file in files}
-
-
-def write_file(file: Path, content: bytes):
-    """Write a small file, on disk before the rename: after a power failure it could be empty."""
-    file.parent.mkdir(exist_ok=True)
-    file.write_bytes(content)
-    sync(file)
+    def write_small_files(self, path: Path, state: dict):
+        for content in self.small_files:
+            content.save_pretrained(path)
+        (path / "state.json").write_text(json.dumps(state))
+        sync(path / "state.json")  # before the rename, or after a power failure it could be empty
 
 
 def sync(file: Path):
@@ -305,13 +273,12 @@ def match_eos(config: Config, model: PreTrainedModel, tokenizer):
 
 def export(checkpoint: Path, out: Path):
     """Make a plain Hugging Face folder of a checkpoint, in the dtype of its config."""
-    refuse_damaged(checkpoint, "lacuna export")
-    if out.resolve().is_relative_to(checkpoint.resolve()):
-        raise ConfigError(f"lacuna export to {out}: that is in the checkpoint itself; name another folder")
+    state_of(checkpoint)  # or else it is no checkpoint
     dtype = getattr(torch, json.loads((checkpoint / "config.json").read_text())["dtype"])
-    stored = stored_tensors(checkpoint)
+    stored = stored_parts(checkpoint)
     names = [name for name in stored if not name.startswith("optimizer.")]
-    weights = {name: torch.cat(stored[name]).to(dtype) for name in names}
+    weights = {name: torch.empty(whole_shape(stored[name]), dtype=dtype) for name in names}
+    read_tensors(weights, checkpoint)
     out.mkdir(parents=True, exist_ok=True)
     save_torch_state_dict(weights, out)
     shutil.copytree(checkpoint, out, ignore=shutil.ignore_patterns("*.safetensors", "state.json"), dirs_exist_ok=True)

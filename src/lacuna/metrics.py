@@ -166,19 +166,13 @@ class Report:
 def open_metrics(folder: Path, step: int):
     """metrics.jsonl up to a step that a run goes on from, to be added to; it evaluates again there if it is due."""
     file = folder / "metrics.jsonl"
-    kept = b""
-    lines = file.read_bytes().splitlines(keepends=True) if step and file.exists() else []
-    for number, line in enumerate(lines, 1):
-        try:
-            metrics = json.loads(line if line.endswith(b"\n") else "")  # the last one may be cut off or damaged
-        except ValueError:
-            if number < len(lines):
-                raise
-            break
+    kept = ""
+    for line in file.read_text().splitlines(keepends=True) if step and file.exists() else []:
+        metrics = json.loads(line) if line.endswith("\n") else {"step": math.inf}  # the last one may be cut off
         if metrics["step"] < step or (metrics["step"] == step and "eval_loss" not in metrics):
             kept += line
     new = folder / ".metrics.jsonl"
-    new.write_bytes(kept)
+    new.write_text(kept)
     new.replace(file)  # at once: a run killed just now loses no line
     return open(file, "a", buffering=1)  # line by line: a killed run keeps its lines
 

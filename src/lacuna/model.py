@@ -17,14 +17,14 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lacuna.attention import boundaries, choose_backend
 from lacuna.config import Config, ConfigError, ModelConfig, blame
 from lacuna.data.batch import PackedBatch
 from lacuna.loss import head_loss
 from lacuna.parallel import Ranks, shard_model
-from lacuna.weights import load_weights, refuse_damaged, stored_tensors, untie
+from lacuna.weights import load_weights, untie
 
 
 class Plan(NamedTuple):
@@ -63,15 +63,12 @@ def build_model(config: Config, ranks: Ranks, tokenizer, checkpoint: Path | None
         name = config.model.name
         files = ["*.safetensors", "*.json"]
         folder = Path(name if Path(name).is_dir() else snapshot_download(name, allow_patterns=files))
-        if ranks.rank == 0 and (folder / "state.json").exists():
-            refuse_damaged(folder, "model.name")
-    stored = stored_tensors(folder) if folder else None
-    trainee = assemble(config, ranks, tokenizer, stored)
-    materialise(trainee, ranks.device, config.seed, stored)
+    trainee = assemble(config, ranks, tokenizer, folder)
+    materialise(trainee, ranks.device, config.seed, folder)
     return trainee
 
 
-def assemble(config: Config, ranks: Ranks, tokenizer, stored: dict | None) -> Trainee:
+def assemble(config: Config, ranks: Ranks, tokenizer, folder: Path | None) -> Trainee:
     """The recipe, on the meta device: nothing is allocated yet."""
     on_gpu = ranks.device.type == "cuda"
     dtype = getattr(torch, config.model.dtype or ("bfloat16" if on_gpu else "float32"))
@@ -81,8 +78,8 @@ def assemble(config: Config, ranks: Ranks, tokenizer, stored: dict | None) -> Tr
     plan = Plan(dtype, compiled, choose_backend(config.model.attention, ranks.device, dtype), head)
 
     model = empty_model(config.model, tokenizer)
-    if stored:
-        untie(model, stored)
+    if folder:
+        untie(model, folder)
     layers = list(model.get_decoder().layers)
     # kernels replace modules, so they come first
     if config.model.patch:
@@ -106,16 +103,16 @@ def assemble(config: Config, ranks: Ranks, tokenizer, stored: dict | None) -> Tr
     return trainee
 
 
-def materialise(trainee: Trainee, device: torch.device, seed: int, stored: dict | None):
-    """Allocate this rank's share and fill it: with a folder's weights, or from scratch."""
+def materialise(trainee: Trainee, device: torch.device, seed: int, folder: Path | None):
+    """Allocate this rank's share and fill it: from a folder's weights, or without one from scratch."""
     model = trainee.model
     trainee.to_empty(device=device)
     model.tie_weights(recompute_mapping=False)  # to_empty gives each module a tensor of its own
     recompute_buffers(model)
-    if stored is None:
+    if folder is None:
         initialise(model, seed)
     else:
-        load_weights(model, stored)
+        load_weights(model, folder)
 
 
 def empty_model(config: ModelConfig, tokenizer) -> PreTrainedModel:
@@ -127,12 +124,9 @@ def empty_model(config: ModelConfig, tokenizer) -> PreTrainedModel:
         if not hasattr(hf_config, key):
             near = difflib.get_close_matches(key, hf_config.to_dict(), 1)
             raise ConfigError(f"model.overrides.{key} is no field of {config.name}'s config; nearest: {near or 'none'}")
-    if config.overrides:  # made anew of its file, so that what follows from other fields still does
-        fields, _ = hf_config.get_config_dict(config.name)
-        if {"num_hidden_layers", "sliding_window", "use_sliding_window", "max_window_layers"} & config.overrides.keys():
-            fields.pop("layer_types", None)  # which layers have a window
+    if config.overrides:
         with blame(f"model.overrides {config.overrides}"):
-            hf_config = type(hf_config).from_dict(fields | copy.deepcopy(config.overrides))
+            hf_config = override(hf_config, config)
     if config.tokenizer:  # before the model is built: the row of an old padding_idx would have no gradient
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(hf_config, key, getattr(tokenizer, key))
@@ -146,6 +140,14 @@ def empty_model(config: ModelConfig, tokenizer) -> PreTrainedModel:
         sizes = f"the tokenizer has {len(tokenizer)} tokens, the model {hf_config.vocab_size}"
         raise ConfigError(f"{sizes}: set model.tokenizer, or train from_scratch with model.overrides.vocab_size")
     return model
+
+
+def override(hf_config: PretrainedConfig, config: ModelConfig) -> PretrainedConfig:
+    """The config with model.overrides, made anew of its file: so that what follows from other fields still does."""
+    fields, _ = hf_config.get_config_dict(config.name)
+    if {"num_hidden_layers", "sliding_window", "use_sliding_window", "max_window_layers"} & config.overrides.keys():
+        fields.pop("layer_types", None)  # which layers have a window
+    return type(hf_config).from_dict(fields | copy.deepcopy(config.overrides))
 
 
 def refuse_unfit(model: PreTrainedModel):

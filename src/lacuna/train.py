@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from filelock import Timeout
 
-from lacuna.checkpoint import Checkpoints, export, find_checkpoint, match_eos, read_state
+from lacuna.checkpoint import Checkpoints, export, find_checkpoint, in_order, match_eos, read_state
 from lacuna.config import Config, ConfigError, NonFinite, Preempted, blame, log, to_toml
 from lacuna.data.batch import IGNORE, PackedBatch
 from lacuna.data.conversations import make_encoder
@@ -19,7 +19,7 @@ from lacuna.model import Trainee, build_model
 from lacuna.optim import AdamW, learning_rate, trained
 from lacuna.parallel import Ranks, gradient_norm, lock, start, sum_over_ranks
 from lacuna.preemption import Preemption
-from lacuna.weights import held, in_order, read_tensors, stored_tensors
+from lacuna.weights import held, read_tensors
 
 
 def run(config: Config, preemption: Preemption | None = None) -> Path:
@@ -66,7 +66,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
     tensors = held(model) | optimizer.tensors(parameters)
     with blame(f"out: {folder}/metrics.jsonl, or the state.json of {checkpoint}"):
         if checkpoint:
-            read_tensors(optimizer.tensors(parameters), stored_tensors(checkpoint))
+            read_tensors(optimizer.tensors(parameters), checkpoint)
             log.info("Going on after step %d, from %s", state["step"], checkpoint)
         checkpoints = Checkpoints(config, ranks, folder, tensors, model, tokenizer)
         report = Report(config, ranks, folder, steps, model, state)
