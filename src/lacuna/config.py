@@ -112,6 +112,7 @@ SOURCE = "; ".join(f"{name} ({field.description})" for name, field in Source.mod
 class DataConfig(Section):
     sources: Annotated[list[Source], OneOrSeveral] = key([], "[[data.sources]] in TOML, JSON here; keys: " + SOURCE)
     chat_template: str | None = key(None, "sft: file, text or name; default: the tokenizer's")
+    unrendered: Literal["error", "drop"] = key("error", "sft: rows of which the template leaves something out")
     overlong: Literal["drop", "truncate", "error"] = key("drop", "sft: conversations over seq_len")
     mask_boundary: bool = key(True, "a document does not predict the next one's first token")
     num_streams: int | None = key(None, "virtual streams; default: one a shard, at most 64", ge=1)

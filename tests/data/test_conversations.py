@@ -175,7 +175,7 @@ def test_only_the_columns_of_the_format_are_read_and_the_log_names_it(encoder):
         ("conversations", "conversations system", "id"),
         ("prompt and completion", "prompt completion", "score"),
         ("instruction and output", "instruction output input", "history"),
-        ("token ids", "input_ids labels", "attention_mask"),
+        ("token ids", "input_ids labels attention_mask loss_mask", "id"),
     ]:
         with lacuna_log() as messages:
             columns = encoder.columns([*others.split(), *read.split()[::-1]], Source(path="some.jsonl"))
@@ -188,7 +188,7 @@ def test_only_the_columns_of_the_format_are_read_and_the_log_names_it(encoder):
 def test_text_gets_bos_once_where_the_tokenizer_adds_one_and_eos_once(kind, template):
     tokenizer = kind(TEMPLATES[template], **SPECIAL)
     encoder, bos = make(tokenizer), [tokenizer.bos_token_id] * ("BOS" in template)
-    for prompt, completion in [("Call me", " Ishmael."), ("", "x y"), ("\n\n x", ""), ("naïve ", "café\n")]:
+    for prompt, completion in [("Call me", " Ishmael."), ("", "x y"), ("\n\n x", "y"), ("naïve ", "café\n")]:
         plain = tokenizer(prompt + completion, add_special_tokens=False, return_offsets_mapping=True)
         ids = [*bos, *plain["input_ids"], tokenizer.eos_token_id]
         mask = [*(False for _ in bos), *(end > len(prompt) for _, end in plain["offset_mapping"]), True]
@@ -421,7 +421,7 @@ def test_the_ids_are_those_of_the_whole_text_encoded_once(tokenizer, kind):
     encoder, apart = make(given, "--data.chat_template", MINE), 0
     for content in ["", " ", " a", "  b c ", "\nd", "\n\n\n", "é\u0301 👩‍👩‍👧‍👦", "\tx", " 1 23", "漢字 x", "white"]:
         messages = say("user: " + content, "assistant: " + content, "user: ?", "assistant: x" + content)
-        whole = expected(reference, chatml(messages))
+        whole = expected(reference, chatml(messages), () if content.strip() else {0})  # an empty answer trains nothing
         assert encoded(encoder, {"messages": messages}) == whole, repr(content)
         pieces = [reference(piece, add_special_tokens=False)["input_ids"] for piece in TURN.split(chatml(messages))]
         apart += whole[0] != list(chain(*pieces))
@@ -484,22 +484,20 @@ def test_nulls_that_arrow_fills_in_do_not_get_into_the_text(qwen):
 # Errors
 
 
-def test_a_row_that_fits_no_format_is_refused_with_its_number_columns_and_the_formats(encoder):
-    names = ["messages", "conversations", "prompt and completion", "instruction and output", "token ids"]
-    turns = [[], "Hello", ["Hello"], [{"content": "Hello"}], say("user: a", "assistant: b", content=5)]
+def test_a_row_that_does_not_fit_its_format_is_refused_with_file_and_number(encoder):
+    turns = ["Hello", ["Hello"], [{"content": "Hello"}], say("user: a", "assistant: b", content=5)]
     turns.append(say("user: a", "assistant: b", content=[{"type": "image", "url": "c"}]))
     turns.append(say("user: a", "assistant: b", tool_calls=[CALL | {"arguments": "{"}]))
-    shared = [[{"from": "human"}], [{"from": "function_call", "value": "no JSON"}]]
+    shared = [[{"value": "Hello"}], [{"from": "function_call", "value": "no JSON"}]]
     for good, bad in [
         *(({"messages": LONG}, {"messages": messages}) for messages in turns),
         *(({"conversations": SHARED}, {"conversations": conversation}) for conversation in shared),
         ({"messages": LONG, "tools": "[]"}, {"messages": LONG, "tools": "no JSON"}),
         ({"messages": LONG, "tools": "[]"}, {"messages": None, "tools": "[]"}),
-        ({"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": None}),
         ({"instruction": "a", "output": "b"}, {"instruction": None, "output": "b"}),
         ({"input_ids": [4, 5]}, {"input_ids": None}),
     ]:
-        refused(lambda pair=(good, bad): documents(encoder, *pair), "some.jsonl", "row 42", *bad, *names)
+        refused(lambda pair=(good, bad): documents(encoder, *pair), "some.jsonl", "row 42", "read as")
 
 
 def test_columns_of_no_format_are_refused_with_the_formats(encoder):
@@ -522,3 +520,182 @@ def test_a_text_before_a_completion_of_messages_is_refused_or_a_user_turn(tokeni
     except ConfigError:
         return
     assert found == expected(tokenizer, chatml(say("user: a", "user: b", "assistant: c")))
+
+
+# What a row says is what is trained
+
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+WEATHER = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Bonn"}}}
+ASKED = say("user: Weather in Bonn?")
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "tools", "where"),
+    [
+        (
+            QWEN3,
+            say("developer: Answer in French.", *["user: Hi", "assistant: Salut"]),
+            [],
+            "message 0 (developer), content",
+        ),
+        (QWEN3, ASKED + say("assistant: It rains.", function_calls='weather(city="Bonn")'), [], "function_calls"),
+        (QWEN3, ASKED + say("assistant: It rains.", function_call={"name": "weather"}), [], "message 1 (assistant)"),
+        (
+            QWEN3,
+            [*say("system: Be brief.", tools=[TOOL]), *ASKED, *say("assistant: ok")],
+            [],
+            "message 0 (system), tools",
+        ),
+        (None, ASKED + say("assistant: It rains."), [TOOL], "tools"),
+        (None, ASKED + say("assistant: ", tool_calls=[WEATHER]), [], "message 1 (assistant), tool_calls"),
+        (None, ASKED + say("assistant: 2", reasoning_content="one and one"), [], "message 1 (assistant), reasoning"),
+        (
+            QWEN3,
+            ASKED + say("assistant: 2", "user: ?", reasoning="one and one"),
+            [],
+            "message 1 (assistant), reasoning",
+        ),
+    ],
+)
+def test_what_the_template_leaves_out_is_an_error_that_names_row_message_and_key_or_dropped(
+    tokenizer, template, messages, tools, where
+):
+    """Text that is there is found elsewhere too: Bonn stands in the question."""
+    tokenizer.chat_template = template or tokenizer.chat_template
+    if messages[-1]["role"] == "user":  # it is the turn before that has the reasoning
+        messages = [*messages[:-2], messages[-2] | {"reasoning": "one and one"}, {"role": "user", "content": "?"}]
+    row = {"messages": messages, "tools": tools}
+    refused(lambda: documents(make(tokenizer), row), "row 41", where, "data.unrendered")
+    dropping = make(tokenizer, "--data.unrendered", "drop")
+    plain = {"messages": say("user: a", "assistant: b")}
+    assert [note[:30] for _, _, note in documents(dropping, row, plain)] == ["dropped: the chat template lea", ""]
+
+
+def test_thoughts_before_the_last_question_may_go_and_no_others(qwen):
+    thoughtful = say("user: a", "assistant: b", thinking="early") + say("user: c", "assistant: d", thinking="late")
+    encoder = make(qwen)
+    rows = documents(encoder, *[{"messages": thoughtful}] * 3)
+    for ids, mask, _ in rows:
+        text = qwen.decode(ids)
+        assert "early" not in text and "<think>\nlate\n</think>" in qwen.decode(
+            [i for i, m in zip(ids, mask, strict=True) if m]
+        )
+    cut = [*thoughtful[:3], thoughtful[3] | {"train": False}]  # now the first turn is the one to be trained
+    refused(lambda: documents(encoder, {"messages": cut}), "message 1 (assistant), reasoning")
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_is_read_under_its_three_names_and_in_parts(qwen, name):
+    wanted = "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n<think>\none\n</think>\n\n2<|im_end|>\n"
+    parts = [{"type": "reasoning", "value": "one"}, {"type": "text", "value": "2"}]
+    for answer in (
+        {"content": "2", name: "one"},
+        {"content": parts},
+        {"content": "2", name: "one", "reasoning": "one"},
+    ):
+        row = {"messages": [*say("user: 1+1?"), {"role": "assistant", **answer}]}
+        assert encoded(make(qwen), row) == expected(qwen, wanted)
+
+
+SPEAKING = {
+    "user": ["user", "human"],
+    "assistant": ["assistant", "gpt", "bot", "model", "chatgpt", "Assistant"],
+    "system": ["system"],
+    "tool": ["tool", "function", "observation", "ipython", "environment"],
+}
+
+
+@pytest.mark.parametrize("key", ["role", "from"])
+def test_roles_are_a_closed_set_under_both_keys(tokenizer, encoder, key):
+    content = "value" if key == "from" else "content"
+    for role, names in SPEAKING.items():
+        turns = [(role, "x"), ("user", "y"), ("assistant", "z")]
+        wanted = expected(tokenizer, chatml([{"role": r, "content": c} for r, c in turns]))
+        for name in names:
+            chat = [{key: name, content: "x"}, {key: "user", content: "y"}, {key: "assistant", content: "z"}]
+            assert encoded(encoder, {"conversations": chat}) == wanted, name
+    for alien in ("alien", 5, "tool_response", None):
+        chat = [{key: alien, content: "x"}, {key: "assistant", content: "z"}]
+        refused(
+            lambda chat=chat: documents(encoder, {"conversations": chat}), "row 41", "ipython"
+        )
+
+
+def test_calls_as_turns_of_their_own_are_calls(qwen):
+    said = {"messages": [*ASKED, *say("assistant: ", tool_calls=[WEATHER])], "tools": [TOOL]}
+    for key, content, name in [("role", "content", "tool_call"), ("from", "value", "function_call")]:
+        turn = {key: name, content: json.dumps(WEATHER["function"])}
+        row = {"messages": [*ASKED, turn], "tools": json.dumps([json.dumps(TOOL)])}
+        assert encoded(make(qwen), row) == encoded(make(qwen), said)
+
+
+@pytest.mark.parametrize("name", ["train", "training", "trainable", "loss", "weight"])
+def test_flags_are_read_under_the_names_in_use(tokenizer, encoder, name):
+    wanted = expected(tokenizer, chatml(LONG), {0})
+    for off, on in [(False, True), (0, 1), ("false", "true"), ("False", "True"), ("0", "1"), (0.0, None)]:
+        row = {"messages": [m | ({name: off} if i == 2 else {name: on}) for i, m in enumerate(LONG)]}
+        assert encoded(encoder, row) == wanted, off
+    for value in (0.5, "no", 2, [], {}):
+        row = {"messages": [m | {name: value} for m in LONG]}
+        refused(lambda row=row: documents(encoder, row), "row 41", "true or false")
+
+
+def test_masks_of_all_names_count_and_padding_is_cut_off(encoder):
+    for name in ("loss_mask", "completion_mask", "assistant_masks"):
+        assert encoded(encoder, {"input_ids": [7, 8, 9, 0], name: [0, 0, 1, 1]}) == (
+            [7, 8, 9, 0],
+            [False, False, True, True],
+        )
+    both = {"input_ids": [7, 8, 9], "loss_mask": [1, 1, 0], "completion_mask": [0, 1, 1]}
+    assert encoded(encoder, both) == ([7, 8, 9], [False, True, False])
+    for ids, attention in [([3, 3, 7, 8], [0, 0, 1, 1]), ([7, 8, 3, 3], [1, 1, 0, 0])]:
+        labels = [i if seen else -100 for i, seen in zip(ids, attention, strict=True)]
+        for more in ({}, {"labels": labels}):
+            assert encoded(encoder, {"input_ids": ids, "attention_mask": attention, **more}) == ([7, 8], [True, True])
+    refused(lambda: documents(encoder, {"input_ids": [7, 8], "loss_mask": [0.5, 1]}), "row 41", "loss_mask")
+
+
+@pytest.mark.parametrize("bad", [-7, 4096, 5.0, True, "5", [5], 2**40])
+def test_an_id_outside_the_vocabulary_is_an_error_with_the_rows_number(encoder, bad):
+    refused(lambda: documents(encoder, {"input_ids": [5, 6]}, {"input_ids": [bad]}), "row 42", "0 to 4095")
+
+
+def test_an_empty_answer_is_dropped_by_its_own_reason(encoder):
+    for nothing in ("", " \n", None, [], [{"type": "text", "text": ""}]):
+        chat = [*ASKED, {"role": "assistant", "content": nothing}]
+        assert documents(encoder, {"messages": chat})[0][2] == "dropped: an empty answer", nothing
+    for nothing in ("", " ", None):
+        assert documents(encoder, {"instruction": "a", "output": nothing})[0][2] == "dropped: an empty answer", nothing
+    assert documents(encoder, {"prompt": "a", "completion": None})[0][2] == "dropped: an empty answer"
+    later = [*ASKED, {"role": "assistant", "content": ""}, *say("user: b", "assistant: c")]
+    assert sum(encoded(encoder, {"messages": later})[1]) == len(["c", "<|im_end|>"])
+
+
+def test_messages_may_be_json_as_text(tokenizer, encoder):
+    wanted = expected(tokenizer, chatml(SHORT))
+    assert encoded(encoder, {"messages": json.dumps(SHORT)}) == wanted
+
+
+@pytest.mark.parametrize("kind", ["image", "image_url", "audio", "video"])
+def test_parts_that_are_no_text_are_refused(encoder, kind):
+    parts = [{"type": "text", "text": "a"}, {"type": kind, kind: "x"}]
+    refused(lambda: documents(encoder, {"messages": [{"role": "user", "content": parts}]}), "row 41", kind)
+
+
+def test_preference_pairs_are_refused_by_name(encoder, tokenizer):
+    for columns in (["prompt", "chosen", "rejected"], ["chosen", "rejected", "messages"]):
+        refused(lambda columns=columns: encoder.columns(columns, Source(path="x")), "preference pairs")
+
+
+def test_lacunas_template_is_compared_on_the_datas_own_rows(tokenizer):
+    """The model's own is Qwen3's, with another word in the tools' turns that begin with one of a certain kind."""
+    tokenizer.chat_template = QWEN3.replace(
+        "<tool_response>\\n' }}", "<tool_response>\\n' }}{% if 'odd' in message.content %}!{% endif %}", 1
+    )
+    encoder = make(tokenizer)
+    assert encoder.own == tokenizer.chat_template
+    call = say("user: x", "assistant: ", tool_calls=[WEATHER])
+    plain = {"messages": [*call, *say("tool: even", "assistant: b")]}
+    odd = {"messages": [*call, *say("tool: odd", "assistant: b")]}
+    assert documents(encoder, *[plain] * 150)[149][2] == ""
+    refused(lambda: documents(encoder, *[plain] * 2, odd), "row 43", "data.chat_template")

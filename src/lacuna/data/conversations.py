@@ -11,7 +11,7 @@ import numpy as np
 import transformers
 from tokenizers.processors import ByteLevel
 
-from lacuna.config import Config, ConfigError, Source, log
+from lacuna.config import Config, ConfigError, Source, blame, log
 from lacuna.data.batch import Tokens, hide
 from lacuna.data.tokenize import Encoder, TextEncoder, adds_bos, digest
 
@@ -22,14 +22,24 @@ FORMATS = {  # recognised by these columns
     "instruction and output": ["instruction", "output"],
     "token ids": ["input_ids"],
 }
-OPTIONAL = ["tools", "system", "input", "labels", "assistant_masks", "completion_mask"]
-# who speaks in ShareGPT's `from`; other names are roles already
-ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
+MASKS = ["loss_mask", "completion_mask", "assistant_masks"]
+OPTIONAL = ["tools", "system", "input", "labels", "attention_mask", *MASKS]
+# Who speaks, under `role` or `from`, in the words of chat templates; a `call` is a turn of the assistant's.
+ROLES = {"system": "system", "developer": "developer"} | dict.fromkeys(["user", "human"], "user")
+ROLES |= dict.fromkeys(["assistant", "gpt", "bot", "model", "chatgpt"], "assistant")
+ROLES |= dict.fromkeys(["tool", "function", "observation", "ipython", "environment"], "tool")
+ROLES |= dict.fromkeys(["function_call", "tool_call"], "call")
+FLAGS = ["train", "training", "trainable", "loss", "weight"]
+TRAINED = dict.fromkeys(["true", "1", "1.0"], True) | dict.fromkeys(["false", "0", "0.0"], False)
+REASONING = ["reasoning_content", "reasoning", "thinking"]
+# of a message, and read by templates that name them
+CALLS = ["tool_calls", "function_call", "function_calls", "functions", "tools"]
 TEMPLATES = Path(__file__).parent / "templates"
 MARKS = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
 CURE = "put {% generation %} before and {% endgeneration %} after what the assistant writes, its stop token included"
 # A prompt and a completion that are plain text go through the same machinery, as the simplest of chats.
 PLAIN = "{{ messages[0].content }}{% generation %}{{ messages[1].content }}{{ eos_token }}{% endgeneration %}"
+NOTHING = np.zeros(0, dtype=np.int32)
 RENDERING = Lock()  # transformers keeps the mask that it is making in the template: one at a time
 
 
@@ -45,11 +55,15 @@ class ChatEncoder:
         # some leave the space before a word out of its token's place, and transformers' mask ends at such a turn
         self.tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=False)
         self.overlong, self.seq_len = config.data.overlong, config.train.seq_len
+        self.unrendered = config.data.unrendered
+        self.own = None  # the model's own template, where one of lacuna's stands in for it
         self.bos = tokenizer.bos_token if adds_bos(tokenizer) else ""
         self.given = config.data.chat_template
         try:
             self.template = training_template(tokenizer, self.given)
             self.tokenizer.eos_token = self.stop_token()
+            if not self.given and self.template != tokenizer.get_chat_template():
+                self.own = tokenizer.get_chat_template()
         except jinja2.TemplateError as error:
             raise ConfigError(f"data.chat_template: {error}") from None
         except LookupError as error:  # token ids, and prompts and completions of plain text, need no template
@@ -57,7 +71,7 @@ class ChatEncoder:
         self.eos = self.tokenizer.eos_token_id
 
     def stop_token(self) -> str:
-        ids, mask = self.render(as_turns("?", "user") + as_turns("yes", "assistant"), self.template)
+        ids, mask = self.render(as_turns("?", "user") + as_turns("yes", "assistant"), self.template, [])
         stop = int(ids[mask][-1]) if mask.any() else None
         if stop not in self.tokenizer.added_tokens_decoder:
             raise ConfigError(f"the chat template marks turns that do not end with one stop token: {CURE}")
@@ -74,55 +88,91 @@ class ChatEncoder:
         documents = []
         for number, row in zip(numbers, rows, strict=True):
             given = {name: value for name, value in row.items() if value is not None}
-            try:
+            with blame(f"data.sources {source.path}, row {number}, read as {row_format}"):
                 documents.append(self.document(given, row_format))
-            except ConfigError:
-                raise
-            except Exception as error:  # whatever the shape of a row, or a template, brings about
-                kind = "missing or null" if isinstance(error, KeyError) else type(error).__name__
-                problem = f"row {number} with {', '.join(columns)}, does not fit {row_format}: {kind}: {error}"
-                raise ConfigError(f"{source.path}, {problem}. Formats: {', '.join(FORMATS)}") from None
         return documents
 
     def document(self, row: dict, row_format: str) -> Tokens:
         if row_format == "token ids":
-            return self.fit(*read_ids(row))
+            return self.fit(*read_ids(row, len(self.tokenizer)))
         messages = read_messages(row, row_format)
         template = self.template
         if isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str) and not row.get("system"):
             template = PLAIN
             messages[0]["content"] = self.bos + row["prompt"].removeprefix(self.bos)
             messages[1]["content"] = row["completion"].removesuffix(self.tokenizer.eos_token)
-        flags = []
-        for message in messages:  # templates see neither
-            trained, weight = message.pop("train", True), message.pop("weight", 1)
+        flags = {}  # by the number of an assistant's message: whether it is trained
+        empty = []
+        for number, message in enumerate(messages):
+            flag = message.pop("train")  # templates do not see it
             if message["role"] == "assistant":
-                flags.append(trained and weight)
-        ids, mask = self.render(messages, template, row.get("tools"))
+                empty += [number] if not says_something(message) else []
+                flags[number] = flag and number not in empty
+        if not any(flags.values()):
+            return Tokens(NOTHING, "dropped: an empty answer" if empty else "dropped: without a trained token")
+        tools = [decoded(tool) for tool in decoded(row.get("tools")) or []]
+        left_out = self.left_out(messages, template, tools, max(number for number in flags if flags[number]))
+        if left_out and self.unrendered == "drop":
+            return Tokens(NOTHING, "dropped: the chat template leaves something out")
+        if left_out:
+            cure = 'see data.chat_template, or set data.unrendered = "drop"'
+            raise ValueError(f"the chat template leaves out {', '.join(left_out)}: {cure}")
+        ids, mask = self.render(messages, template, tools)
         # marked tokens come in runs, one a turn: where each begins and ends, [turns, 2]
         turns = np.flatnonzero(np.diff(mask, prepend=False, append=False)).reshape(-1, 2)
-        if len(turns) != len(flags) or not set(flags) <= {0, 1}:
-            raise ValueError(f"{len(turns)} of {len(flags)} assistant turns are marked, with weights {flags} (0 or 1)")
+        if len(turns) != len(flags):
+            raise ValueError(f"the chat template marks {len(turns)} of {len(flags)} assistant turns: {CURE}")
         # Each turn has one stop token, and it is the last one: else the model would learn to go on after it.
         stops = np.flatnonzero(mask & (ids == self.eos))
         if stops.tolist() != [end - 1 for _, end in turns]:
-            return Tokens(ids[:0], "dropped: a stop token inside a turn, or none at its end")
-        for (begin, end), flag in zip(turns, flags, strict=True):
+            return Tokens(NOTHING, "dropped: a stop token inside a turn, or none at its end")
+        for (begin, end), flag in zip(turns, flags.values(), strict=True):
             mask[begin:end] = flag
         return self.fit(ids, mask)
 
-    def render(self, messages: list[dict], template: str | None, tools: list | str | None = None):
-        """Token ids [n] of the whole conversation, and what of them the template marks, bool [n]."""
+    def left_out(self, messages: list[dict], template: str | None, tools: list, last: int) -> list[str]:
+        """What the template leaves out of a conversation; `last` is the last message that is trained.
+
+        A copy is rendered with a word of its own in each text. Texts themselves cannot be looked for: templates trim
+        them, and short ones stand elsewhere as well. What was thought before the last question may go: templates drop
+        it on purpose. Raises ValueError where the model's own template renders anything else.
+        """
+        question = max((i for i in range(last) if messages[i]["role"] == "user"), default=0)
+        copies = [dict(message) for message in messages]
+        places = {}  # of each word
+        for number, message in enumerate(copies):
+            for key in ("content", "reasoning_content"):
+                text = message.get(key, "").rstrip()
+                if not text.rpartition("</think>")[2] or (key == "reasoning_content" and number < question):
+                    continue
+                word = f"Zq{len(places)}xK"  # letters and digits: JSON and HTML leave them as they are
+                places[word] = f"message {number} ({message['role']}), {key}"
+                at = text.rfind(" ") + 1 or len(text)  # before the last word: templates look at both ends of a text
+                message[key] = text[:at] + word + message[key][at:]
+        text = self.render(copies, template, tools, tokenize=False)
+        if self.own and template == self.template and self.render(copies, self.own, tools, tokenize=False) != text:
+            raise ValueError("the model's own chat template renders it otherwise than lacuna's: set data.chat_template")
+        left_out = [place for word, place in places.items() if word not in text]
+        for number, message in enumerate(messages):
+            # tools of a message: templates that have the word mean those of the conversation
+            lost = [key for key in CALLS if key in message and (key not in template or key == "tools")]
+            left_out += [f"message {number} ({message['role']}), {key}" for key in lost]
+        return left_out + ["tools"] * (bool(tools) and "tools" not in template)
+
+    def render(self, messages: list[dict], template: str | None, tools: list, **options):
+        """Token ids [n] of the whole conversation, and what of them the template marks, bool [n]; or its text."""
         if template is None:
             raise ConfigError(self.problem)
-        if isinstance(tools, str):
-            tools = json.loads(tools or "null")
-        for key, used in [("tools", tools), ("tool_calls", any("tool_calls" in turn for turn in messages))]:
-            if used and key not in template:
-                raise ValueError(f"the chat template knows no {key}, which would be lost")
-        options = {"chat_template": template, "return_dict": True, "return_assistant_tokens_mask": True}
+        named = []
+        for message in messages:
+            # reasoning under each of its names: templates differ in which they read
+            thought = {name: message["reasoning_content"] for name in REASONING if "reasoning_content" in message}
+            named.append(message | thought)
+        options = options or {"return_dict": True, "return_assistant_tokens_mask": True}
         with RENDERING:
-            out = self.tokenizer.apply_chat_template(messages, tools=tools or None, **options)
+            out = self.tokenizer.apply_chat_template(named, tools=tools or None, chat_template=template, **options)
+        if isinstance(out, str):
+            return out
         return np.asarray(out["input_ids"], dtype=np.int32), np.asarray(out["assistant_masks"], dtype=bool)
 
     def fit(self, ids: np.ndarray, mask: np.ndarray) -> Tokens:
@@ -131,14 +181,15 @@ class ChatEncoder:
         if long and self.overlong == "error":
             raise ValueError(f"{len(ids)} tokens, over train.seq_len {self.seq_len}; or set data.overlong")
         if long and self.overlong == "drop":
-            return Tokens(ids[:0], "dropped: longer than train.seq_len")
+            return Tokens(NOTHING, "dropped: longer than train.seq_len")
         if not mask[1 : self.seq_len].any():  # nothing predicts a first token
-            return Tokens(ids[:0], "dropped: without a trained token")
+            return Tokens(NOTHING, "dropped: without a trained token")
         return Tokens(hide(ids, mask)[: self.seq_len], "truncated to train.seq_len" if long else "")
 
     def fingerprint(self):
         parts = [self.tokenizer.backend_tokenizer.to_str(), self.template, self.bos, self.tokenizer.special_tokens_map]
-        return digest(*parts, self.overlong, self.seq_len, transformers.__version__, Path(__file__).read_text())
+        parts += [self.overlong, self.unrendered, self.seq_len, transformers.__version__]
+        return digest(*parts, Path(__file__).read_text())
 
     def adapt(self, tokenizer):
         tokenizer.eos_token = self.tokenizer.eos_token
@@ -148,35 +199,43 @@ class ChatEncoder:
 
 
 def recognise(columns: list[str], source: Source) -> str:
+    if {"chosen", "rejected"} <= set(columns):
+        raise ConfigError(f"data.sources {source.path} holds preference pairs, which lacuna does not train on")
     for row_format, required in FORMATS.items():
         if set(required) <= set(columns):
             return row_format
     raise ConfigError(f"data.sources {source.path} has {', '.join(columns)}: no format. Formats: {', '.join(FORMATS)}")
 
 
-def read_ids(row: dict) -> tuple[np.ndarray, np.ndarray]:
-    """Ids [n] and mask [n] of a row that is tokenised, with labels (-100: not trained), or a mask, or neither."""
-    ids = np.asarray(row["input_ids"], dtype=np.int32)
+def read_ids(row: dict, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids [n] and mask [n] of a row that is tokenised, without padding: trained is what labels and all masks say."""
+    ids = np.asarray(row["input_ids"])
+    if ids.size and (ids.dtype.kind not in "iu" or ids.ndim != 1 or ids.min() < 0 or ids.max() >= vocabulary):
+        raise ValueError(f"input_ids are not all whole numbers from 0 to {vocabulary - 1}, as the tokenizer has them")
     labels = np.asarray(row.get("labels", ids))
-    mask = np.asarray(row.get("assistant_masks", row.get("completion_mask", labels != -100)), dtype=bool)
-    if len(mask) != len(ids) or ((labels != ids) & (labels != -100)).any():
-        raise ValueError("a mask of another length, or a label that is neither -100 nor the token at its own place")
-    return ids, mask
+    if labels.shape != ids.shape or ((labels != ids) & (labels != -100)).any():
+        raise ValueError("labels of another length, or one that is neither -100 nor the token at its own place")
+    masks = {name: np.asarray(row.get(name, np.ones(len(ids)))) for name in ("attention_mask", *MASKS)}
+    for name, mask in masks.items():
+        if mask.shape != ids.shape or not np.isin(mask, (0, 1)).all():
+            raise ValueError(f"{name} is not a 0 or 1 for each of {len(ids)} ids")
+    present = masks.pop("attention_mask") == 1
+    trained = (labels != -100) & np.all(list(masks.values()), axis=0)
+    return ids[present].astype(np.int32), trained[present]
 
 
 def read_messages(row: dict, row_format: str) -> list[dict]:
-    """A row as OpenAI's messages, text in one piece, arguments of tool calls as objects."""
+    """A row as OpenAI's messages: text in one piece, arguments of tool calls as objects, and `train`, a bool."""
+    system = [read_turn(turn) for turn in as_turns(row["system"], "system")] if row.get("system") else []
     if row_format == "prompt and completion":  # each of them text or messages; the completion alone is trained
-        turns = [turn | {"train": False} for turn in as_turns(row["prompt"], "user")]
-        turns += as_turns(row["completion"], "assistant")
+        asked = [read_turn(turn) | {"train": False} for turn in as_turns(row["prompt"], "user")]
+        return system + asked + [read_turn(turn) for turn in as_turns(row.get("completion", ""), "assistant")]
     elif row_format == "instruction and output":
         asked = "\n\n".join(filter(None, [row["instruction"], row.get("input")]))
-        turns = as_turns(asked, "user") + as_turns(row["output"], "assistant")
+        turns = as_turns(asked, "user") + as_turns(row.get("output", ""), "assistant")
     else:
-        turns = row[row_format]
-    if row.get("system"):
-        turns = as_turns(row["system"], "system") + turns
-    return [read_turn(turn) for turn in turns]
+        turns = decoded(row[row_format])
+    return system + [read_turn(turn) for turn in turns]
 
 
 def as_turns(said: str | list[dict], role: str) -> list[dict]:
@@ -186,24 +245,50 @@ def as_turns(said: str | list[dict], role: str) -> list[dict]:
 def read_turn(turn: dict) -> dict:
     """A turn in OpenAI's words, or in ShareGPT's, as one of OpenAI's messages."""
     turn = {name: value for name, value in turn.items() if value is not None}
-    if "from" in turn:
-        speaker, said = turn.pop("from"), turn.pop("value")
-        turn["role"] = ROLES.get(speaker, speaker)
-        if speaker == "function_call":
-            calls = json.loads(said)
-            calls = calls if isinstance(calls, list) else [calls]
-            turn["tool_calls"] = [{"type": "function", "function": call} for call in calls]
+    speaker = str(turn.pop("from", turn.get("role")))
+    turn["role"] = ROLES.get(speaker, ROLES.get(speaker.lower()))
+    if turn["role"] is None:
+        raise ValueError(f"a turn of {speaker!r}; lacuna knows {', '.join(ROLES)}")
+    flags = [str(turn.pop(name)).lower() for name in FLAGS if name in turn]
+    if not set(flags) <= TRAINED.keys():
+        raise ValueError(f"a turn is to be trained or not, true or false (or 1, 0), not {', '.join(flags)}")
+    turn["train"] = all(TRAINED[flag] for flag in flags)
+    thoughts = [turn.pop(name) for name in REASONING if name in turn]
+    content = turn.pop("value", turn.get("content", ""))
+    if turn["role"] == "call":
+        calls = decoded(content)
+        calls = calls if isinstance(calls, list) else [calls]
+        turn |= {"role": "assistant", "tool_calls": [{"type": "function", "function": call} for call in calls]}
+        content = ""
+    parts = [content] if isinstance(content, str | dict) else content
+    turn["content"] = ""
+    for part in parts:
+        said = part if isinstance(part, str) else part.get("text", part.get("value"))
+        if not isinstance(said, str):
+            raise ValueError(f"content of a turn is {part!r:.50}, and not text")
+        if isinstance(part, dict) and part.get("type") == "reasoning":
+            thoughts.append(said)
+        elif isinstance(part, str) or part.get("type", "text") == "text":
+            turn["content"] += said
         else:
-            turn["content"] = said
-    if not isinstance(turn.setdefault("content", ""), str):
-        turn["content"] = "".join(part["text"] for part in turn["content"])
+            raise ValueError(f"content has a part of type {part['type']}: lacuna trains text only")
+    if any(thoughts):
+        turn["reasoning_content"] = "\n".join(dict.fromkeys(thoughts))  # under several names it is often the same
     for call in turn.get("tool_calls", []):
         function = call.get("function", call)
-        if isinstance(function["arguments"], str):  # else a template would quote it a second time
-            function["arguments"] = json.loads(function["arguments"] or "{}")
+        function["arguments"] = decoded(function.get("arguments") or "{}")  # else a template would quote them twice
     if "tool_calls" in turn and not turn["tool_calls"]:  # some templates look for the key alone
         del turn["tool_calls"]
     return turn
+
+
+def decoded(value):
+    """What a column says that holds JSON as text."""
+    return json.loads(value or "null") if isinstance(value, str) else value
+
+
+def says_something(message: dict) -> bool:
+    return any(str(message[key]).strip() for key in ("content", "reasoning_content", *CALLS) if key in message)
 
 
 def training_template(tokenizer, given: str | None) -> str:
