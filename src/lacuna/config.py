@@ -86,7 +86,6 @@ class ModelConfig(Section):
     patch: str | None = key(None, "file.py:function, called with the empty model before all else")
     dtype: Literal["bfloat16", "float32"] | None = key(None, "of computation; default: bfloat16 on GPUs")
     attention: Literal["varlen", "fa4", "sdpa"] | None = key(None, "default: fa4, varlen or sdpa, what runs")
-    kernels: Literal["none", "liger"] | None = key(None, "default: liger on GPUs if not compiled")
     head: Literal["chunked", "liger"] = key("chunked", "loss without full logits: lacuna's, or Liger's")
     accum_dtype: Literal["float32", "model"] = key("float32", "of the head's gradient, summed over chunks")
     trust_remote_code: bool = key(False, "run Python code that comes with the model")

@@ -123,7 +123,7 @@ def read_tensors(tensors: dict[str, torch.Tensor], stored: dict[str, list[torch.
 def held(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """What a folder of the model holds, by name: everything but what is tied to something else."""
     tied = set(model.all_tied_weights_keys)
-    return {name: p for name, p in model.named_parameters(remove_duplicate=False) if name not in tied}
+    return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in tied}
 
 
 def untie(model: PreTrainedModel, stored: dict[str, list[torch.Tensor]]):
