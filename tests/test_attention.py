@@ -122,7 +122,15 @@ def test_a_backend_that_this_machine_lacks_is_refused_with_those_it_has():
     assert choose_backend(None, torch.device("cpu"), torch.float32) == "sdpa"
 
 
-def test_scores_that_lacuna_cannot_compute_are_refused():
+@pytest.mark.parametrize("foreign", ["softcap", "s_aux", "position_bias", "attention_mask", "dropout"])
+def test_attention_that_lacuna_does_not_compute_is_refused(foreign):
     q = torch.zeros(1, 2, 2 * SEQ_LEN, 8)
+    value = 0.1 if foreign == "dropout" else torch.ones(2)
     with pytest.raises(ConfigError, match="soft-capped"):
-        packed_attention(None, q, q, q, None, softcap=30.0, **boundaries(packed(), "sdpa"))
+        packed_attention(None, q, q, q, **{foreign: value}, **boundaries(packed(), "sdpa"))
+
+
+def test_layers_that_keep_the_ends_of_documents_to_themselves_are_refused():
+    q = torch.zeros(1, 2, 2 * SEQ_LEN, 8)
+    with pytest.raises(ConfigError, match="where documents end"):
+        packed_attention(None, q, q, q, None)

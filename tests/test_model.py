@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ARCHITECTURES, model_config, pack, random_documents
+from conftest import ARCHITECTURES, EXAMPLES, model_config, pack, random_documents
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lacuna.config import ConfigError, load_config
@@ -187,35 +187,13 @@ def test_a_model_whose_attention_cannot_be_replaced_is_a_sentence(tmp_path):
         build(tmp_path, "--model.from_scratch", "true")
 
 
-UNFIT = {
-    "mamba": ({}, "MambaForCausalLM cannot keep packed documents apart"),
-    "qwen3_next": ({"linear_num_value_heads": 4}, "Qwen3NextForCausalLM cannot keep packed documents apart"),
-    "lfm2": ({"layer_types": ["conv", "full_attention"] * 2}, "Lfm2ForCausalLM cannot keep packed documents apart"),
-    "gemma2": ({"head_dim": 16}, "Gemma2ForCausalLM has final_logit_softcapping"),
-    "cohere": ({}, "CohereForCausalLM has logit_scale"),
-    "gpt_oss": ({"head_dim": 16}, "GptOssForCausalLM is a mixture of experts"),
-    "mixtral": ({}, "MixtralForCausalLM is a mixture of experts"),
-    "qwen3_moe": ({}, "Qwen3MoeForCausalLM is a mixture of experts"),
-    "phi": ({}, "PhiForCausalLM has a bias in its head"),
-}
-
-
-@pytest.mark.parametrize("name", UNFIT)
-def test_architectures_that_leak_or_compute_another_head_are_refused_by_name(name, tmp_path):
-    more, message = UNFIT[name]
-    small = {"num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4}
-    AutoConfig.for_model(name, **small, num_key_value_heads=2, **more).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=message):
-        build(tmp_path, "--model.from_scratch", "true")
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("name", "attention", "options"),
     [
         ("qwen3", "varlen", []),
         ("qwen3", "fa4", ["--train.activation_checkpointing", "selective"]),
-        ("qwen3", "sdpa", ["--train.compile", "false"]),  # with Liger's norms and SwiGLU
+        ("qwen3", "sdpa", ["--train.compile", "false", "--model.patch", str(EXAMPLES / "liger.py:liger")]),
         ("mistral", "varlen", ["--train.compile", "false"]),
         ("mistral", "fa4", []),
         ("llama", "varlen", ["--model.head", "liger", "--train.activation_checkpointing", "full"]),

@@ -83,3 +83,20 @@ def test_parameters_that_are_not_float32_are_refused():
     model = nn.Linear(4, 4, dtype=torch.bfloat16)
     with pytest.raises(AssertionError, match="small updates"):
         AdamW(model, [], OptimConfig(), False)
+
+
+def test_a_parameter_without_a_gradient_stays_as_it_is_and_ends_nothing():
+    """As with torch's: a layer may take another's keys and values, and its own have no part in the loss."""
+    model, layers, _, _ = make("cpu")
+    optimizer = AdamW(model, layers, OptimConfig(lr=1e-2, weight_decay=0.1), False)
+    idle = layers[1].self_attn.k_proj.weight
+    before = idle.detach().clone()
+    for p in model.parameters():
+        p.grad = None if p is idle else torch.ones_like(p)
+    parameters = trained(model)
+    norm, squares = gradient_norm(list(parameters.values()), None)
+    assert norm.item() == pytest.approx((model.num_parameters() - idle.numel()) ** 0.5)
+    assert squares[list(parameters).index("model.layers.1.self_attn.k_proj.weight")] == 0
+    optimizer.step(1e-2, torch.tensor(1.0), torch.tensor(False))
+    assert torch.equal(idle, before)
+    assert not torch.equal(layers[0].self_attn.k_proj.weight, before)

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning, end to end: `lacuna sft`, what it trains on, what it leaves behind, and `lacuna chat`."""
+"""Supervised fine-tuning, end to end: `lacuna sft`, what it trains on, what it leaves behind, and examples/chat.py."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import EXAMPLES, REPO, model_config
+from conftest import EXAMPLES, model_config
 from test_train import options as train_options
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -166,7 +166,7 @@ def test_a_run_counts_what_it_drops_and_exports_a_model_that_stops(model_folder,
     assert counted["dropped: longer than train.seq_len"] == 1
     assert "1 of 23 documents dropped: longer than train.seq_len" in (path / "log.txt").read_text()
     assert [m["step"] for m in metrics if "eval_loss" in m] == [0, 2]
-    assert "lacuna chat" in (path / "log.txt").read_text()
+    assert "examples/chat.py" in (path / "log.txt").read_text()
 
     tokenizer = AutoTokenizer.from_pretrained(path / "hf")
     assert tokenizer.eos_token == "<|im_end|>"
@@ -201,18 +201,18 @@ def test_a_template_of_the_users_own_is_exported_without_marks(model_folder, cha
     assert tokenizer.apply_chat_template(messages, tokenize=False) == "user: a\nassistant: b<|pad|>\n"
 
 
-def lacuna(*words: str, stdin: str = "", cwd=REPO) -> subprocess.CompletedProcess:
-    environ = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPO / "src")}
-    command = [sys.executable, "-m", "lacuna", *words]
-    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=240, env=environ, cwd=cwd)
+def chat(folder, stdin: str = "") -> subprocess.CompletedProcess:
+    environ = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, EXAMPLES / "chat.py", folder]
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=240, env=environ)
 
 
 def test_chat_talks_to_a_run_until_an_empty_line(model_folder, chats, tmp_path):
     path = run(load_config(None, options(model_folder("llama"), chats, tmp_path, "--train.steps", "1"), "sft"))
-    done = lacuna("chat", str(path), stdin="Hello\nAnd you?\n\n")
+    done = chat(path, stdin="Hello\nAnd you?\n\n")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("you: ") == 3
     assert done.stdout.count("model: ") == 2
-    nothing = lacuna("chat", str(tmp_path / "nothing"))
+    nothing = chat(tmp_path / "nothing")
     assert nothing.returncode == 1
     assert "no model there" in nothing.stderr

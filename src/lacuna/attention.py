@@ -58,19 +58,23 @@ def mask_documents(batch: PackedBatch) -> torch.Tensor:
     return ((document[:, :, None] == document[:, None, :]) & causal)[:, None]
 
 
-def packed_attention(module, query, key, value, _, *, backend, cu_seqlens, max_seqlen, document_mask, **options):
+def packed_attention(module, query, key, value, attention_mask=None, *, backend=None, **options):
     """Attention of every document to itself alone; returns [1, T, heads, D] and no weights.
 
     query is [1, heads, T, D], key and value [1, kv_heads, T, D]. The model gives the options, `boundaries` the rest.
     """
-    if options.get("softcap") is not None or options.get("s_aux") is not None or options.get("dropout"):
-        raise ConfigError(f"{type(module).__name__} wants soft-capped scores, sinks or dropout: lacuna has none")
+    foreign = [attention_mask, options.get("softcap"), options.get("s_aux"), options.get("position_bias")]
+    if backend is None or options.get("dropout") or any(value is not None for value in foreign):
+        what = "soft-capped scores, sinks, a bias, a mask or dropout, or does not pass on where documents end"
+        raise ConfigError(f"{type(module).__name__} has {what}: lacuna cannot train it")
+    cu_seqlens = options["cu_seqlens"]
+    max_seqlen = options["max_seqlen"]
     scale = options.get("scaling") or query.shape[-1] ** -0.5
     window = options.get("sliding_window")
     # keys to its left that a query sees; -1: all of its document's
     left = -1 if window is None or window >= max_seqlen else window - 1
     if backend == "sdpa":
-        return sdpa(query, key, value, document_mask, scale, left), None
+        return sdpa(query, key, value, options["document_mask"], scale, left), None
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
     if backend == "fa4":
         out, _ = fa4(q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens, max_seqlen, scale, left)

@@ -73,7 +73,9 @@ def state_of(checkpoint: Path) -> dict:
 
 
 def in_order(checkpoints: Path) -> list[Path]:
-    return sorted(checkpoints.glob("step_*"), key=lambda checkpoint: state_of(checkpoint)["step"])
+    """Only step_<number> is a checkpoint: what people put beside them is theirs."""
+    found = [path for path in checkpoints.glob("step_*") if path.is_dir() and path.name[5:].isdecimal()]
+    return sorted(found, key=lambda checkpoint: int(checkpoint.name[5:]))
 
 
 def read_state(checkpoint: Path | None, config: Config) -> dict:

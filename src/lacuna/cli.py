@@ -17,7 +17,6 @@ from lacuna.preemption import REQUEUE, SIGNALS, Preemption
 USAGE = """usage: lacuna pt [CONFIG.toml] [--section.key VALUE ...]    train on text: every token
        lacuna sft …                                         train on what an assistant says
        lacuna explain pt|sft …                              show the first rows of such a run
-       lacuna chat FOLDER                                   talk to the model of a run
        lacuna export CHECKPOINT FOLDER                      make a Hugging Face folder of it
 
 `lacuna pt --help` shows every key. Without a config, configs/pt.toml or configs/sft.toml is used."""
@@ -39,8 +38,6 @@ def main():
             gc.enable()
             train.run(config, preemption)
         with blame(f"lacuna {command} {' '.join(words)}"):
-            if command == "chat":
-                import_module("lacuna.chat").chat(*words)
             if command == "export":
                 import_module("lacuna.checkpoint").export(*map(Path, words))
             if command == "explain":
@@ -54,16 +51,16 @@ def main():
         log.debug("", exc_info=True)
         if preemption and preemption.can_save and AGAIN not in fault(error):
             traceback.print_exc()  # a bug
-        leave(1, f"{fault(error)}. If no step was done, see model.overrides, model.head, train.compile, or state.json")
+        leave(1, f"{fault(error)}. If no step was done, see model.overrides, train.compile, or state.json")
 
 
 def parse(argv: list[str]) -> tuple[str, Config | None, list[str]]:
-    """The command, its config (chat and export have none), and its words; exits if they ask for help."""
+    """The command, its config (export has none), and its words; exits if they ask for help."""
     command, *words = argv or ["--help"]
     if command in ("-h", "--help"):
         print(USAGE, flush=True)
         sys.exit(0)
-    if (command, len(words)) in (("chat", 1), ("export", 2)):
+    if (command, len(words)) == ("export", 2):
         return command, None, words
     task = words.pop(0) if command == "explain" and words else command
     if task not in ("pt", "sft"):

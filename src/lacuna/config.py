@@ -4,12 +4,10 @@ import difflib
 import errno
 import logging
 import re
-import signal
 import tomllib
 from argparse import ArgumentParser
 from contextlib import contextmanager
 from pathlib import Path
-from threading import current_thread, main_thread
 from typing import Annotated, Any, Literal
 
 import tomli_w
@@ -37,26 +35,15 @@ class Preempted(Exception):
 
 
 @contextmanager
-def blame(where: str, seconds: float = 0):
-    """Whatever goes wrong inside, or takes too long in the main thread, becomes one sentence: a ConfigError."""
-    limited = seconds and current_thread() is main_thread()  # no other hears a signal
+def blame(where: str):
+    """Whatever goes wrong inside becomes one sentence that begins with `where`: a ConfigError."""
     try:
-        if limited:
-            signal.signal(signal.SIGALRM, too_long)
-            signal.setitimer(signal.ITIMER_REAL, seconds, 0.1)  # once more, if something inside goes on
         yield
     except (ConfigError, NonFinite, Preempted, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # tokenizers, written in Rust, panics with one
         log.debug("%s", where, exc_info=True)  # to log.txt, where a run has one by now
         raise ConfigError(f"{where}: {fault(error)}") from error
-    finally:
-        if limited:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-
-
-def too_long(number, frame):
-    raise TimeoutError("it takes too long")
 
 
 def fault(error: BaseException) -> str:
@@ -86,9 +73,6 @@ class ModelConfig(Section):
     patch: str | None = key(None, "file.py:function, called with the empty model before all else")
     dtype: Literal["bfloat16", "float32"] | None = key(None, "of computation; default: bfloat16 on GPUs")
     attention: Literal["varlen", "fa4", "sdpa"] | None = key(None, "default: fa4, varlen or sdpa, what runs")
-    kernels: Literal["none", "liger"] | None = key(None, "default: liger on GPUs if not compiled")
-    head: Literal["chunked", "liger"] = key("chunked", "loss without full logits: lacuna's, or Liger's")
-    accum_dtype: Literal["float32", "model"] = key("float32", "of the head's gradient, summed over chunks")
     trust_remote_code: bool = key(False, "run Python code that comes with the model")
 
 
@@ -263,7 +247,7 @@ def load_config(path: str | None, argv: list[str], task: str = "pt") -> Config:
     if {"steps", "epochs"} & set(given.get("train", {})):
         # they exclude each other: one on the command line takes back the file's
         given["train"] = {"steps": None, "epochs": None} | given["train"]
-    with blame(f"cannot read config {path} as TOML", seconds=5):  # a pipe may never be written
+    with blame(f"cannot read config {path} as TOML"):
         merged = tomllib.loads(Path(path).read_text().removeprefix("\ufeff")) if path else {}
     for section, value in given.items():
         if isinstance(value, dict) and isinstance(merged.get(section), dict):

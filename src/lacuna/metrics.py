@@ -30,7 +30,7 @@ class Work:
 
     def __init__(self, model: PreTrainedModel, device: torch.device):
         config = model.config
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        head_dim = config.to_dict().get("head_dim") or config.hidden_size // config.num_attention_heads
         self.flop_per_pair = 6 * config.num_attention_heads * head_dim  # of a query and a key, in one layer
         window = getattr(config, "sliding_window", None)
         # a model that does not say what its layers are has the window, if any, in all of them

@@ -1,4 +1,4 @@
-"""The builder: kernels -> activation checkpointing -> torch.compile -> FSDP2, then weights into the shards.
+"""The builder: patch -> activation checkpointing -> torch.compile -> FSDP2, then weights into the shards.
 
 Everything replaces `layer.forward` in place: parameter names stay those of Hugging Face from beginning to end.
 """
@@ -8,6 +8,7 @@ import difflib
 import functools
 import hashlib
 import runpy
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ from lacuna.config import Config, ConfigError, ModelConfig, blame
 from lacuna.data.batch import PackedBatch
 from lacuna.loss import head_loss
 from lacuna.parallel import Ranks, shard_model
-from lacuna.weights import load_weights, untie
+from lacuna.weights import load_weights
 
 
 class Plan(NamedTuple):
@@ -33,7 +34,6 @@ class Plan(NamedTuple):
     dtype: torch.dtype  # of computation; parameters and optimizer are float32
     compiled: bool
     backend: str  # of attention
-    head: dict  # options of head_loss
 
 
 class Trainee(nn.Module):
@@ -47,7 +47,7 @@ class Trainee(nn.Module):
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         """The sum of the batch's losses, nats."""
         weight = self.model.get_output_embeddings().weight
-        return head_loss(self.hidden(batch), weight, batch.labels, batch.counts["trained_tokens"], **self.plan.head)
+        return head_loss(self.hidden(batch), weight, batch.labels, batch.counts["trained_tokens"], self.plan.compiled)
 
     def hidden(self, batch: PackedBatch) -> torch.Tensor:
         """The decoder's last hidden states [T, H]."""
@@ -58,35 +58,29 @@ class Trainee(nn.Module):
 
 def build_model(config: Config, ranks: Ranks, tokenizer, checkpoint: Path | None = None) -> Trainee:
     """The model of `config.model`, sharded and ready to train, with its own weights or a checkpoint's."""
+    trainee = assemble(config, ranks, tokenizer)
     folder = checkpoint
     if folder is None and not config.model.from_scratch:
         name = config.model.name
         files = ["*.safetensors", "*.json"]
         folder = Path(name if Path(name).is_dir() else snapshot_download(name, allow_patterns=files))
-    trainee = assemble(config, ranks, tokenizer, folder)
     materialise(trainee, ranks.device, config.seed, folder)
     return trainee
 
 
-def assemble(config: Config, ranks: Ranks, tokenizer, folder: Path | None) -> Trainee:
+def assemble(config: Config, ranks: Ranks, tokenizer) -> Trainee:
     """The recipe, on the meta device: nothing is allocated yet."""
     on_gpu = ranks.device.type == "cuda"
     dtype = getattr(torch, config.model.dtype or ("bfloat16" if on_gpu else "float32"))
     compiled = on_gpu if config.train.compile is None else config.train.compile
-    accum_dtype = torch.float32 if config.model.accum_dtype == "float32" else dtype
-    head = {"head": config.model.head, "accum_dtype": accum_dtype, "compiled": compiled}
-    plan = Plan(dtype, compiled, choose_backend(config.model.attention, ranks.device, dtype), head)
+    plan = Plan(dtype, compiled, choose_backend(config.model.attention, ranks.device, dtype))
 
     model = empty_model(config.model, tokenizer)
-    if folder:
-        untie(model, folder)
+    refuse_unfit(model, config.train.seq_len)
     layers = list(model.get_decoder().layers)
-    # kernels replace modules, so they come first
+    # a patch replaces modules, so it comes first
     if config.model.patch:
         apply_patch(model, config.model.patch)
-    # under compile Inductor fuses better: Liger's norms and SwiGLU cost 3,500 of 40,000 tokens/s
-    if config.model.kernels == "liger" or (config.model.kernels is None and on_gpu and not compiled):
-        apply_liger(model, on_gpu)
     if ranks.mesh is None and dtype != torch.float32:
         cast_in_forward(model, layers, dtype)
     if config.train.activation_checkpointing != "none":
@@ -133,9 +127,8 @@ def empty_model(config: ModelConfig, tokenizer) -> PreTrainedModel:
     # before the model is built: transformers would fetch and run a kernel that a config names as its attention
     hf_config._attn_implementation = "lacuna"
     where = f"model.name {config.name} cannot be built with lacuna's attention and model.overrides {config.overrides}"
-    with blame(where, seconds=50), torch.device("meta"):
+    with blame(where), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32, **trust)
-    refuse_unfit(model)
     if len(tokenizer) > hf_config.vocab_size:
         sizes = f"the tokenizer has {len(tokenizer)} tokens, the model {hf_config.vocab_size}"
         raise ConfigError(f"{sizes}: set model.tokenizer, or train from_scratch with model.overrides.vocab_size")
@@ -150,27 +143,35 @@ def override(hf_config: PretrainedConfig, config: ModelConfig) -> PretrainedConf
     return type(hf_config).from_dict(fields | copy.deepcopy(config.overrides))
 
 
-def refuse_unfit(model: PreTrainedModel):
-    """Refuse, by name, what packed documents would leak through, and heads that are not a plain matrix."""
+def refuse_unfit(model: PreTrainedModel, seq_len: int):
+    """Refuse, by name and with the reason, what would not be exact."""
     config = model.config
-    name = type(model).__name__
-    why = sorted(set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"})
+    leaks = sorted(set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"})
     if any(isinstance(module, nn.Conv1d) for module in model.modules()):
-        why.append("convolutions")
-    if not model._supports_attention_backend or getattr(model, "_is_stateful", False):
-        why.append("its attention cannot be replaced")
-    if why:
-        cure = "use a model with attention layers only"
-        raise ConfigError(f"{name} cannot keep packed documents apart ({', '.join(why)}); {cure}")
-    for key in ("final_logit_softcapping", "attn_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(config, key, None) not in (None, 1.0):
-            raise ConfigError(f"{name} has {key}, which lacuna's head and attention do not compute")
-    if getattr(config, "num_experts_per_tok", None):
-        raise ConfigError(f"{name} is a mixture of experts, whose balancing loss lacuna does not compute")
-    if getattr(model.get_output_embeddings(), "bias", None) is not None:
-        raise ConfigError(f"{name} has a bias in its head, which lacuna does not compute")
-    if getattr(config, "attention_dropout", 0.0):
-        raise ConfigError("model.overrides.attention_dropout must be 0: packed attention has no dropout")
+        leaks.append("convolutions")
+    if "ALL_ATTENTION_FUNCTIONS" not in vars(sys.modules[type(model).__module__]):
+        leaks.append("attention that cannot be replaced")
+    ropes = str(getattr(config, "rope_parameters", None))
+    longest = getattr(config, "original_max_position_embeddings", None) or getattr(config, "max_position_embeddings", 0)
+    if seq_len > longest and ("'longrope'" in ropes or "'dynamic'" in ropes):
+        leaks.append(f"rotations by the longest document of a batch: set train.seq_len to {longest}")
+    keys = ["final_logit_softcapping", "attn_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"]
+    keys += ["logit_scale", "logits_scaling", "lm_head_multiplier", "logits_mup_width_multiplier"]
+    wrong = [key for key in keys if getattr(config, key, None) not in (None, 1.0)]
+    inside = {*model.get_decoder().parameters(), model.get_output_embeddings().weight}
+    problems = {
+        f"cannot keep packed documents apart ({', '.join(leaks)})": leaks,
+        f"has {', '.join(wrong)}, which lacuna does not compute": wrong,
+        "has more in its head than one matrix": set(model.parameters()) - inside,
+        "is a mixture of experts, whose balancing loss lacuna does not compute": any(p.ndim == 3 for p in inside),
+        "attends to later tokens, too": not all(getattr(module, "is_causal", True) for module in model.modules()),
+        "is quantized: take a copy without quantization_config": getattr(config, "quantization_config", None),
+        "must have model.overrides.attention_dropout = 0.0": getattr(config, "attention_dropout", 0.0),
+        "has its layers elsewhere than in `layers`": not hasattr(model.get_decoder(), "layers"),
+    }
+    for problem, there in problems.items():
+        if there:
+            raise ConfigError(f"{type(model).__name__} {problem}")
 
 
 def apply_patch(model: PreTrainedModel, place: str):
@@ -184,25 +185,20 @@ def apply_patch(model: PreTrainedModel, place: str):
     names[function](model)
 
 
-def apply_liger(model: PreTrainedModel, on_gpu: bool):
-    """Liger's fused norms, rotary embeddings and MLPs."""
-    from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
-
-    if not on_gpu:
-        raise ConfigError('model.kernels = "liger" needs a GPU; use "none"')
-    _apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=False, cross_entropy=False)
-
-
 def cast_in_forward(model: PreTrainedModel, layers: list[nn.Module], dtype: torch.dtype):
     """On a rank without FSDP: float32 parameters, computation in dtype, the casts inside what is compiled."""
-    for module in (*layers, model.get_decoder().norm):
-        template = copy.deepcopy(module)  # on meta for ever: it has the code, `module` has the weights
-        module.forward = functools.partial(run_in, template, module, dtype)
-    model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.to(dtype))
+    inside = {module for layer in layers for module in list(layer.modules())[1:]}
+    for module in model.get_decoder().modules():
+        if isinstance(module, nn.Embedding):
+            module.register_forward_hook(lambda module, args, output: output.to(dtype))
+        elif module in layers or (module._parameters and module not in inside):
+            template = copy.deepcopy(module)  # on meta for ever: it has the code, `module` has the weights
+            module.forward = functools.partial(run_in, template, module, dtype)
 
 
 def run_in(template: nn.Module, module: nn.Module, dtype: torch.dtype, *args, **kwargs):
-    return functional_call(template, {name: p.to(dtype) for name, p in module.named_parameters()}, args, kwargs)
+    cast = {name: p.to(dtype) for name, p in module.named_parameters()}
+    return functional_call(template, cast | dict(module.named_buffers()), args, kwargs)
 
 
 # Dear to recompute: matrix products and attention. Everything else is cheap and recomputed.
@@ -247,9 +243,9 @@ def initialise(model: PreTrainedModel, seed: int):
 
 @torch.no_grad()
 def recompute_buffers(model: PreTrainedModel):
-    """`to_empty` leaves garbage in the buffers that no file holds, such as rotary frequencies."""
+    """`to_empty` leaves garbage in the buffers, such as rotary frequencies; a folder may hold some, too."""
     for name, module in model.named_modules():
-        buffers = [buffer for buffer in module.buffers(recurse=False) if buffer.is_floating_point()]
+        buffers = list(module.buffers(recurse=False))
         if buffers:
             fill_by_transformers(model, module, name, buffers)
 
@@ -257,7 +253,7 @@ def recompute_buffers(model: PreTrainedModel):
 def fill_by_transformers(model: PreTrainedModel, module: nn.Module, name: str, tensors: list[torch.Tensor]):
     """Call the model's own initialisation of a module; ConfigError where it leaves one of these tensors out."""
     for tensor in tensors:
-        tensor.fill_(float("nan"))
+        tensor.fill_(float("nan") if tensor.is_floating_point() else 0)
     model._init_weights(module)
     if any(tensor.isnan().any() for tensor in tensors):
         raise ConfigError(f"{type(model).__name__} does not say how to initialise {name}")

@@ -4,23 +4,20 @@ The mesh is (dp_replicate, dp_shard): parameters are sharded over the second dim
 (HSDP). One rank alone has no FSDP: it has nothing to shard, and the copies cost 28 of 433 ms of a 1.7B model (H200).
 """
 
-import errno
 import os
 import subprocess
 from datetime import timedelta
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch._inductor.config
 import torch.distributed as dist
-from filelock import FileLock
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from lacuna.config import ConfigError, DistConfig, TrainConfig, log, uneven_batch
+from lacuna.config import ConfigError, DistConfig, TrainConfig, uneven_batch
 
 
 class Ranks(NamedTuple):
@@ -28,18 +25,6 @@ class Ranks(NamedTuple):
     world: int
     device: torch.device
     mesh: DeviceMesh | None  # (dp_replicate, dp_shard); None where one rank is alone
-
-
-def lock(file: Path, timeout: float = -1) -> FileLock:
-    """A lock that is held; where the file system has none, a warning in its place."""
-    held = FileLock(file)
-    try:
-        held.acquire(timeout)
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
-            raise
-        log.warning("%s: this file system has no locks (%s): start one run at a time", file, error)
-    return held
 
 
 def join_slurm(environ: dict):
@@ -129,7 +114,9 @@ def sum_over_ranks(parts: list[dict], device: torch.device) -> dict[str, torch.T
 def gradient_norm(parameters: list, mesh: DeviceMesh | None) -> tuple[torch.Tensor, torch.Tensor]:
     """The global L2 norm of gradients, sharded or not, and the squared norm of each [P]; nothing waits."""
     # float64: in float32 a CPU's norm of a million values is off by 1e-5, and an H200 reads both at the same speed
-    squares = torch.stack(torch._foreach_norm([local(p.grad) for p in parameters], 2, torch.float64)).square()
+    # what took no part has none
+    grads = [local(p).new_zeros(1) if p.grad is None else local(p.grad) for p in parameters]
+    squares = torch.stack(torch._foreach_norm(grads, 2, torch.float64)).square()
     if mesh is not None:
         dist.all_reduce(squares, group=mesh.get_group("dp_shard"))
     return squares.sum().sqrt(), squares

@@ -6,18 +6,18 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from filelock import Timeout
+from filelock import FileLock, Timeout
 
 from lacuna.checkpoint import Checkpoints, export, find_checkpoint, in_order, match_eos, read_state
 from lacuna.config import Config, ConfigError, NonFinite, Preempted, blame, log, to_toml
-from lacuna.data.batch import IGNORE, PackedBatch
+from lacuna.data.batch import PackedBatch
 from lacuna.data.conversations import make_encoder
 from lacuna.data.loader import Loader, RowDataset
-from lacuna.data.tokenize import load_tokenizer, token_bytes
+from lacuna.data.tokenize import count_bytes, load_tokenizer
 from lacuna.metrics import Report, start_logging
 from lacuna.model import Trainee, build_model
 from lacuna.optim import AdamW, learning_rate, trained
-from lacuna.parallel import Ranks, gradient_norm, lock, start, sum_over_ranks
+from lacuna.parallel import Ranks, gradient_norm, start, sum_over_ranks
 from lacuna.preemption import Preemption
 from lacuna.weights import held, read_tensors
 
@@ -31,9 +31,10 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
     folder = Path(config.out) / config.name
     with blame(f"out: the run in {folder}, or the state.json that it goes on from"):
         start_logging(folder, ranks.rank)
+        lock = FileLock(folder / ".lock")  # released when this process ends, however it ends
         if ranks.rank == 0:
-            try:  # the ranks of a run that is just being ended may still be there
-                held_lock = lock(folder / ".lock", timeout=60)  # noqa: F841  till this process ends, however it ends
+            try:
+                lock.acquire(timeout=60)  # the ranks of a run that is just being ended may still be there
             except Timeout:
                 raise ConfigError(f"{folder} is in use by another run: wait for it, or set another name") from None
         checkpoint = find_checkpoint(config, folder, ranks.rank)
@@ -41,7 +42,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
         if ranks.rank == 0:
             (folder / "config.toml").write_text(to_toml(config))
     tokenizer = load_tokenizer(config.model)
-    with blame(f"data.chat_template {config.data.chat_template or 'of the tokenizer'!s:.80}", seconds=10):
+    with blame(f"data.chat_template {config.data.chat_template or 'of the tokenizer'!s:.80}"):
         encoder = make_encoder(config, tokenizer)
 
     # Data comes before the model, so that it is read ahead while the model is built.
@@ -75,9 +76,8 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
     log.info("%s: %s, %d rank(s), %s", config.model.name, what, ranks.world, length)
     if checkpoint is None:
         report.write({"step": 0, "documents": dataset.notes})
-    sizes = torch.from_numpy(token_bytes(tokenizer)).to(ranks.device)  # [V]
     if held_out and is_due(state["step"], config.eval.every, steps):
-        report.evaluation(state["step"], evaluate(trainee, config, held_out, ranks, sizes, preemption))
+        report.evaluation(state["step"], evaluate(trainee, config, held_out, ranks, tokenizer, preemption))
     failed = torch.zeros((), device=ranks.device, dtype=torch.bool)  # a loss or gradient was not finite
     report.start_clock()
 
@@ -117,7 +117,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
             checkpoints.finish()  # the last good one may be half written
             raise
         if evaluating and not report.stop_asked:
-            report.evaluation(step, evaluate(trainee, config, held_out, ranks, sizes, preemption))
+            report.evaluation(step, evaluate(trainee, config, held_out, ranks, tokenizer, preemption))
 
         # 5. Save: also where a signal asked to stop, during this step or its evaluation.
         checkpoints.after_step()
@@ -141,7 +141,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
     report.close()
     log.info("The model is in %s, a folder for transformers' from_pretrained. Next:", folder / "hf")
     if config.task == "sft":
-        log.info("lacuna chat %s", folder)
+        log.info("python examples/chat.py %s", folder)
     log.info("lacuna %s CONFIG.toml --name NEW --model.name %s --model.from_scratch false", config.task, folder / "hf")
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -181,11 +181,8 @@ def accumulate_gradients(trainee: Trainee, batches: list[PackedBatch], trained_t
 
 
 @torch.no_grad()
-def evaluate(trainee: Trainee, config: Config, dataset: RowDataset, ranks: Ranks, sizes, preemption) -> dict | None:
-    """Mean loss a token (nats) and bits a byte over held-out data; None where a signal came, so that no time is left.
-
-    sizes [V] are the bytes of each token.
-    """
+def evaluate(trainee: Trainee, config: Config, dataset: RowDataset, ranks: Ranks, tokenizer, preemption) -> dict | None:
+    """Mean loss a token (nats) and bits a byte over held-out data; None where a signal came: no time is left."""
     loader = Loader(config, dataset, ranks.device, training=False)
     parts = [{"nats": 0.0, "tokens": 0, "bytes": 0}]
     trainee.eval()
@@ -199,7 +196,7 @@ def evaluate(trainee: Trainee, config: Config, dataset: RowDataset, ranks: Ranks
         if stopped:
             break
         if marks["tokens"].item():  # none is not the end: of several streams, one may end before the others
-            size = (sizes[batch.labels.clamp(min=0)] * (batch.labels != IGNORE)).sum()
+            size = count_bytes(tokenizer, batch.labels.view(-1, config.train.seq_len).cpu().numpy())
             parts.append({"nats": trainee(batch).double(), "tokens": tokens, "bytes": size})
     trainee.train()
     loader.close()

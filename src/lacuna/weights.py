@@ -6,12 +6,11 @@ from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
-from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
 
-from lacuna.config import ConfigError, blame, log
+from lacuna.config import ConfigError, blame
 from lacuna.parallel import local
 
 WHOLE = "model.safetensors"
@@ -95,33 +94,19 @@ def read_tensors(tensors: dict[str, torch.Tensor], folder: Path):
 def held(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """What a folder of the model holds, by name: everything but what is tied to something else."""
     tied = set(model.all_tied_weights_keys)
-    return {name: p for name, p in model.named_parameters(remove_duplicate=False) if name not in tied}
-
-
-def untie(model: PreTrainedModel, folder: Path):
-    """As transformers does: a head that differs from the embedding in the files is not tied to it, whatever is said."""
-    stored = stored_parts(folder)
-    for tied, source in list(model.all_tied_weights_keys.items()):
-        both = tied in stored and source in stored
-        if both and not torch.equal(stored[tied][0].values, stored[source][0].values):
-            log.info("%s: %s differs from %s, and is not tied to it", folder, tied, source)
-            owner, _, name = tied.rpartition(".")
-            weight = model.get_parameter(source)
-            setattr(model.get_submodule(owner), name, nn.Parameter(torch.empty_like(weight)))
-            del model.all_tied_weights_keys[tied]
-            model.config.tie_word_embeddings = False
+    return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in tied}
 
 
 def load_weights(model: PreTrainedModel, folder: Path):
     """Read this rank's part of every parameter. ConfigError where names or shapes are not the model's."""
-    files = weight_files(folder)
-    if (folder / WHOLE).exists() and folder / WHOLE not in files:
-        log.info("%s: the files that %s names are read, and %s is not", folder, INDEX, WHOLE)
     stored = stored_parts(folder)
     places = held(model)
     for tied, source in model.all_tied_weights_keys.items():
         if tied in stored and source not in stored:  # the one that is there counts
             places[tied] = places.pop(source)
+        elif tied in stored and not torch.equal(stored[tied][0].values, stored[source][0].values):
+            cure = "set model.overrides.tie_word_embeddings = false"
+            raise ConfigError(f"model.name {folder}: {tied} differs from {source}, to which it is tied: {cure}")
     missing = sorted(places.keys() - stored)
     unknown = sorted(stored.keys() - places - set(model.all_tied_weights_keys))
     # a checkpoint also holds the optimizer, old folders the rotary frequencies

@@ -616,9 +616,7 @@ def test_roles_are_a_closed_set_under_both_keys(tokenizer, encoder, key):
             assert encoded(encoder, {"conversations": chat}) == wanted, name
     for alien in ("alien", 5, "tool_response", None):
         chat = [{key: alien, content: "x"}, {key: "assistant", content: "z"}]
-        refused(
-            lambda chat=chat: documents(encoder, {"conversations": chat}), "row 41", "ipython"
-        )
+        refused(lambda chat=chat: documents(encoder, {"conversations": chat}), "row 41", "ipython")
 
 
 def test_calls_as_turns_of_their_own_are_calls(qwen):

@@ -12,7 +12,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lacuna.config import ConfigError, ModelConfig
-from lacuna.data.tokenize import TextEncoder, load_tokenizer, token_bytes
+from lacuna.data.batch import IGNORE
+from lacuna.data.tokenize import TextEncoder, count_bytes, load_tokenizer
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny"
 TEXTS = [
@@ -262,50 +263,39 @@ def test_the_fingerprint_changes_with_the_code(tokenizer, monkeypatch):
     assert TextEncoder(tokenizer).fingerprint() != before
 
 
-# Bytes of tokens
+# Bytes of a text, from its tokens
 
 
-def check_bytes(tokenizer, texts=TEXTS):
-    sizes = token_bytes(tokenizer)
-    for text, ids in zip(texts, TextEncoder(tokenizer).encode(texts), strict=True):
-        assert sizes[ids].sum() == len(text.encode()), text
+def check_bytes(tokenizer, texts=TEXTS, more: int = 0):
+    rows = TextEncoder(tokenizer).encode(texts)
+    for text, ids in zip(texts, rows, strict=True):
+        assert count_bytes(tokenizer, [ids]) == len(text.encode()) + more, text
+    padded = np.full((len(rows), max(map(len, rows)) + 1), IGNORE)
+    for row, ids in zip(padded, rows, strict=True):
+        row[: len(ids)] = ids
+    assert count_bytes(tokenizer, padded) == sum(len(text.encode()) + more for text in texts)
 
 
 @kinds
-def test_token_bytes_add_up_to_the_bytes_of_the_text(make):
+def test_bytes_are_those_of_the_text_without_special_tokens(make):
     check_bytes(make("<s> $A </s>", **SPECIAL))
 
 
-def test_token_bytes_of_the_example_add_up(tokenizer):
+def test_bytes_of_the_examples_tokens_are_those_of_the_text(tokenizer):
     check_bytes(tokenizer, [*TEXTS, "a <|endoftext|> spelled out"])
 
 
 @assets
-def test_token_bytes_of_real_tokenizers_add_up(name):
+def test_bytes_of_real_tokenizers_tokens_are_those_of_the_text(name):
     check_bytes(asset(name), [*TEXTS, "a <|endoftext|> <|im_end|> spelled out", "<think>thoughts</think>\n"])
 
 
 def test_a_space_that_the_tokenizer_puts_before_a_text_counts_as_one_byte():
-    tokenizer = sentencepiece(prefix="▁", **SPECIAL)
-    sizes = token_bytes(tokenizer)
-    for text, ids in zip(TEXTS, TextEncoder(tokenizer).encode(TEXTS), strict=True):
-        assert tokenizer.decode(ids[:-1]) == " " + text
-        assert sizes[ids].sum() == 1 + len(text.encode())
+    check_bytes(sentencepiece(prefix="▁", **SPECIAL), more=1)
 
 
 @kinds
-def test_special_tokens_stand_for_no_byte_and_added_words_for_theirs(make):
+def test_added_words_count_as_their_bytes(make):
     tokenizer = make(**SPECIAL)
     tokenizer.add_tokens(["<thïnk>"])
-    sizes = token_bytes(tokenizer)
-    assert sizes[[tokenizer.bos_token_id, tokenizer.eos_token_id]].tolist() == [0, 0]
-    assert sizes[tokenizer.convert_tokens_to_ids("<thïnk>")] == 8
     check_bytes(tokenizer, ["x <thïnk> y"])
-
-
-def test_token_bytes_reach_to_the_highest_id():
-    """Ids may have gaps, so that len(tokenizer) is no bound of them."""
-    core = Tokenizer(models.WordLevel({"one": 0, "</s>": 1, "three": 7}, unk_token="one"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    sizes = token_bytes(PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>"))
-    assert sizes[[0, 1, 7]].tolist() == [3, 0, 5]

@@ -260,18 +260,15 @@ def read_turn(turn: dict) -> dict:
         calls = calls if isinstance(calls, list) else [calls]
         turn |= {"role": "assistant", "tool_calls": [{"type": "function", "function": call} for call in calls]}
         content = ""
-    parts = [content] if isinstance(content, str | dict) else content
-    turn["content"] = ""
-    for part in parts:
-        said = part if isinstance(part, str) else part.get("text", part.get("value"))
-        if not isinstance(said, str):
-            raise ValueError(f"content of a turn is {part!r:.50}, and not text")
-        if isinstance(part, dict) and part.get("type") == "reasoning":
-            thoughts.append(said)
-        elif isinstance(part, str) or part.get("type", "text") == "text":
-            turn["content"] += said
-        else:
-            raise ValueError(f"content has a part of type {part['type']}: lacuna trains text only")
+    if isinstance(content, list):
+        said = [(part.get("type", "text"), part.get("text", part.get("value"))) for part in content]
+        if not all(kind in ("text", "reasoning") and isinstance(text, str) for kind, text in said):
+            raise ValueError(f"content has a part that is no text, of {[kind for kind, _ in said]}")
+        thoughts += [text for kind, text in said if kind == "reasoning"]
+        content = "".join(text for kind, text in said if kind == "text")
+    if not isinstance(content, str):
+        raise ValueError(f"content of a turn is {type(content).__name__}, not text")
+    turn["content"] = content
     if any(thoughts):
         turn["reasoning_content"] = "\n".join(dict.fromkeys(thoughts))  # under several names it is often the same
     for call in turn.get("tool_calls", []):

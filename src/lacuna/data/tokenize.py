@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -94,19 +93,8 @@ def adds_bos(tokenizer) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
-def token_bytes(tokenizer) -> np.ndarray:
-    """UTF-8 bytes that each token stands for, int64 [vocabulary], for bits per byte; special tokens stand for none."""
-    backend = tokenizer.backend_tokenizer
-    byte_level = "ByteLevel" in f"{backend.pre_tokenizer} {backend.decoder}"
-    vocabulary = tokenizer.get_vocab()
-    sizes = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)
-    for token, index in vocabulary.items():
-        # Byte-level BPE writes each byte as one character; SentencePiece a space as ▁, and what has no token as bytes.
-        if byte_level and index not in tokenizer.added_tokens_decoder:
-            sizes[index] = len(token)
-        elif re.fullmatch(r"<0x[0-9A-F]{2}>", token):
-            sizes[index] = 1
-        else:
-            sizes[index] = len(token.replace("▁", " ").encode())
-    sizes[tokenizer.all_special_ids] = 0
-    return sizes
+def count_bytes(tokenizer, labels: np.ndarray) -> int:
+    """UTF-8 bytes of the text that rows of labels [B, S] are, for bits a byte; special tokens have none."""
+    rows = [row[row >= 0] for row in labels]
+    texts = tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return sum(len(text.encode()) for text in texts)

@@ -1,0 +1,89 @@
+"""Architectures, by the script that makes the table of docs/models.md: equal to plain transformers, or refused."""
+
+import importlib.util
+
+import pytest
+from conftest import REPO
+
+from lacuna.config import ConfigError
+
+spec = importlib.util.spec_from_file_location("models", REPO / "benchmarks" / "models.py")
+models = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(models)
+
+# Each another head, norm, rotation, window, or way to hold its parts.
+EQUAL = ["arcee", "bitnet", "cwm", "diffllama", "ernie4_5", "exaone4", "gemma", "gemma3_text", "gemma4_text", "glm4"]
+EQUAL += [
+    "helium",
+    "hunyuan_v1_dense",
+    "jais2",
+    "llama+yarn",
+    "minicpm3+plain-head",
+    "ministral3",
+    "olmo2",
+    "olmo3+yarn",
+    "persimmon",
+]
+EQUAL += ["phi3", "phi3+longrope-short", "qwen2", "seed_oss", "smollm3", "starcoder2", "youtu"]
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_loss_gradients_and_first_weights_equal_plain_transformers(name):
+    row = models.row(name, runs=False)
+    assert row["class"] == "equal", row
+    assert row["scratch"] == "ok"
+    assert isinstance(row["bf16"], float) and row["bf16"] < 2e-3
+
+
+def test_saved_buffers_and_layers_that_share_keys_go_through_a_whole_run():
+    row = models.row("gemma4_text+kv-sharing", runs=True)
+    assert row["class"] == "equal" and row["run"] == "ok", row
+
+
+REFUSED = {
+    "aria_text": "mixture of experts",  # whose config says moe_topk
+    "bloom": "attention that cannot be replaced",
+    "cohere": "logit_scale",
+    "falcon_h1": "convolutions",
+    "gemma2": "final_logit_softcapping",
+    "gemma3_text+bidirectional": "attends to later tokens",
+    "gemma4_text+moe": "mixture of experts",  # whose config says top_k_experts
+    "gpt2": "layers elsewhere",
+    "llama+dynamic-rope": "set train.seq_len to 16",
+    "modernbert-decoder": "more in its head|layers elsewhere",
+    "phi": "more in its head",
+    "phi3+longrope": "set train.seq_len to 32",
+    "qwen3_5_text": "linear_attention",
+    "qwen3_moe": "mixture of experts",
+    "recurrent_gemma": "cannot keep packed documents apart",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_would_not_be_exact_is_refused_by_name_and_reason(name, tmp_path):
+    models.tiny_config(name).save_pretrained(tmp_path)
+    models.AutoTokenizer.from_pretrained(models.TINY).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=REFUSED[name]):
+        models.build(tmp_path, "--model.from_scratch", "true")
+
+
+@pytest.mark.parametrize("name", ["doge", "gpt_neox", "stablelm"])
+def test_what_only_files_or_a_first_batch_can_tell_is_a_sentence_too(name):
+    """Its own mask, stored names that differ, arguments that layers do not pass on."""
+    assert models.row(name, runs=False)["class"] == "refused"
+
+
+def test_a_quantized_config_is_refused(tmp_path):
+    config = models.tiny_config("llama")
+    config.quantization_config = {"quant_method": "bitnet"}
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="quantized"):
+        models.build(tmp_path, "--model.from_scratch", "true")
+
+
+def test_a_short_document_does_not_depend_on_a_long_one_beside_it(tmp_path):
+    """As transformers has it, where one is longer: its rotary frequencies are of the longest."""
+    models.make_folder("phi3+longrope-short", tmp_path)
+    models.build(tmp_path, "--train.seq_len", "256")
+    with pytest.raises(ConfigError, match=r"set train\.seq_len to 256"):
+        models.build(tmp_path, "--train.seq_len", "257")
