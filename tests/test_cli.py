@@ -2,12 +2,14 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from conftest import EXAMPLES
 from transformers import PreTrainedModel
 
 from lacuna import cli
@@ -253,7 +255,7 @@ def test_the_users_own_devices_stay_without_a_config(clone, environment):
     assert environment["CUDA_VISIBLE_DEVICES"] == "2,3"
 
 
-@pytest.mark.parametrize("argv", ["chat runs/x", "export runs/x/checkpoints/step_5 out"])
+@pytest.mark.parametrize("argv", ["export runs/x/checkpoints/step_5 out"])
 def test_a_command_without_a_config(argv):
     command, *words = argv.split()
     assert cli.parse(argv.split()) == (command, None, words)
@@ -270,6 +272,7 @@ def test_what_is_no_command_shows_the_usage(argv):
 
 def test_chat_runs_no_kernel_and_no_code_that_a_models_config_names(model_folder, monkeypatch):
     """transformers takes `owner/name` for a kernel of the Hub, and asks whether to run a model's code."""
+    chat = runpy.run_path(EXAMPLES / "chat.py")["chat"]
     folder = model_folder("llama")
     fields = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(fields | {"attn_implementation": "stranger/kernel"}))
