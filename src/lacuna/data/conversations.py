@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import re
 from pathlib import Path
 from threading import Lock
@@ -9,9 +10,10 @@ from threading import Lock
 import jinja2
 import numpy as np
 import transformers
+from jinja2.sandbox import SandboxedEnvironment
 from tokenizers.processors import ByteLevel
 
-from lacuna.config import Config, ConfigError, Source, log
+from lacuna.config import Config, ConfigError, Source, blame, log
 from lacuna.data.batch import Tokens, hide
 from lacuna.data.tokenize import Encoder, TextEncoder, adds_bos, digest
 
@@ -30,6 +32,8 @@ MARKS = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
 CURE = "put {% generation %} before and {% endgeneration %} after what the assistant writes, its stop token included"
 # A prompt and a completion that are plain text go through the same machinery, as the simplest of chats.
 PLAIN = "{{ messages[0].content }}{% generation %}{{ messages[1].content }}{{ eos_token }}{% endgeneration %}"
+SandboxedEnvironment.intercepted_binops = frozenset(["**"])  # hours in C, for large numbers
+SandboxedEnvironment.default_binop_table["**"] = math.pow
 RENDERING = Lock()  # transformers keeps the mask that it is making in the template: one at a time
 
 
@@ -74,14 +78,9 @@ class ChatEncoder:
         documents = []
         for number, row in zip(numbers, rows, strict=True):
             given = {name: value for name, value in row.items() if value is not None}
-            try:
+            problem = f"{source.path}, row {number} with {', '.join(columns)}, does not fit {row_format}"
+            with blame(f"{problem}. Formats: {', '.join(FORMATS)}", seconds=10):
                 documents.append(self.document(given, row_format))
-            except ConfigError:
-                raise
-            except Exception as error:  # whatever the shape of a row, or a template, brings about
-                kind = "missing or null" if isinstance(error, KeyError) else type(error).__name__
-                problem = f"row {number} with {', '.join(columns)}, does not fit {row_format}: {kind}: {error}"
-                raise ConfigError(f"{source.path}, {problem}. Formats: {', '.join(FORMATS)}") from None
         return documents
 
     def document(self, row: dict, row_format: str) -> Tokens:
