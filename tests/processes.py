@@ -166,16 +166,6 @@ def bug_at(step: int):
     train.accumulate_gradients = accumulate
 
 
-def no_locks(number: int):
-    """As an NFS without its lock daemon, or a file system of FUSE."""
-    import fcntl
-
-    def flock(descriptor, how):
-        raise OSError(number, "No locks available")
-
-    fcntl.flock = flock
-
-
 def slow_save(seconds: float, marker: str):
     """A slow disk; the marker is there once a save has begun."""
     from lacuna.checkpoint import Checkpoints
