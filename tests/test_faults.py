@@ -3,7 +3,6 @@
 Every fault is real: processes that are killed, network namespaces, file systems of a few megabytes.
 """
 
-import errno
 import gzip
 import json
 import os
@@ -466,6 +465,3 @@ def test_a_bug_after_the_first_step_shows_where_it_is(words, tmp_path):
         assert run.status == 1
         assert ("Traceback" in run.output) == shown, run.output
         assert "ZeroDivisionError: division by zero. If no step was done" in run.output
-
-
-@pytest.mark.skip("till data.sources has it")
