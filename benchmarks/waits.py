@@ -1,4 +1,4 @@
-"""How often the host stood still for the GPU in the traces that examples/profile.py wrote: it should be never.
+"""How often the host stood still for the GPU in the traces that examples/profiler.py wrote: it should be never.
 
 usage: waits.py profile/rank_0.json.gz [...]     graphs compiled late: run with TORCH_LOGS=recompiles
 """

@@ -355,7 +355,7 @@ def test_a_full_disk_ends_the_run_in_a_sentence_and_room_lets_it_go_on(words, tm
     sentence = only_sentence(done.stderr)
     assert done.returncode == 1
     assert "no checkpoint of step 20" in sentence and "No space left on device" in sentence
-    assert f"{folder}/checkpoints/step_10 is whole, and the same command goes on from it" in sentence
+    assert f"Make room there; {folder}/checkpoints/step_10 is whole, and the run goes on from it" in sentence
     whole_checkpoints(folder, 10)
     disk("size=99m")
     done = finished(words)
@@ -368,7 +368,7 @@ def test_a_disk_too_full_for_a_line_of_metrics_or_a_log_is_one_sentence(words, d
     done = finished([*words, "--out", str(disk("size=64k")), "--checkpoint.every", "100_000"])
     assert done.returncode == 1
     sentence = only_sentence(done.stderr)
-    assert "GB are free, and a checkpoint and the model take" in sentence and "make room" in sentence
+    assert "The disk is full" in sentence and "No space left on device" in sentence and "make room" in sentence
 
 
 def test_a_disk_too_full_for_the_token_cache_is_one_sentence(words, disk):

@@ -1,4 +1,4 @@
-"""examples/profile.py writes what viewers open, and benchmarks/waits.py finds host waits where there are some."""
+"""examples/profiler.py writes what viewers open, and benchmarks/waits.py finds host waits where there are some."""
 
 import gzip
 import json
@@ -23,7 +23,7 @@ def profiled(texts, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.chdir(tmp_path)
 
     def profiled(folder, *more):
-        argv = options(folder, texts, tmp_path, "--model.patch", f"{EXAMPLES / 'profile.py'}:profile", *more)
+        argv = options(folder, texts, tmp_path, "--model.patch", f"{EXAMPLES / 'profiler.py'}:profile", *more)
         run(load_config(None, [*argv, "--train.global_batch_size", "2", "--train.micro_batch_size", "2"]))
         return tmp_path / "profile"
 

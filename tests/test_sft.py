@@ -147,7 +147,7 @@ def test_evaluation_weighs_tokens_and_is_the_same_packed_or_not(model_folder, ch
         dataset = open_rows(config, tokenizer)
         trainee = build_model(config, ONE, tokenizer)
         nobody = SimpleNamespace(asked=False)
-        result = evaluate(trainee, config, dataset, ONE, torch.ones(len(tokenizer)), nobody)
+        result = evaluate(trainee, config, dataset, ONE, tokenizer, nobody)
         assert result["eval_tokens"] == count
         assert result["eval_loss"] == pytest.approx((nats / count).item(), rel=1e-5)
 

@@ -29,8 +29,7 @@ def main():
     try:
         command, config, words = parse(sys.argv[1:])
         if command in ("pt", "sft"):
-            with blame("the environment's LOCAL_WORLD_SIZE, SLURM_NTASKS or SLURM_STEP_TASKS_PER_NODE"):
-                launch(words)
+            launch(words)
             preemption = Preemption()  # imports alone take seconds, and one or two more with garbage collection
             gc.disable()
             train = import_module("lacuna.train")
@@ -49,9 +48,12 @@ def main():
         leave(1, str(error))
     except Exception as error:
         log.debug("", exc_info=True)
-        if preemption and preemption.can_save and AGAIN not in fault(error):
-            traceback.print_exc()  # a bug
-        leave(1, f"{fault(error)}. If no step was done, see model.overrides, train.compile, or state.json")
+        sentence = fault(error)
+        if AGAIN not in sentence:
+            sentence += ". If no step was done, see model.overrides, train.compile, or state.json"
+            if preemption and preemption.can_save:
+                traceback.print_exc()  # a bug
+        leave(1, sentence)
 
 
 def parse(argv: list[str]) -> tuple[str, Config | None, list[str]]:

@@ -26,8 +26,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
     """Train as `config` says; returns the run folder, with the model in its `hf`. Raises Preempted after a signal."""
     # Set up: ranks, run folder, what to go on from, tokenizer.
     preemption = preemption or Preemption()
-    with blame("the environment's RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, SLURM_NTASKS or SLURM_JOB_ID"):
-        ranks = start(config.dist, config.train)
+    ranks = start(config.dist, config.train)
     folder = Path(config.out) / config.name
     with blame(f"out: the run in {folder}, or the state.json that it goes on from"):
         start_logging(folder, ranks.rank)

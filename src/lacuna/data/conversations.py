@@ -32,7 +32,6 @@ ROLES |= dict.fromkeys(["function_call", "tool_call"], "call")
 FLAGS = ["train", "training", "trainable", "loss", "weight"]
 TRAINED = dict.fromkeys(["true", "1", "1.0"], True) | dict.fromkeys(["false", "0", "0.0"], False)
 REASONING = ["reasoning_content", "reasoning", "thinking"]
-# of a message, and read by templates that name them
 CALLS = ["tool_calls", "function_call", "function_calls", "functions", "tools"]
 TEMPLATES = Path(__file__).parent / "templates"
 MARKS = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
@@ -79,8 +78,10 @@ class ChatEncoder:
 
     def columns(self, columns, source):
         row_format = recognise(columns, source)
-        log.info("%s is read as %s", source.path, row_format)
-        return [name for name in columns if name in FORMATS[row_format] + OPTIONAL]
+        read = [name for name in columns if name in FORMATS[row_format] + OPTIONAL]
+        unread = ", ".join(name for name in columns if name not in read) or "nothing"
+        log.info("%s is read as %s; not read: %s", source.path, row_format, unread)
+        return read
 
     def documents(self, rows, source, numbers):
         columns = list({name: None for row in rows for name in row})
@@ -102,13 +103,12 @@ class ChatEncoder:
             messages[0]["content"] = self.bos + row["prompt"].removeprefix(self.bos)
             messages[1]["content"] = row["completion"].removesuffix(self.tokenizer.eos_token)
         flags = {}  # by the number of an assistant's message: whether it is trained
-        empty = []
         for number, message in enumerate(messages):
             flag = message.pop("train")  # templates do not see it
             if message["role"] == "assistant":
-                empty += [number] if not says_something(message) else []
-                flags[number] = flag and number not in empty
+                flags[number] = flag and says_something(message)
         if not any(flags.values()):
+            empty = not all(says_something(messages[number]) for number in flags)
             return Tokens(NOTHING, "dropped: an empty answer" if empty else "dropped: without a trained token")
         tools = [decoded(tool) for tool in decoded(row.get("tools")) or []]
         left_out = self.left_out(messages, template, tools, max(number for number in flags if flags[number]))

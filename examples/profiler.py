@@ -1,4 +1,4 @@
-"""Where the time and memory of a run go: `--model.patch examples/profile.py:profile`.
+"""Where the time and memory of a run go: `--model.patch examples/profiler.py:profile`.
 
 Traces from the 11th forward pass of training to the 14th: three micro-batches, or three steps where gradients are not
 accumulated (train.global_batch_size = train.micro_batch_size x ranks). profile/rank_N.json.gz is for ui.perfetto.dev,
