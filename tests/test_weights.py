@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from test_model import build
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from lacuna.checkpoint import match_eos
+from lacuna.checkpoint import export, match_eos
 from lacuna.config import ConfigError, load_config
-from lacuna.weights import read_tensors
+from lacuna.weights import read_tensors, stored_parts, whole_shape
 
 TINY = load_file(EXAMPLES / "tiny" / "model.safetensors")
 NAMES = sorted(TINY)
@@ -215,3 +215,19 @@ def test_overrides_of_the_wrong_type_or_against_each_other_are_a_sentence(tmp_pa
     for fields in ({"hidden_size": "x"}, {"layer_types": ["full_attention"]}):
         with pytest.raises(ConfigError, match=r"model.overrides \{'" + next(iter(fields))):
             build(tmp_path, "--model.from_scratch", "true", "--model.overrides", json.dumps(fields))
+
+
+@pytest.mark.parametrize("gone", [0, 1])
+def test_a_checkpoint_without_one_of_its_files_is_refused_everywhere(gone, tmp_path):
+    """Rows of the last rank would simply not be there: an export would be a smaller model."""
+    (tmp_path / "config.json").write_text('{"dtype": "float32"}')
+    (tmp_path / "state.json").write_text('{"step": 1, "files": 2}')
+    for rank in range(2):
+        places = {"DCP_SHARDING_INFO": json.dumps({"w": {"saved_offsets": [2 * rank, 0]}})}
+        save_file({"w": torch.ones(2, 3)}, tmp_path / f"rank_{rank:05}.safetensors", places)
+    assert whole_shape(stored_parts(tmp_path)["w"]) == [4, 3]
+    (tmp_path / f"rank_{gone:05}.safetensors").unlink()
+    with pytest.raises(ConfigError, match="has 1 of its 2 files"):
+        export(tmp_path, tmp_path / "out")
+    with pytest.raises(ConfigError, match="has 1 of its 2 files"):
+        read_tensors({"w": torch.zeros(2, 3)}, tmp_path)

@@ -171,6 +171,7 @@ class Checkpoints:
             dist.all_gather_object(states, data, group=self.group)
         state = {"format": FORMAT, "step": step, **facts, "data": merge_states(states)}
         state["config"] = self.config.model_dump(mode="json")
+        state["files"] = self.ranks.world  # each rank writes one, if only an empty one
         # taken here, since FSDP2 may give a parameter other memory at its first use
         shares = [local(tensor).detach() for tensor in self.tensors.values()]
         self.copied = self.thread.submit(self.copy, shares)

@@ -29,7 +29,11 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that count: of a checkpoint, or else as transformers finds them. Others are ignored."""
     index = folder / INDEX
     if (folder / "state.json").exists():
-        return sorted(folder.glob("rank_*.safetensors"))
+        written = json.loads((folder / "state.json").read_text()).get("files")
+        files = sorted(folder.glob("rank_*.safetensors"))
+        if written not in (None, len(files)):
+            raise ConfigError(f"{folder} has {len(files)} of its {written} files rank_*.safetensors: take another one")
+        return files
     if index.exists():
         with blame(f"{index} cannot be read"):
             return sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})

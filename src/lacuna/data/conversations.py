@@ -245,6 +245,8 @@ def as_turns(said: str | list[dict], role: str) -> list[dict]:
 def read_turn(turn: dict) -> dict:
     """A turn in OpenAI's words, or in ShareGPT's, as one of OpenAI's messages."""
     turn = {name: value for name, value in turn.items() if value is not None}
+    if turn.get("tool_calls") == []:  # some templates look for the key alone
+        del turn["tool_calls"]
     speaker = str(turn.pop("from", turn.get("role")))
     turn["role"] = ROLES.get(speaker, ROLES.get(speaker.lower()))
     if turn["role"] is None:
@@ -274,8 +276,6 @@ def read_turn(turn: dict) -> dict:
     for call in turn.get("tool_calls", []):
         function = call.get("function", call)
         function["arguments"] = decoded(function.get("arguments") or "{}")  # else a template would quote them twice
-    if "tool_calls" in turn and not turn["tool_calls"]:  # some templates look for the key alone
-        del turn["tool_calls"]
     return turn
 
 

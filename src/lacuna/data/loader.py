@@ -160,11 +160,7 @@ class RowDataset:
 
 
 class Loader:
-    """The micro-batches of one rank, made ahead by a thread.
-
-    A process in its place gained nothing for streamed text (44,220 beside 44,460 tokens/s, 1.7B on an H200): tokenizers
-    work outside the interpreter's lock.
-    """
+    """The micro-batches of one rank, made ahead by a thread: a process in its place was no faster (RESULTS.md)."""
 
     def __init__(self, config: Config, dataset: RowDataset, device, training: bool = True):
         self.dataset, self.device = dataset, device
