@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import signal
 
 os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")  # read at import: no request to the Hub for local files
 
@@ -14,6 +15,9 @@ from transformers import AutoConfig, AutoTokenizer
 REPO = Path(__file__).parents[1]
 EXAMPLES = REPO / "examples"
 ASSETS = Path(os.environ["LACUNA_ASSETS"]) if "LACUNA_ASSETS" in os.environ else None
+# As in a terminal, though nohup or a script's background has started the tests: what is ignored stays ignored in a run.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items):
