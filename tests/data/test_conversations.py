@@ -697,3 +697,10 @@ def test_lacunas_template_is_compared_on_the_datas_own_rows(tokenizer):
     odd = {"messages": [*call, *say("tool: odd", "assistant: b")]}
     assert documents(encoder, *[plain] * 150)[149][2] == ""
     refused(lambda: documents(encoder, *[plain] * 2, odd), "row 43", "data.chat_template")
+
+
+def test_thoughts_inside_a_content_may_go_though_the_answer_is_one_word(qwen):
+    thought = "<think>\nOne thing, then another.\n</think>\n\n"
+    chat = say("user: 1+1?", f"assistant: {thought}2", "user: 2+2?", f"assistant: {thought}4")
+    ids, _ = encoded(make(qwen), {"messages": chat})
+    assert qwen.decode(ids).count("One thing") == 1

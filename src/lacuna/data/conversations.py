@@ -134,8 +134,8 @@ class ChatEncoder:
         """What the template leaves out of a conversation; `last` is the last message that is trained.
 
         A copy is rendered with a word of its own in each text. Texts themselves cannot be looked for: templates trim
-        them, and short ones stand elsewhere as well. What was thought before the last question may go: templates drop
-        it on purpose. Raises ValueError where the model's own template renders anything else.
+        them, and short ones stand elsewhere. What was thought before the last question may go. ValueError where the
+        model's own template renders anything else.
         """
         question = max((i for i in range(last) if messages[i]["role"] == "user"), default=0)
         copies = [dict(message) for message in messages]
@@ -147,7 +147,7 @@ class ChatEncoder:
                     continue
                 word = f"Zq{len(places)}xK"  # letters and digits: JSON and HTML leave them as they are
                 places[word] = f"message {number} ({message['role']}), {key}"
-                at = text.rfind(" ") + 1 or len(text)  # before the last word: templates look at both ends of a text
+                at = text.rfind(" ", text.rfind("</think>") + 1) + 1 or len(text)  # of the last word, behind thoughts
                 message[key] = text[:at] + word + message[key][at:]
         text = self.render(copies, template, tools, tokenize=False)
         if self.own and template == self.template and self.render(copies, self.own, tools, tokenize=False) != text:
