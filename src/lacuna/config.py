@@ -16,7 +16,6 @@ from pydantic_settings import CliSettingsSource
 
 log = logging.getLogger("lacuna")
 
-
 AGAIN = "the same command goes on from the last checkpoint"
 CURES = dict.fromkeys([errno.ENOSPC, errno.EDQUOT], f". The disk is full: make room, and {AGAIN}")
 CURES |= dict.fromkeys([errno.EROFS, errno.EACCES, errno.EPERM], f". Change who may, or name another place; {AGAIN}")

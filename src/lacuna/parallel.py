@@ -114,8 +114,7 @@ def sum_over_ranks(parts: list[dict], device: torch.device) -> dict[str, torch.T
 def gradient_norm(parameters: list, mesh: DeviceMesh | None) -> tuple[torch.Tensor, torch.Tensor]:
     """The global L2 norm of gradients, sharded or not, and the squared norm of each [P]; nothing waits."""
     # float64: in float32 a CPU's norm of a million values is off by 1e-5, and an H200 reads both at the same speed
-    # what took no part has none
-    grads = [local(p).new_zeros(1) if p.grad is None else local(p.grad) for p in parameters]
+    grads = [local(p).new_zeros(1) if p.grad is None else local(p.grad) for p in parameters]  # None: took no part
     squares = torch.stack(torch._foreach_norm(grads, 2, torch.float64)).square()
     if mesh is not None:
         dist.all_reduce(squares, group=mesh.get_group("dp_shard"))

@@ -185,7 +185,7 @@ def evaluate(trainee: Trainee, config: Config, dataset: RowDataset, ranks: Ranks
     loader = Loader(config, dataset, ranks.device, training=False)
     parts = [{"nats": 0.0, "tokens": 0, "bytes": 0}]
     trainee.eval()
-    rows = min(config.eval.rows, dataset.count_rows()) if dataset.map_style else config.eval.rows
+    rows = dataset.count_rows() if dataset.map_style else config.eval.rows
     # every rank takes as many rows, and one without data feeds rows that train nothing: so nobody hangs
     for _ in range(math.ceil(rows / (config.train.micro_batch_size * ranks.world))):
         [batch] = loader.step()

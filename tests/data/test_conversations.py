@@ -704,3 +704,22 @@ def test_thoughts_inside_a_content_may_go_though_the_answer_is_one_word(qwen):
     chat = say("user: 1+1?", f"assistant: {thought}2", "user: 2+2?", f"assistant: {thought}4")
     ids, _ = encoded(make(qwen), {"messages": chat})
     assert qwen.decode(ids).count("One thing") == 1
+
+
+def test_a_prompt_and_a_completion_may_be_messages_as_json_text(tokenizer, encoder):
+    row = {"prompt": json.dumps(SHORT[:2]), "completion": json.dumps(SHORT[2:])}
+    assert encoded(encoder, row) == expected(tokenizer, chatml(SHORT))
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        say("system: Use functions.", functions='[{"name": "weather"}]') + ASKED + say("assistant: It rains."),
+        say("user: Weather?", tool_calls=[WEATHER]) + say("assistant: It rains."),
+    ],
+    ids=["functions, a word of Qwen3's prose", "calls of a user's turn"],
+)
+def test_a_word_in_the_templates_prose_is_no_use_of_a_key(qwen, messages):
+    refused(lambda: documents(make(qwen), {"messages": messages}), "row 41", "message 0")
+    empty = [message | {"functions": [], "tools": ""} for message in LONG]
+    assert encoded(make(qwen), {"messages": empty}) == encoded(make(qwen), {"messages": LONG})

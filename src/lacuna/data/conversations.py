@@ -98,7 +98,7 @@ class ChatEncoder:
             return self.fit(*read_ids(row, len(self.tokenizer)))
         messages = read_messages(row, row_format)
         template = self.template
-        if isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str) and not row.get("system"):
+        if [row.get("prompt"), row.get("completion")] == [message["content"] for message in messages]:
             template = PLAIN
             messages[0]["content"] = self.bos + row["prompt"].removeprefix(self.bos)
             messages[1]["content"] = row["completion"].removesuffix(self.tokenizer.eos_token)
@@ -154,8 +154,9 @@ class ChatEncoder:
             raise ValueError("the model's own chat template renders it otherwise than lacuna's: set data.chat_template")
         left_out = [place for word, place in places.items() if word not in text]
         for number, message in enumerate(messages):
-            # tools of a message: templates that have the word mean those of the conversation
-            lost = [key for key in CALLS if key in message and (key not in template or key == "tools")]
+            # as templates ask, message.tool_calls or message['tools']: the word alone may stand in their prose
+            used = [key for key in CALLS if message.get(key)]
+            lost = [key for key in used if message["role"] == "user" or not re.search(rf"[.'\"]{key}\b", template)]
             left_out += [f"message {number} ({message['role']}), {key}" for key in lost]
         return left_out + ["tools"] * (bool(tools) and "tools" not in template)
 
@@ -239,6 +240,7 @@ def read_messages(row: dict, row_format: str) -> list[dict]:
 
 
 def as_turns(said: str | list[dict], role: str) -> list[dict]:
+    said = decoded(said) if str(said).startswith('[{"') else said
     return [{"role": role, "content": said}] if isinstance(said, str) else said
 
 

@@ -140,8 +140,8 @@ class RowDataset:
             raise ConfigError(f"data.num_streams {asked} is over a source's shards or documents: at most {min(most)}")
 
     def count_rows(self) -> int:
-        """Rows of all epochs of map-style data, from the lengths alone."""
-        return sum(1 for _ in Stream(self, 0, None))
+        """Rows of all epochs of map-style data, at most `limit`, from the lengths alone."""
+        return sum(1 for _ in itertools.takewhile(lambda plan: plan.row < self.limit, Stream(self, 0, None)))
 
     def __iter__(self) -> Iterator[Row]:
         streams = {}
