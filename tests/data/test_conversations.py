@@ -723,3 +723,8 @@ def test_a_word_in_the_templates_prose_is_no_use_of_a_key(qwen, messages):
     refused(lambda: documents(make(qwen), {"messages": messages}), "row 41", "message 0")
     empty = [message | {"functions": [], "tools": ""} for message in LONG]
     assert encoded(make(qwen), {"messages": empty}) == encoded(make(qwen), {"messages": LONG})
+
+
+def test_tools_are_missed_by_their_names_where_a_template_has_the_word_alone(tokenizer):
+    encoder = make(tokenizer, "--data.chat_template", "{# knows no tools #}" + MINE)
+    refused(lambda: documents(encoder, {"messages": LONG, "tools": [TOOL]}), "row 41", "leaves out tools")

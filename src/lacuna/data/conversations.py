@@ -158,7 +158,8 @@ class ChatEncoder:
             used = [key for key in CALLS if message.get(key)]
             lost = [key for key in used if message["role"] == "user" or not re.search(rf"[.'\"]{key}\b", template)]
             left_out += [f"message {number} ({message['role']}), {key}" for key in lost]
-        return left_out + ["tools"] * (bool(tools) and "tools" not in template)
+        known = "tools" in template and all(str(tool.get("function", tool).get("name")) in text for tool in tools)
+        return left_out + ["tools"] * (bool(tools) and not known)
 
     def render(self, messages: list[dict], template: str | None, tools: list, **options):
         """Token ids [n] of the whole conversation, and what of them the template marks, bool [n]; or its text."""

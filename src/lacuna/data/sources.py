@@ -155,7 +155,6 @@ class StreamSource:
 
 
 def as_rows(batch: dict[str, list]) -> list[dict]:
-    """The rows of a batch of columns."""
     return [dict(zip(batch, map(without_nulls, values), strict=True)) for values in zip(*batch.values(), strict=True)]
 
 
