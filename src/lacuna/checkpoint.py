@@ -7,12 +7,10 @@ them state.json (step, counters, place in the data, config), the model's config 
 """
 
 import json
-import mmap
 import os
 import shutil
 import time
 import weakref
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
@@ -26,13 +24,13 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import GenerationConfig, PreTrainedModel
 
-from lacuna.config import Config, ConfigError, log
+from lacuna.config import Config, ConfigError, LoraConfig, log
 from lacuna.data.loader import merge_states
+from lacuna.lora import merge, write_adapter
 from lacuna.parallel import Ranks, local
-from lacuna.weights import read_tensors, stored_parts, whole_shape
+from lacuna.weights import read_whole, weight_folder
 
 FORMAT = 2  # of names and state in a checkpoint: counted up when no run can go on from those of before
-PIECE = 2**26  # float32 values, 256 MiB: so much host memory is pinned at once
 # What may change when a run goes on: places, reports, hardware. With another value of any other key it is another run.
 FREE = ("name", "out", "log.", "checkpoint.", "dist.", "eval.every", "eval.rows", "eval.sources", "data.cache")
 FREE += ("train.micro_batch_size", "train.activation_checkpointing", "train.deterministic")
@@ -51,18 +49,10 @@ def find_checkpoint(config: Config, folder: Path, rank: int) -> Path | None:
 
 
 def choose_checkpoint(asked: str | None, own: list[Path]) -> Path | None:
-    """The checkpoint that was asked for, or else the newest of the run's own."""
-    newest = own[-1] if own else None
-    restarted = any(int(os.environ.get(key, 0)) for key in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
-    if asked is None or restarted:  # a run that began at `asked` has its own by now
-        return newest
-    if not (Path(asked) / "state.json").exists():
-        here = ", ".join(path.name for path in own)
-        raise ConfigError(f"checkpoint.resume {asked} is no checkpoint; here are: {here or 'none'}")
-    if newest and state_of(newest)["step"] > state_of(Path(asked))["step"]:
-        raise ConfigError(
-            f"{newest.parent} has later checkpoints: remove those to go back, or leave checkpoint.resume out"
-        )
+    """The newest of the run's own, or else the one where it is to begin."""
+    if own or not asked:
+        return own[-1] if own else None
+    state_of(Path(asked))
     return Path(asked)
 
 
@@ -107,29 +97,17 @@ class HostMemory:
     """Room on the host for a checkpoint's tensors, pinned for a GPU: else copies take ten times as long."""
 
     def __init__(self, sizes: list[int], pinned: bool):
-        # While the driver pins, launches of kernels wait for it: .8 s for 20 GB at once, and up to 8 s were seen. In
-        # pieces of huge pages none waits longer than 8 ms (H100). A copy may not cross from one piece to the next.
-        page = mmap.PAGESIZE // 4  # values
-        spans = [-(-size // page) * page for size in (*sizes, 1)]  # no two tensors on one page
-        pages = mmap.mmap(-1, 4 * sum(spans), mmap.MAP_PRIVATE)  # shared memory would have small pages only
-        with suppress(OSError):  # a kernel without huge pages
-            pages.madvise(mmap.MADV_HUGEPAGE)
-        spaces = torch.frombuffer(pages, dtype=torch.float32).split(spans)
-        self.places = [space[:size].zero_() for space, size in zip(spaces, sizes, strict=False)]  # flat
-        for piece in pieces(self.places) if pinned else []:
-            torch.cuda.cudart().cudaHostRegister(piece.data_ptr(), piece.nbytes, 0)
+        memory = torch.zeros(sum(sizes) or 1)  # float32
+        self.places = memory[: sum(sizes)].split(sizes)  # flat
+        # not by `pin_memory`, which takes a power of two; while the driver pins 20 GB, launches wait for .8 s, once
+        if pinned:
+            torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
             # or else, in a process that lives on, copies from what lies there next would read the old memory
-            weakref.finalize(self, torch.cuda.cudart().cudaHostUnregister, piece.data_ptr()).atexit = False
-            time.sleep(0.02)  # what has waited goes first
+            weakref.finalize(self, torch.cuda.cudart().cudaHostUnregister, memory.data_ptr()).atexit = False
 
     def fill(self, tensors: list[torch.Tensor]):
-        for place, part in zip(pieces(self.places), pieces(tensors), strict=True):
-            place.copy_(part, non_blocking=True)
-
-
-def pieces(tensors: list[torch.Tensor]) -> Iterator[torch.Tensor]:
-    for tensor in tensors:
-        yield from tensor.flatten().split(PIECE)
+        for place, part in zip(self.places, tensors, strict=True):
+            place.copy_(part.flatten(), non_blocking=True)
 
 
 class Checkpoints:
@@ -275,13 +253,18 @@ def match_eos(config: Config, model: PreTrainedModel, tokenizer):
 
 
 def export(checkpoint: Path, out: Path):
-    """Make a plain Hugging Face folder of a checkpoint, in the dtype of its config."""
-    state_of(checkpoint)  # or else it is no checkpoint
+    """Make a plain Hugging Face folder of a checkpoint, in its config's dtype; of a LoRA run with an adapter/ in it."""
+    config = state_of(checkpoint)["config"]
     dtype = getattr(torch, json.loads((checkpoint / "config.json").read_text())["dtype"])
-    stored = stored_parts(checkpoint)
-    names = [name for name in stored if not name.startswith("optimizer.")]
-    weights = {name: torch.empty(whole_shape(stored[name]), dtype=dtype) for name in names}
-    read_tensors(weights, checkpoint)
     out.mkdir(parents=True, exist_ok=True)
+    if config.get("lora", {}).get("rank"):
+        lora = LoraConfig(**config["lora"])
+        base = config["model"]["name"]
+        adapters = read_whole(checkpoint, torch.float32)
+        weights = read_whole(weight_folder(base), dtype)
+        merge(weights, adapters, lora)
+        write_adapter(adapters, lora, base, out / "adapter")
+    else:
+        weights = read_whole(checkpoint, dtype)
     save_torch_state_dict(weights, out)
     shutil.copytree(checkpoint, out, ignore=shutil.ignore_patterns("*.safetensors", "state.json"), dirs_exist_ok=True)

@@ -16,7 +16,6 @@ from lacuna.preemption import REQUEUE, SIGNALS, Preemption
 
 USAGE = """usage: lacuna pt [CONFIG.toml] [--section.key VALUE ...]    train on text: every token
        lacuna sft …                                         train on what an assistant says
-       lacuna explain pt|sft …                              show the first rows of such a run
        lacuna export CHECKPOINT FOLDER                      make a Hugging Face folder of it
 
 `lacuna pt --help` shows every key. Without a config, configs/pt.toml or configs/sft.toml is used."""
@@ -39,8 +38,6 @@ def main():
         with blame(f"lacuna {command} {' '.join(words)}"):
             if command == "export":
                 import_module("lacuna.checkpoint").export(*map(Path, words))
-            if command == "explain":
-                import_module("lacuna.explain").explain(config)
         leave(0)
     except Preempted as error:
         leave(REQUEUE, str(error))
@@ -64,17 +61,16 @@ def parse(argv: list[str]) -> tuple[str, Config | None, list[str]]:
         sys.exit(0)
     if (command, len(words)) == ("export", 2):
         return command, None, words
-    task = words.pop(0) if command == "explain" and words else command
-    if task not in ("pt", "sft"):
+    if command not in ("pt", "sft"):
         raise ConfigError(f"unknown command {' '.join(argv)}\n{USAGE}")
     if words and not words[0].startswith("-"):
         path = words.pop(0)
     else:
-        path = f"configs/{task}.toml"
+        path = f"configs/{command}.toml"
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one GPU is more than enough for this one
         if not (Path(path).exists() or {"-h", "--help"} & set(words)):
             raise ConfigError(f"no config given, and no {path} here: give one, or run in a clone of lacuna")
-    return command, load_config(path, words, task), [task, path, *words]
+    return command, load_config(path, words, command), [command, path, *words]
 
 
 def leave(status: int, sentence: str = ""):

@@ -115,7 +115,7 @@ class TrainConfig(Section):
 
 
 class OptimConfig(Section):
-    lr: float | None = key(None, "peak learning rate; default: 3e-4 for pt, 2e-5 for sft", gt=0, le=100)
+    lr: float | None = key(None, "peak learning rate; default: 3e-4 for pt, 2e-5 for sft, 2e-4 with LoRA", gt=0, le=100)
     weight_decay: float = key(0.1, "of matrices; embeddings, norms and biases have none", ge=0)
     betas: list[Rate] = key([0.9, 0.95], "AdamW's two decay rates", min_length=2, max_length=2)
     eps: float = key(1e-8, "AdamW's epsilon", gt=0, le=1)
@@ -123,6 +123,12 @@ class OptimConfig(Section):
     warmup_steps: int = key(0, "steps of linear warmup from 0", ge=0)
     decay_steps: int | None = key(None, "wsd: steps of decay at the end; default: a tenth", ge=1)
     min_lr_ratio: float = key(0.1, "last learning rate over the peak", ge=0, le=1)
+
+
+class LoraConfig(Section):
+    rank: int | None = key(None, "of the adapters; default: none, and all weights are trained", ge=1, le=4096)
+    alpha: float | None = key(None, "what adapters add is scaled by alpha / rank; default: 2 x rank", gt=0)
+    targets: list[str] = key([], "linear layers by name, such as q_proj; default: all of the decoder layers")
 
 
 class DistConfig(Section):
@@ -135,15 +141,13 @@ class DistConfig(Section):
 class CheckpointConfig(Section):
     every: int = key(500, "steps between checkpoints; the last step has one too", ge=1)
     keep: int = key(2, "newest checkpoints that are kept", ge=1)
-    resume: str | None = key(None, "folder to go on from; default: the run's newest")
+    resume: str | None = key(None, "folder to begin from, where the run has no checkpoint yet")
     resume_changed: bool = key(False, "go on though a key has changed that changes the run")
 
 
 class LogConfig(Section):
     every: int = key(10, "steps between two lines of metrics", ge=1)
-    show: int = key(2, "rows that lacuna explain prints", ge=1)
-    show_ids: bool = key(False, "lacuna explain: token ids too")
-    trackers: list[Literal["wandb", "tensorboard", "trackio"]] = key([], "where else metrics go")
+    trackers: list[Literal["wandb", "trackio"]] = key([], "where else metrics go")
 
 
 class EvalConfig(Section):
@@ -162,6 +166,7 @@ class Config(Section):
     data: DataConfig = key(DataConfig(), "on what")
     train: TrainConfig = key(TrainConfig(), "how much at a time, how long")
     optim: OptimConfig = key(OptimConfig(), "AdamW and its learning rate")
+    lora: LoraConfig = key(LoraConfig(), "train adapters instead of all weights")
     dist: DistConfig = key(DistConfig(), "over which devices")
     checkpoint: CheckpointConfig = key(CheckpointConfig(), "what survives")
     log: LogConfig = key(LogConfig(), "what is reported")
@@ -176,7 +181,11 @@ class Config(Section):
             tomli_w.dumps(self.model.overrides)
         except TypeError:
             raise ValueError("model.overrides holds a null, which TOML has not: leave that field out") from None
-        self.optim.lr = self.optim.lr or {"pt": 3e-4, "sft": 2e-5}[self.task]
+        rate = {"pt": 3e-4, "sft": 2e-5}[self.task]
+        if self.lora.rank:
+            rate = 2e-4  # ten times full fine-tuning's
+            self.lora.alpha = self.lora.alpha or 2.0 * self.lora.rank
+        self.optim.lr = self.optim.lr or rate
         return self
 
 
@@ -198,6 +207,7 @@ def contradictions(config: Config) -> list[tuple]:
         (any(weights) and not all(weights), "data.sources: give every source a weight, or none"),
         (streams and len(weights) > 1 and not all(weights), "data.sources: a mixture that streams needs weights"),
         (train.global_batch_size % train.micro_batch_size, uneven_batch(train)),
+        (config.lora.rank and config.model.from_scratch, "lora.rank needs a model's weights, and not from_scratch"),
         (config.task == "pt" and data.chat_template, "data.chat_template belongs to lacuna sft: text has no template"),
         (config.optim.decay_steps and config.optim.schedule != "wsd", 'optim.decay_steps needs optim.schedule = "wsd"'),
         (flash_in_float32, f'model.attention = "{config.model.attention}" needs model.dtype = "bfloat16"; or "sdpa"'),

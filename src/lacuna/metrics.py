@@ -23,30 +23,18 @@ from lacuna.parallel import Ranks
 PEAKS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10": 125e12, "4090": 165e12}
 
 
-class Work:
-    """FLOP of a training step: 6 a weight (without input embeddings) and token, 6 x heads x head_dim a layer x the sum
-    of squared document lengths. What is recomputed, or masked as not causal, does not count.
+def flop(model: PreTrainedModel) -> tuple[int, int]:
+    """FLOP of training: for a token, 6 a weight (4 a frozen one, none an input embedding); for a query with its key.
+
+    A window counts as full attention; what is recomputed, or masked as not causal, does not count.
     """
-
-    def __init__(self, model: PreTrainedModel, device: torch.device):
-        config = model.config
-        head_dim = config.to_dict().get("head_dim") or config.hidden_size // config.num_attention_heads
-        self.flop_per_pair = 6 * config.num_attention_heads * head_dim  # of a query and a key, in one layer
-        window = getattr(config, "sliding_window", None)
-        # a model that does not say what its layers are has the window, if any, in all of them
-        kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
-        self.windows = [window if kind == "sliding_attention" else None for kind in kinds]
-        embeddings = model.get_input_embeddings().weight
-        untied = embeddings is not model.get_output_embeddings().weight
-        self.flop_per_token = 6 * (model.num_parameters() - untied * embeddings.numel())
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-        self.peak = next((peak for key, peak in PEAKS.items() if key in name), None)
-
-    def mfu(self, slots: int, pairs: int, seconds: float, devices: int) -> float | None:
-        """Share of the devices' peak, None where the peak is not known (on a CPU)."""
-        attention = sum(min(pairs, 2 * window * slots) if window else pairs for window in self.windows)
-        flop = self.flop_per_token * slots + self.flop_per_pair * attention
-        return flop / seconds / devices / self.peak if self.peak else None
+    config = model.config
+    head_dim = config.to_dict().get("head_dim") or config.hidden_size // config.num_attention_heads
+    embeddings = model.get_input_embeddings().weight
+    untied = embeddings is not model.get_output_embeddings().weight
+    multiplied = [p for p in model.parameters() if not (untied and p is embeddings)]
+    per_token = sum(p.numel() * (4 + 2 * p.requires_grad) for p in multiplied)
+    return per_token, 6 * config.num_hidden_layers * config.num_attention_heads * head_dim
 
 
 class Pending(NamedTuple):
@@ -65,14 +53,14 @@ class Report:
         self.config, self.ranks = config, ranks
         self.steps = steps
         self.parameters = list(trained(model))
-        self.work = Work(model, ranks.device)
+        self.flop_per_token, self.flop_per_pair = flop(model)
+        name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else ""
+        self.peak = next((peak for key, peak in PEAKS.items() if key in name), math.inf)  # unknown: mfu is 0
         self.totals = {key: state[key] for key in ("tokens", "trained_tokens")}  # since the run began
         self.stop_asked = False  # by a signal on any rank
         self.pending = []
         self.file = open_metrics(folder, state["step"]) if ranks.rank == 0 else None
-        self.trackers = [open_tracker(name, config, folder) for name in config.log.trackers if ranks.rank == 0]
-        if self.work.peak:
-            log.info("mfu: 6 FLOP a weight and token, + attention inside documents, of the dense bf16 peak")
+        self.trackers = [open_tracker(name, config) for name in config.log.trackers if ranks.rank == 0]
 
     def start_clock(self):
         """Begin a new interval between two lines: what was before, such as an evaluation, is not measured."""
@@ -110,11 +98,7 @@ class Report:
 
     def refuse_nonfinite(self, step: int, sums: dict, squares: list[float]):
         bad = [name for name, square in zip(self.parameters, squares, strict=True) if not math.isfinite(square)]
-        where = "a gradient"
-        if sums["bad_losses"] == 1:
-            where = f"the loss on rank {sums['bad_rank']:.0f}"
-        elif sums["bad_losses"]:
-            where = f"the loss on {sums['bad_losses']:.0f} ranks"
+        where = "a gradient" if math.isfinite(sums["loss"]) else "the loss"
         what = f"{where} is not finite (first bad gradient: {(bad or ['none'])[0]}); it updated nothing"
         raise NonFinite(f"step {step}: {what}. Lower optim.lr, or look at the data")
 
@@ -130,16 +114,16 @@ class Report:
         metrics = {"step": facts["step"], "loss": sums["loss"], "grad_norm": sums["grad_norm"], "lr": facts["lr"]}
         metrics |= self.totals | {"epoch": round(facts["epoch"], 4), "packing_efficiency": interval["tokens"] / slots}
         metrics |= {"tokens_per_second": speed, "tokens_per_second_per_device": speed / world}
-        metrics |= {"mfu": self.work.mfu(slots, interval["pairs"], seconds, world)}
+        work = slots * self.flop_per_token + interval["pairs"] * self.flop_per_pair
+        metrics |= {"mfu": work / seconds / world / self.peak}
         metrics |= {"step_seconds": seconds / interval["steps"], "data_seconds": interval["data"] / interval["steps"]}
         checksum = f"{int(sums['checksum']):016x}"
         metrics |= {"peak_memory_gib": peak_memory(self.ranks.device), "batch_checksum": checksum}
         self.start_clock()
         self.write(metrics)
-        mfu = f" | mfu {metrics['mfu']:.1%}" if metrics["mfu"] else ""
         left = timedelta(seconds=round((self.steps - facts["step"]) * metrics["step_seconds"]))
         learned = f"loss {sums['loss']:.4f} | grad norm {sums['grad_norm']:.2f}"
-        rates = f"{speed:,.0f} tokens/s{mfu} | {metrics['peak_memory_gib']:.1f} GiB"
+        rates = f"{speed:,.0f} tokens/s | mfu {metrics['mfu']:.1%} | {metrics['peak_memory_gib']:.1f} GiB"
         log.info(f"step {facts['step']}/{self.steps} | {learned} | {rates} | {left} left")
 
     def evaluation(self, step: int, result: dict | None):
@@ -155,12 +139,12 @@ class Report:
         """One line of metrics.jsonl, and the same to the trackers."""
         if self.file:
             self.file.write(json.dumps(metrics) + "\n")
-        for track, _ in self.trackers:
-            track({key: value for key, value in metrics.items() if isinstance(value, int | float)})
+        for tracker in self.trackers:
+            tracker.log({key: value for key, value in metrics.items() if isinstance(value, int | float)})
 
     def close(self):
-        for _, finish in self.trackers:
-            finish()
+        for tracker in self.trackers:
+            tracker.finish()
 
 
 def open_metrics(folder: Path, step: int):
@@ -202,14 +186,9 @@ def peak_memory(device: torch.device) -> float:
     return peak / 2**30
 
 
-def open_tracker(name: str, config: Config, folder: Path):
-    """What takes a step's metrics, and what ends it. The packages are extras: wandb, tensorboard, trackio."""
+def open_tracker(name: str, config: Config):
+    """wandb or trackio, which share one interface: each an extra of lacuna."""
     with blame(f"log.trackers: {name} (pip install 'lacuna[{name}]')"):
-        if name == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
-            writer = SummaryWriter(str(folder / "tensorboard"))
-            return lambda metrics: [writer.add_scalar(k, v, metrics["step"]) for k, v in metrics.items()], writer.close
-        module = __import__(name)  # wandb and trackio share one interface
+        module = __import__(name)
         module.init(project="lacuna", name=config.name, config=config.model_dump())
-        return module.log, module.finish
+        return module

@@ -1,4 +1,4 @@
-"""The builder: patch -> activation checkpointing -> torch.compile -> FSDP2, then weights into the shards.
+"""The builder: patch -> LoRA -> activation checkpointing -> torch.compile -> FSDP2, then weights into the shards.
 
 Everything replaces `layer.forward` in place: parameter names stay those of Hugging Face from beginning to end.
 """
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from huggingface_hub import snapshot_download
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.func import functional_call
@@ -23,9 +22,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from lacuna.attention import boundaries, choose_backend
 from lacuna.config import Config, ConfigError, ModelConfig, blame
 from lacuna.data.batch import PackedBatch
+from lacuna.lora import BEGINNINGS, add_adapters
 from lacuna.loss import head_loss
+from lacuna.optim import trained
 from lacuna.parallel import Ranks, shard_model
-from lacuna.weights import load_weights
+from lacuna.weights import load_weights, read_tensors, weight_folder
 
 
 class Plan(NamedTuple):
@@ -60,11 +61,11 @@ def build_model(config: Config, ranks: Ranks, tokenizer, checkpoint: Path | None
     """The model of `config.model`, sharded and ready to train, with its own weights or a checkpoint's."""
     trainee = assemble(config, ranks, tokenizer)
     folder = checkpoint
-    if folder is None and not config.model.from_scratch:
-        name = config.model.name
-        files = ["*.safetensors", "*.json"]
-        folder = Path(name if Path(name).is_dir() else snapshot_download(name, allow_patterns=files))
+    if config.lora.rank or (folder is None and not config.model.from_scratch):
+        folder = weight_folder(config.model.name)
     materialise(trainee, ranks.device, config.seed, folder)
+    if config.lora.rank and checkpoint:
+        read_tensors(trained(trainee.model), checkpoint)
     return trainee
 
 
@@ -75,12 +76,15 @@ def assemble(config: Config, ranks: Ranks, tokenizer) -> Trainee:
     compiled = on_gpu if config.train.compile is None else config.train.compile
     plan = Plan(dtype, compiled, choose_backend(config.model.attention, ranks.device, dtype))
 
-    model = empty_model(config.model, tokenizer)
+    # what is frozen is held as it computes
+    model = empty_model(config.model, tokenizer, dtype if config.lora.rank else torch.float32)
     refuse_unfit(model, config.train.seq_len)
     layers = list(model.get_decoder().layers)
     # a patch replaces modules, so it comes first
     if config.model.patch:
         apply_patch(model, config.model.patch)
+    if config.lora.rank:
+        add_adapters(model, layers, config.lora)
     if ranks.mesh is None and dtype != torch.float32:
         cast_in_forward(model, layers, dtype)
     if config.train.activation_checkpointing != "none":
@@ -103,13 +107,12 @@ def materialise(trainee: Trainee, device: torch.device, seed: int, folder: Path 
     trainee.to_empty(device=device)
     model.tie_weights(recompute_mapping=False)  # to_empty gives each module a tensor of its own
     recompute_buffers(model)
-    if folder is None:
-        initialise(model, seed)
-    else:
+    if folder is not None:
         load_weights(model, folder)
+    initialise(model, seed, adapters_only=folder is not None)
 
 
-def empty_model(config: ModelConfig, tokenizer) -> PreTrainedModel:
+def empty_model(config: ModelConfig, tokenizer, dtype: torch.dtype) -> PreTrainedModel:
     """The model on the meta device, with lacuna's attention; ConfigError where it cannot be trained."""
     trust = {"trust_remote_code": config.trust_remote_code}
     with blame(f"model.name {config.name}: its config"):
@@ -128,7 +131,7 @@ def empty_model(config: ModelConfig, tokenizer) -> PreTrainedModel:
     hf_config._attn_implementation = "lacuna"
     where = f"model.name {config.name} cannot be built with lacuna's attention and model.overrides {config.overrides}"
     with blame(where), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32, **trust)
+        model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, **trust)
     if len(tokenizer) > hf_config.vocab_size:
         sizes = f"the tokenizer has {len(tokenizer)} tokens, the model {hf_config.vocab_size}"
         raise ConfigError(f"{sizes}: set model.tokenizer, or train from_scratch with model.overrides.vocab_size")
@@ -220,10 +223,13 @@ def checkpoint_activations(layers: list[nn.Module], how: str):
 
 
 @torch.no_grad()
-def initialise(model: PreTrainedModel, seed: int):
-    """Weights as transformers begins with them, the same on any number of ranks: a seed for each name."""
+def initialise(model: PreTrainedModel, seed: int, adapters_only: bool):
+    """Weights as transformers, or LoRA, begins with them, the same on any number of ranks: a seed for each name."""
     done = set()
     for name, module in model.named_modules():
+        begin = BEGINNINGS.get(name.rpartition(".")[2])
+        if adapters_only and not begin:
+            continue
         # tied weights are made once, with the first module that has them
         mine = {key: p for key, p in module.named_parameters(recurse=False) if p not in done}
         if not mine:
@@ -232,7 +238,10 @@ def initialise(model: PreTrainedModel, seed: int):
         whole = {key: nn.Parameter(torch.empty(p.shape, device=p.device)) for key, p in mine.items()}
         torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7]))
         module._parameters.update(whole)
-        fill_by_transformers(model, module, name, list(whole.values()))
+        if begin:
+            begin(module)
+        else:
+            fill_by_transformers(model, module, name, list(whole.values()))
         module._parameters.update(mine)
         for key, parameter in mine.items():
             share = whole[key]

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from lacuna.config import ConfigError, DistConfig, TrainConfig, uneven_batch
+from lacuna.config import ConfigError, DistConfig, TrainConfig, log, uneven_batch
 
 
 class Ranks(NamedTuple):
@@ -74,17 +74,25 @@ def start(config: DistConfig, train: TrainConfig) -> Ranks:
 
 def shard_model(model: nn.Module, layers: list[nn.Module], ranks: Ranks, config: DistConfig, dtype: torch.dtype):
     """FSDP2 over every layer, then over the rest; compute in dtype, reduce gradients in float32."""
+    memory = torch.cuda.mem_get_info(ranks.device)[1] if ranks.device.type == "cuda" else 0
+    size = sum(p.numel() for p in model.parameters()) * dtype.itemsize
     # A large model's layers are freed again after their forward. One that takes less than a twentieth of the GPU stays
     # till its backward, which is half as much to gather: 93 -> 95% of linear on two H200s, for 2.6 GiB (1.7B).
     reshard = config.reshard_after_forward
     if reshard is None:
-        size = sum(p.numel() for p in model.parameters()) * dtype.itemsize
-        reshard = ranks.device.type == "cpu" or size > torch.cuda.mem_get_info(ranks.device)[1] / 20
+        reshard = size > memory / 20
+    frozen = {p for p in model.parameters() if not p.requires_grad}
+    if frozen and size < memory / 5:
+        log.info("LoRA: the frozen weights are whole on every rank: nothing of them is gathered")
+    else:
+        frozen = set()
     mesh = ranks.mesh if ranks.mesh["dp_replicate"].size() > 1 else ranks.mesh["dp_shard"]
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     # the root's parameters are needed at once for the backward, and stay
     for module in (*layers, model):
-        fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard and module is not model)
+        stays = module is model
+        options = {"reshard_after_forward": reshard and not stays, "ignored_params": frozen}
+        fully_shard(module, mesh=mesh, mp_policy=precision, **options)
         module.set_gradient_divide_factor(1.0)  # the loss is divided by the tokens of all ranks: gradients add up
         module.set_force_sum_reduction_for_comms(True)
 

@@ -19,7 +19,7 @@ from lacuna.model import Trainee, build_model
 from lacuna.optim import AdamW, learning_rate, trained
 from lacuna.parallel import Ranks, gradient_norm, start, sum_over_ranks
 from lacuna.preemption import Preemption
-from lacuna.weights import held, read_tensors
+from lacuna.weights import fingerprint, held, read_tensors, weight_folder
 
 
 def run(config: Config, preemption: Preemption | None = None) -> Path:
@@ -50,6 +50,11 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
         if state.get("inventory", dataset.inventory) != dataset.inventory and not config.checkpoint.resume_changed:
             change = f"the data of {checkpoint} was {state['inventory']}, now {dataset.inventory}"
             raise ConfigError(f"data.sources: {change}: bring it back, or set checkpoint.resume_changed = true")
+        fixed = {"inventory": dataset.inventory}  # what a run that goes on must find again
+        if config.lora.rank:
+            fixed["base"] = fingerprint(weight_folder(config.model.name))
+            if state.get("base", fixed["base"]) != fixed["base"]:
+                raise ConfigError(f"model.name {config.model.name} has other weights than when {checkpoint} was made")
         steps = config.train.steps or math.ceil(dataset.count_rows() / config.train.global_batch_size)
         loader = Loader(config, dataset, ranks.device)
     if config.optim.warmup_steps >= steps:
@@ -63,14 +68,18 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
         optimizer = AdamW(model, model.get_decoder().layers, config.optim, trainee.plan.compiled)
         encoder.adapt(tokenizer)
         match_eos(config, model, tokenizer)
-    tensors = held(model) | optimizer.tensors(parameters)
+    weights = held(model)
+    if config.lora.rank:
+        weights = parameters  # the others are where they came from
+    tensors = weights | optimizer.tensors(parameters)
     with blame(f"out: {folder}/metrics.jsonl, or the state.json of {checkpoint}"):
         if checkpoint:
             read_tensors(optimizer.tensors(parameters), checkpoint)
             log.info("Going on after step %d, from %s", state["step"], checkpoint)
         checkpoints = Checkpoints(config, ranks, folder, tensors, model, tokenizer)
         report = Report(config, ranks, folder, steps, model, state)
-    what = f"{model.num_parameters():,} parameters, {trainee.plan.backend} attention, {trainee.plan.dtype}"
+    count = model.num_parameters(only_trainable=True)
+    what = f"{count:,} of {model.num_parameters():,} parameters, {trainee.plan.backend} attention, {trainee.plan.dtype}"
     length = f"{steps} steps of {config.train.global_batch_size} rows x {config.train.seq_len} tokens"
     log.info("%s: %s, %d rank(s), %s", config.model.name, what, ranks.world, length)
     if checkpoint is None:
@@ -95,9 +104,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
 
         # 3. Clip and step, unless something is not finite: then the device updates nothing, now or later.
         norm, squares = gradient_norm(list(parameters.values()), ranks.mesh)
-        bad = ~loss.isfinite()
-        figures = {"loss": loss, "bad_losses": bad, "bad_rank": bad * ranks.rank, "stop_asked": preemption.asked}
-        sums |= sum_over_ranks([figures], ranks.device)
+        sums |= sum_over_ranks([{"loss": loss, "stop_asked": preemption.asked}], ranks.device)
         failed |= ~(norm + sums["loss"]).isfinite()
         lr = learning_rate(config.optim, step - 1, steps)
         checkpoints.wait_for_copy()
@@ -121,7 +128,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
         # 5. Save: also where a signal asked to stop, during this step or its evaluation.
         checkpoints.after_step()
         if saving or report.stop_asked:
-            checkpoints.save(step, report.totals | {"inventory": dataset.inventory}, loader.state)
+            checkpoints.save(step, report.totals | fixed, loader.state)
         preemption.can_save = True
         if report.stop_asked:
             checkpoints.finish()

@@ -1,10 +1,13 @@
 """Folders of weights, a model's or a checkpoint's: which files count, and what is in them, sharded or not."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -23,6 +26,19 @@ class Part(NamedTuple):
     file: Path
     begin: list[int]  # where they lie in the whole tensor
     values: torch.Tensor  # the file itself, mapped into memory: read where it is looked at
+
+
+def weight_folder(name: str) -> Path:
+    """The folder of a model, by its path or its name on the Hub."""
+    return Path(name if Path(name).is_dir() else snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
+
+
+def fingerprint(folder: Path) -> str:
+    """Tells a folder's weights from any others, by a byte in every 64 KiB: all bytes of 16 GB would take 10 s."""
+    digest = hashlib.sha256()
+    for file in weight_files(folder):
+        digest.update(np.memmap(file, mode="r")[:: 2**16].tobytes())
+    return digest.hexdigest()[:16]
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -95,10 +111,20 @@ def read_tensors(tensors: dict[str, torch.Tensor], folder: Path):
                 share[begin - first : end - first] = part.values[begin - part.begin[0] : end - part.begin[0]]
 
 
+def read_whole(folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The weights in a folder, by name, without an optimizer's state."""
+    stored = stored_parts(folder)
+    names = [name for name in stored if not name.startswith("optimizer.")]
+    weights = {name: torch.empty(whole_shape(stored[name]), dtype=dtype) for name in names}
+    read_tensors(weights, folder)
+    return weights
+
+
 def held(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """What a folder of the model holds, by name: everything but what is tied to something else."""
+    """What a folder of the model holds, by name: everything but adapters, and what is tied to something else."""
     tied = set(model.all_tied_weights_keys)
-    return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in tied}
+    state = model.state_dict(keep_vars=True)
+    return {name: tensor for name, tensor in state.items() if name not in tied and ".lora_" not in name}
 
 
 def load_weights(model: PreTrainedModel, folder: Path):
@@ -115,6 +141,8 @@ def load_weights(model: PreTrainedModel, folder: Path):
     unknown = sorted(stored.keys() - places - set(model.all_tied_weights_keys))
     # a checkpoint also holds the optimizer, old folders the rotary frequencies
     unknown = [name for name in unknown if not name.startswith("optimizer.") and not name.endswith("inv_freq")]
+    if any(".lora_" in name for name in unknown):
+        raise ConfigError(f"model.name {folder} holds LoRA's adapters alone: `lacuna export` makes a model of them")
     if missing or unknown:
         misfit = f"model.name {folder} does not fit {type(model).__name__}"
         raise ConfigError(f"{misfit}: missing {missing[:3]}, unknown {unknown[:3]}")

@@ -1,18 +1,24 @@
-"""`lacuna explain`: what would be trained, as rows of coloured text made from the labels."""
+"""What a run would train on, as rows of coloured text made from the labels; trains nothing.
+
+uv run python examples/explain.py [--rows N] [--ids] pt|sft [CONFIG.toml] [--section.key VALUE ...]
+"""
 
 import logging
+import sys
+from argparse import ArgumentParser
 from itertools import groupby, islice, pairwise
 
 from rich.console import Console
 from rich.text import Text
 
-from lacuna.config import Config, log
+from lacuna.cli import parse
+from lacuna.config import Config, ConfigError, log
 from lacuna.data.conversations import make_encoder
 from lacuna.data.loader import RowDataset
 from lacuna.data.tokenize import load_tokenizer
 
 
-def explain(config: Config):
+def explain(config: Config, show: int = 2, show_ids: bool = False):
     """Print the first rows of a run: green is trained, or in \u27e6brackets\u27e7 where there is no colour."""
     log.setLevel(logging.INFO)
     log.addHandler(logging.StreamHandler())
@@ -20,7 +26,7 @@ def explain(config: Config):
     tokenizer = load_tokenizer(config.model)
     encoder = make_encoder(config, tokenizer)
     rows = RowDataset(config, config.data.sources, encoder, rank=0, ranks=1, share=(config.eval.fraction or 0, 1))
-    for number, row in enumerate(islice(rows, config.log.show)):
+    for number, row in enumerate(islice(rows, show)):
         text = Text()
         for start, end in pairwise([*row.starts, len(row.ids)]):
             if start:
@@ -33,7 +39,7 @@ def explain(config: Config):
             for is_trained, run in groupby(range(start, end), key=lambda at: trained[at - start]):
                 ids = row.ids[list(run)].tolist()
                 words = tokenizer.decode(ids)
-                if config.log.show_ids:
+                if show_ids:
                     words = " ".join(f"{i}:{tokenizer.decode([i])!r}" for i in ids)
                 if is_trained and (console.color_system is None or console.no_color):
                     words = f"\u27e6{words}\u27e7"
@@ -41,3 +47,15 @@ def explain(config: Config):
         slots = f"{row.tokens} of {len(row.ids)} slots, {(row.labels >= 0).sum()} trained"
         console.rule(f"row {number}: {len(row.starts)} documents, {slots}")
         console.print(text, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    parser = ArgumentParser(description="The first rows of a run, and which of their tokens are trained.")
+    parser.add_argument("--rows", type=int, default=2, help="how many")
+    parser.add_argument("--ids", action="store_true", help="token ids too")
+    options, words = parser.parse_known_args()
+    try:
+        _, config, _ = parse(words)
+        explain(config, options.rows, options.ids)
+    except ConfigError as error:
+        sys.exit(f"explain: {error}")

@@ -1,0 +1,66 @@
+"""LoRA (arXiv 2106.09685): the model is frozen, and each linear layer learns the product of two thin matrices.
+
+A layer keeps its place and the names of its weights. Its two matrices are layers inside it, named as PEFT names them.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from lacuna.config import ConfigError, LoraConfig
+
+# How the two begin: as PEFT's, so that the model computes what it did before.
+BEGINNINGS = {"lora_A": nn.Linear.reset_parameters, "lora_B": lambda module: nn.init.zeros_(module.weight)}
+
+
+class LoRALinear(nn.Linear):
+    """y = x W' + b + alpha / rank * x A' B': W [out, in] and b are frozen, A [rank, in] and B [out, rank] trained."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        own = super().forward(x)
+        thin = self.lora_A(x) * self.scale  # [..., rank]
+        # As a batch of one: a plain product's result, [T, out] like `own`, would be kept by selective checkpointing.
+        return own + torch.bmm(thin.view(1, -1, thin.shape[-1]), self.lora_B.weight.T[None]).view_as(own)
+
+
+def add_adapters(model: nn.Module, layers: list[nn.Module], config: LoraConfig):
+    """Freeze the model, on the meta device, and give the linear layers of its decoder layers adapters in float32."""
+    model.requires_grad_(False)
+    linear = []
+    for layer in layers:
+        # of this very class: what a patch has put there, such as fp8, computes otherwise
+        linear += [(name.split(".")[-1], module) for name, module in layer.named_modules() if type(module) is nn.Linear]
+    there = sorted({name for name, _ in linear})
+    targets = config.targets or there
+    if not linear or not set(targets) <= set(there):
+        raise ConfigError(f"lora.targets {targets} are not all among the linear layers: {', '.join(there) or 'none'}")
+    for name, module in linear:
+        if name in targets:
+            module.__class__ = LoRALinear
+            module.lora_A = nn.Linear(module.in_features, config.rank, bias=False, device="meta")
+            module.lora_B = nn.Linear(config.rank, module.out_features, bias=False, device="meta")
+            module.scale = config.alpha / config.rank
+
+
+def merge(weights: dict[str, torch.Tensor], adapters: dict[str, torch.Tensor], config: LoraConfig):
+    """Add to weights, by name and as they were in training, what their adapters have learned: rounded once."""
+    for name in adapters:
+        layer, is_a, _ = name.partition(".lora_A")
+        if is_a:
+            product = adapters[f"{layer}.lora_B.weight"] @ adapters[name]
+            weight = weights[f"{layer}.weight"]
+            weight.copy_(weight.float() + config.alpha / config.rank * product)
+
+
+def write_adapter(adapters: dict[str, torch.Tensor], config: LoraConfig, base: str, folder: Path):
+    """PEFT's folder of an adapter, as peft, transformers and vLLM read it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {f"base_model.model.{name}": tensor for name, tensor in adapters.items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    targets = sorted({name.split(".")[-3] for name in adapters})
+    about = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "target_modules": targets}
+    about |= {"r": config.rank, "lora_alpha": config.alpha, "lora_dropout": 0.0, "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(about, indent=2))
