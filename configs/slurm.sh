@@ -23,11 +23,22 @@
 # Not `uv run`: all ranks would look at the same moment whether .venv is up to date, and may change it.
 PYTHON=${PYTHON:-.venv/bin/python}
 
-# srun starts the ranks, and they meet by its variables: no torchrun stands between them and the signals.
+# Where the ranks meet: on the first node, at a port that hardly another job has.
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1)
+MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+export MASTER_ADDR MASTER_PORT
+
+# Each task learns by torchrun's variables which rank it is (of 8(x2) tasks per node the first number counts), and
+# becomes it: with exec, no shell or torchrun stands between the rank and the signals.
+# --export=ALL: else `sbatch --export=…` would keep MASTER_ADDR from them.
 # --kill-on-bad-exit: where one rank dies, the others end at once instead of waiting for it.
 # --cpus-per-task: srun does not take sbatch's over by itself, and would give each rank one core.
-srun --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK} \
-  "$PYTHON" -m lacuna "$@"
+srun --export=ALL --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK} \
+  bash -c '
+    export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
+    export LOCAL_WORLD_SIZE=${SLURM_STEP_TASKS_PER_NODE%%[!0-9]*}
+    exec "$@"
+  ' bash "$PYTHON" -m lacuna "$@"
 status=$?
 
 # 75 says: saved, start me again (REQUEUE in src/lacuna/preemption.py). Any other status ends the job.

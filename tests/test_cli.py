@@ -193,8 +193,7 @@ def test_several_gpus_become_torchrun_over_all_of_them(launch, environment, devi
         (4, {"CUDA_VISIBLE_DEVICES": "-1"}, 8),
         (4, {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "x"}, 2),
         (4, {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "CUDA_VISIBLE_DEVICES": "0,1,2,3"}, 2),
-        (4, {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "4", "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}, 4),
-        (4, {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "3", "SLURM_STEP_TASKS_PER_NODE": "2,1"}, 4),
+        (4, {"RANK": "1", "LOCAL_WORLD_SIZE": "2", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "4"}, 4),
     ],
     ids=[
         "no GPU",
@@ -205,7 +204,6 @@ def test_several_gpus_become_torchrun_over_all_of_them(launch, environment, devi
         "torchrun",
         "torchrun 2 nodes",
         "Slurm",
-        "uneven",
     ],
 )
 def test_one_gpu_or_a_process_started_by_torchrun_or_slurm_stays_itself(
@@ -213,6 +211,17 @@ def test_one_gpu_or_a_process_started_by_torchrun_or_slurm_stays_itself(
 ):
     assert launch(devices, **variables) is None
     assert environment["OMP_NUM_THREADS"] == str(threads)
+
+
+def test_a_task_of_srun_that_is_not_told_its_rank_is_refused(launch):
+    """Each would be a run of its own, and all would write into the same folder."""
+    with pytest.raises(ConfigError, match=r"without RANK.*configs/slurm\.sh"):
+        launch(4, SLURM_STEP_ID="0", SLURM_NTASKS="4", SLURM_PROCID="1")
+
+
+@pytest.mark.parametrize("tasks", [{"SLURM_NTASKS": "1"}, {}])
+def test_one_task_of_srun_is_a_run(launch, tasks):
+    assert "--standalone" in launch(4, SLURM_STEP_ID="0", **tasks)
 
 
 def test_a_batch_script_that_srun_did_not_start_is_no_task(launch):

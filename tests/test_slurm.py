@@ -139,10 +139,10 @@ STEPS = 150
 SCRIPT = REPO / "configs" / "slurm.sh"
 
 
-def submit(slurm, folder: Path, options: list[str], words: list[str]) -> subprocess.CompletedProcess:
+def submit(slurm, folder: Path, options: list[str], words: list[str], python: Path = sys.executable):
     """Hand the script to sbatch in a folder, for a cluster without GPUs."""
     command = ["sbatch", "--gpus-per-node", "0", "--ntasks-per-node", "1", *options, str(SCRIPT), *words]
-    environ = environment(SLURM_CONF=slurm.conf, PYTHON=sys.executable)
+    environ = environment(SLURM_CONF=slurm.conf, PYTHON=str(python))
     return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environ, cwd=folder, check=False)
 
 
@@ -183,15 +183,32 @@ def test_a_job_of_two_nodes_comes_back_after_time_limit_and_preemption_and_loses
 
 
 @pytest.mark.parametrize("tasks", [1, 2])
-def test_the_threads_of_a_task_are_its_share_of_the_cores_of_its_node(slurm, tasks):
-    code = "import os; from lacuna.cli import launch; launch([]); print(os.environ['OMP_NUM_THREADS'])"
-    command = ["srun", "--nodes=2", f"--ntasks-per-node={tasks}", sys.executable, "-c", code]
-    environ = environment(SLURM_CONF=slurm.conf)
-    environ.pop("OMP_NUM_THREADS")
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environ, check=True)
+def test_the_script_tells_each_task_its_rank_and_its_share_of_the_cores_of_its_node(slurm, tmp_path, tasks):
+    """A stand-in for python says what `lacuna` would see, even of a job that is given few variables."""
+    names = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS"]
+    code = f"import os; from lacuna.cli import launch; launch([]); print(*map(os.environ.get, {names}))"
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nunset OMP_NUM_THREADS\nexec {sys.executable} -c "{code}"\n')
+    python.chmod(0o700)
+    options = ["--nodes", "2", "--ntasks-per-node", str(tasks), "--export=PYTHON,PYTHONPATH,PATH,SLURM_CONF"]
+    job = submit(slurm, tmp_path, options, ["pt"], python).stdout.split()[-1]
+    wait_until(lambda: state(slurm, job)["JobState"] in ("COMPLETED", "FAILED"), 60)
+
     files = Path("/sys/devices/system/cpu").glob("cpu[0-9]*/topology/thread_siblings_list")
     cores = len({file.read_text() for file in files if int(file.parts[-3][3:]) in os.sched_getaffinity(0)})
-    assert done.stdout.split() == [str(max(1, cores // tasks))] * 2 * tasks
+    threads = max(1, cores // tasks)
+    meeting = f"n0 {20000 + int(job) % 20000}"
+    expected = [f"{rank} {rank % tasks} {2 * tasks} {meeting} {threads}" for rank in range(2 * tasks)]
+    assert sorted((tmp_path / f"slurm-{job}.txt").read_text().splitlines()) == expected
+
+
+def test_tasks_of_srun_alone_are_refused_before_they_write(words, tmp_path, slurm):
+    command = ["srun", "--nodes=2", *words, "--name", "alone"]
+    environ = environment(SLURM_CONF=slurm.conf)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environ, cwd=tmp_path, check=False)
+    assert done.returncode == 1
+    assert done.stderr.count("without RANK: see configs/slurm.sh") == 2
+    assert not (tmp_path / "runs").exists()
 
 
 def test_the_script_asks_for_what_a_run_that_comes_back_needs():

@@ -2,7 +2,6 @@
 
 import gc
 import os
-import re
 import signal
 import sys
 import traceback
@@ -91,10 +90,10 @@ def launch(words: list[str]):
     """Set this process's share of the cores; alone with several GPUs, become torchrun."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = len(glob("/dev/nvidia[0-9]*")) if visible is None else len(visible.replace(",", " ").split())
-    tasks = re.match(r"\d+", os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))[0]  # of 4(x2), or 2,1
-    in_slurm = "SLURM_STEP_ID" in os.environ and os.environ["SLURM_NTASKS"] != "1"  # an sbatch script is no step
-    if "RANK" in os.environ or in_slurm:
-        set_threads(int(os.environ.get("LOCAL_WORLD_SIZE", tasks)))
+    if "RANK" in os.environ:
+        set_threads(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    elif "SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_NTASKS", "1") != "1":  # an sbatch script is no step
+        raise ConfigError("each task of this srun would be a run of its own, without RANK: see configs/slurm.sh")
     else:
         set_threads(max(1, gpus))
         if gpus > 1:

@@ -5,7 +5,6 @@ The mesh is (dp_replicate, dp_shard): parameters are sharded over the second dim
 """
 
 import os
-import subprocess
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -27,24 +26,11 @@ class Ranks(NamedTuple):
     mesh: DeviceMesh | None  # (dp_replicate, dp_shard); None where one rank is alone
 
 
-def join_slurm(environ: dict):
-    """In a task of srun without torchrun: give torch its rendezvous from Slurm's variables."""
-    if "SLURM_STEP_ID" not in environ or "RANK" in environ or int(environ["SLURM_NTASKS"]) == 1:
-        return
-    names = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
-    environ.update({name: environ[slurm] for name, slurm in names.items()})
-    nodes = ["scontrol", "show", "hostnames", environ["SLURM_JOB_NODELIST"]]
-    if "MASTER_ADDR" not in environ:
-        environ["MASTER_ADDR"] = subprocess.check_output(nodes, text=True).split()[0]
-    environ.setdefault("MASTER_PORT", str(20000 + int(environ["SLURM_JOB_ID"]) % 20000))  # the same on every node
-
-
 def start(config: DistConfig, train: TrainConfig) -> Ranks:
-    """Join the process group that torchrun or Slurm describes, and lay the mesh over it.
+    """Join the process group that torchrun or configs/slurm.sh describes, and lay the mesh over it.
 
     Raises ConfigError where the sizes do not divide, naming the nearest that do.
     """
-    join_slurm(os.environ)
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     shard = config.dp_shard or max(1, world // config.dp_replicate)
