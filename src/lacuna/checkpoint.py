@@ -42,18 +42,10 @@ def find_checkpoint(config: Config, folder: Path, rank: int) -> Path | None:
     if rank == 0:
         for leftover in (folder / "checkpoints").glob(".*step_*"):
             shutil.rmtree(leftover)
-        found = [choose_checkpoint(config.checkpoint.resume, in_order(folder / "checkpoints"))]
+        found = in_order(folder / "checkpoints")[-1:] or [config.checkpoint.resume]
     if dist.is_initialized():
         dist.broadcast_object_list(found, device=torch.device("cpu"))
-    return found[0]
-
-
-def choose_checkpoint(asked: str | None, own: list[Path]) -> Path | None:
-    """The newest of the run's own, or else the one where it is to begin."""
-    if own or not asked:
-        return own[-1] if own else None
-    state_of(Path(asked))
-    return Path(asked)
+    return Path(found[0]) if found[0] else None
 
 
 def state_of(checkpoint: Path) -> dict:

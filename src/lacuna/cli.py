@@ -117,12 +117,8 @@ def become_torchrun(gpus: int, words: list[str]):
 
 
 def set_threads(processes: int):
-    """OMP_NUM_THREADS = physical cores this process may use / processes here; torchrun's own default is 1."""
-    cores = set()
-    for cpu in os.sched_getaffinity(0):
-        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        cores.add(siblings.read_text() if siblings.exists() else cpu)
-    threads = str(max(1, len(cores) // processes))
+    """OMP_NUM_THREADS = cores this process may use / processes here; torchrun's own default is 1."""
+    threads = str(max(1, len(os.sched_getaffinity(0)) // processes))
     if "OMP_NUM_THREADS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
         os.environ["OMP_NUM_THREADS"] = threads
     os.environ.setdefault("RAYON_NUM_THREADS", threads)  # the tokenizers' threads

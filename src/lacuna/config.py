@@ -126,9 +126,9 @@ class OptimConfig(Section):
 
 
 class LoraConfig(Section):
-    rank: int | None = key(None, "of the adapters; default: none, and all weights are trained", ge=1, le=4096)
-    alpha: float | None = key(None, "what adapters add is scaled by alpha / rank; default: 2 x rank", gt=0)
-    targets: list[str] = key([], "linear layers by name, such as q_proj; default: all of the decoder layers")
+    rank: int | None = key(None, "of adapters; default: none, all weights are trained", ge=1, le=4096)
+    alpha: float | None = key(None, "adapters count alpha / rank times; default: 2 x rank", gt=0)
+    targets: list[str] = key([], "linear layers, such as q_proj; default: all of the decoder's")
 
 
 class DistConfig(Section):
@@ -193,7 +193,6 @@ def contradictions(config: Config) -> list[tuple]:
     """What keys may say against each other: whether they do, and a sentence."""
     data = config.data
     train = config.train
-    resume = config.checkpoint.resume
     held_out = config.eval.sources
     fraction = config.eval.fraction
     streams = any(source.streaming for source in data.sources)
@@ -207,11 +206,10 @@ def contradictions(config: Config) -> list[tuple]:
         (any(weights) and not all(weights), "data.sources: give every source a weight, or none"),
         (streams and len(weights) > 1 and not all(weights), "data.sources: a mixture that streams needs weights"),
         (train.global_batch_size % train.micro_batch_size, uneven_batch(train)),
-        (config.lora.rank and config.model.from_scratch, "lora.rank needs a model's weights, and not from_scratch"),
+        (config.lora.rank and config.model.from_scratch, "lora.rank adapts a model that is there, not from_scratch"),
         (config.task == "pt" and data.chat_template, "data.chat_template belongs to lacuna sft: text has no template"),
         (config.optim.decay_steps and config.optim.schedule != "wsd", 'optim.decay_steps needs optim.schedule = "wsd"'),
         (flash_in_float32, f'model.attention = "{config.model.attention}" needs model.dtype = "bfloat16"; or "sdpa"'),
-        (resume == "auto", 'checkpoint.resume = "auto" is no folder; leave it out for the default, the newest'),
         (any(source.weight for source in held_out), "eval.sources have no weight: all of their data counts"),
         (len(held_out) > 1 and any(s.streaming for s in held_out), "eval.sources: what streams must stand alone"),
         (fraction and held_out, "give eval.sources or eval.fraction, not both"),
@@ -278,8 +276,7 @@ def sentence(problem: dict) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if not place:
         return message
-    cure = "; leave it out for the default" if problem["input"] == "auto" else ""
-    return f"{'.'.join(place)}: {message}, not {problem['input']!r:.100}{cure}"
+    return f"{'.'.join(place)}: {message}, not {problem['input']!r:.100}"
 
 
 def to_toml(config: Config) -> str:

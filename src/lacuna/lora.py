@@ -1,6 +1,6 @@
-"""LoRA (arXiv 2106.09685): the model is frozen, and each linear layer learns the product of two thin matrices.
+"""LoRA (arXiv 2106.09685): the model is frozen, and linear layers learn a product of two thin matrices.
 
-A layer keeps its place and the names of its weights. Its two matrices are layers inside it, named as PEFT names them.
+A layer keeps its place and its weights' names. The two matrices are layers inside it, named as PEFT does.
 """
 
 import json
@@ -17,17 +17,18 @@ BEGINNINGS = {"lora_A": nn.Linear.reset_parameters, "lora_B": lambda module: nn.
 
 
 class LoRALinear(nn.Linear):
-    """y = x W' + b + alpha / rank * x A' B': W [out, in] and b are frozen, A [rank, in] and B [out, rank] trained."""
+    """x W' + b + alpha / rank * x A' B': W [out, in], b frozen, A [rank, in], B [out, rank] trained."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         own = super().forward(x)
         thin = self.lora_A(x) * self.scale  # [..., rank]
-        # As a batch of one: a plain product's result, [T, out] like `own`, would be kept by selective checkpointing.
-        return own + torch.bmm(thin.view(1, -1, thin.shape[-1]), self.lora_B.weight.T[None]).view_as(own)
+        # a batch of one: a plain product's result, [T, out] like `own`, selective checkpointing would keep
+        wide = torch.bmm(thin.view(1, -1, thin.shape[-1]), self.lora_B.weight.T[None])
+        return own + wide.view_as(own)
 
 
 def add_adapters(model: nn.Module, layers: list[nn.Module], config: LoraConfig):
-    """Freeze the model, on the meta device, and give the linear layers of its decoder layers adapters in float32."""
+    """On the meta device: freeze the model, and give linear layers of the decoder adapters in float32."""
     model.requires_grad_(False)
     linear = []
     for layer in layers:
@@ -46,7 +47,7 @@ def add_adapters(model: nn.Module, layers: list[nn.Module], config: LoraConfig):
 
 
 def merge(weights: dict[str, torch.Tensor], adapters: dict[str, torch.Tensor], config: LoraConfig):
-    """Add to weights, by name and as they were in training, what their adapters have learned: rounded once."""
+    """Add to weights, as they were in training, what their adapters have learned: rounded once."""
     for name in adapters:
         layer, is_a, _ = name.partition(".lora_A")
         if is_a:

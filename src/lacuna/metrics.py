@@ -24,9 +24,9 @@ PEAKS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S"
 
 
 def flop(model: PreTrainedModel) -> tuple[int, int]:
-    """FLOP of training: for a token, 6 a weight (4 a frozen one, none an input embedding); for a query with its key.
+    """FLOP of training for a token, 6 a weight (4 a frozen one, none an input embedding), and for a query and key.
 
-    A window counts as full attention; what is recomputed, or masked as not causal, does not count.
+    A window counts as full attention; what is recomputed, or masked as not causal, does not.
     """
     config = model.config
     head_dim = config.to_dict().get("head_dim") or config.hidden_size // config.num_attention_heads
@@ -55,7 +55,7 @@ class Report:
         self.parameters = list(trained(model))
         self.flop_per_token, self.flop_per_pair = flop(model)
         name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else ""
-        self.peak = next((peak for key, peak in PEAKS.items() if key in name), math.inf)  # unknown: mfu is 0
+        self.peak = next((peak for key, peak in PEAKS.items() if key in name), None)
         self.totals = {key: state[key] for key in ("tokens", "trained_tokens")}  # since the run began
         self.stop_asked = False  # by a signal on any rank
         self.pending = []
@@ -113,9 +113,9 @@ class Report:
         world = self.ranks.world
         metrics = {"step": facts["step"], "loss": sums["loss"], "grad_norm": sums["grad_norm"], "lr": facts["lr"]}
         metrics |= self.totals | {"epoch": round(facts["epoch"], 4), "packing_efficiency": interval["tokens"] / slots}
-        metrics |= {"tokens_per_second": speed, "tokens_per_second_per_device": speed / world}
         work = slots * self.flop_per_token + interval["pairs"] * self.flop_per_pair
-        metrics |= {"mfu": work / seconds / world / self.peak}
+        mfu = work / seconds / world / self.peak if self.peak else None
+        metrics |= {"tokens_per_second": speed, "tokens_per_second_per_device": speed / world, "mfu": mfu}
         metrics |= {"step_seconds": seconds / interval["steps"], "data_seconds": interval["data"] / interval["steps"]}
         checksum = f"{int(sums['checksum']):016x}"
         metrics |= {"peak_memory_gib": peak_memory(self.ranks.device), "batch_checksum": checksum}
@@ -123,14 +123,11 @@ class Report:
         self.write(metrics)
         left = timedelta(seconds=round((self.steps - facts["step"]) * metrics["step_seconds"]))
         learned = f"loss {sums['loss']:.4f} | grad norm {sums['grad_norm']:.2f}"
-        rates = f"{speed:,.0f} tokens/s | mfu {metrics['mfu']:.1%} | {metrics['peak_memory_gib']:.1f} GiB"
+        share = f" | mfu {mfu:.1%}" if mfu else ""
+        rates = f"{speed:,.0f} tokens/s{share} | {metrics['peak_memory_gib']:.1f} GiB"
         log.info(f"step {facts['step']}/{self.steps} | {learned} | {rates} | {left} left")
 
-    def evaluation(self, step: int, result: dict | None):
-        """Report an evaluation, or None for one that a signal broke off."""
-        if result is None:
-            self.stop_asked = True
-            return
+    def evaluation(self, step: int, result: dict):
         self.write({"step": step, **result})
         log.info("step %d: eval loss %.4f, %.4f bits a byte", step, result["eval_loss"], result["eval_bits_per_byte"])
         self.start_clock()

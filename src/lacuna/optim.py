@@ -52,7 +52,7 @@ class AdamW:
         now = Now(lr, lr / (1 - beta1**self.count), (1 - beta2**self.count).sqrt(), scale, failed)
         for group in self.groups:
             group = [p for p in group if p.grad is not None]  # what took no part stays as it is
-            if not group:  # dynamo would find nothing to compile, and run all others uncompiled from then on
+            if not group:  # dynamo would give up this function for good: op by op, 130 ms a step
                 continue
             tensors = [tuple(map(local, (p, p.grad, *self.moments[p]))) for p in group]
             decays = [0.0 if p in self.constant else self.config.weight_decay for p in group]

@@ -54,7 +54,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
         if config.lora.rank:
             fixed["base"] = fingerprint(weight_folder(config.model.name))
             if state.get("base", fixed["base"]) != fixed["base"]:
-                raise ConfigError(f"model.name {config.model.name} has other weights than when {checkpoint} was made")
+                raise ConfigError(f"model.name {config.model.name}: other weights than when {checkpoint} was made")
         steps = config.train.steps or math.ceil(dataset.count_rows() / config.train.global_batch_size)
         loader = Loader(config, dataset, ranks.device)
     if config.optim.warmup_steps >= steps:
@@ -68,9 +68,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
         optimizer = AdamW(model, model.get_decoder().layers, config.optim, trainee.plan.compiled)
         encoder.adapt(tokenizer)
         match_eos(config, model, tokenizer)
-    weights = held(model)
-    if config.lora.rank:
-        weights = parameters  # the others are where they came from
+    weights = parameters if config.lora.rank else held(model)  # what is frozen stays where it came from
     tensors = weights | optimizer.tensors(parameters)
     with blame(f"out: {folder}/metrics.jsonl, or the state.json of {checkpoint}"):
         if checkpoint:
@@ -85,7 +83,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
     if checkpoint is None:
         report.write({"step": 0, "documents": dataset.notes})
     if held_out and is_due(state["step"], config.eval.every, steps):
-        report.evaluation(state["step"], evaluate(trainee, config, held_out, ranks, tokenizer, preemption))
+        report.evaluation(state["step"], evaluate(trainee, config, held_out, ranks, tokenizer))
     failed = torch.zeros((), device=ranks.device, dtype=torch.bool)  # a loss or gradient was not finite
     report.start_clock()
 
@@ -123,7 +121,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
             checkpoints.finish()  # the last good one may be half written
             raise
         if evaluating and not report.stop_asked:
-            report.evaluation(step, evaluate(trainee, config, held_out, ranks, tokenizer, preemption))
+            report.evaluation(step, evaluate(trainee, config, held_out, ranks, tokenizer))
 
         # 5. Save: also where a signal asked to stop, during this step or its evaluation.
         checkpoints.after_step()
@@ -187,8 +185,8 @@ def accumulate_gradients(trainee: Trainee, batches: list[PackedBatch], trained_t
 
 
 @torch.no_grad()
-def evaluate(trainee: Trainee, config: Config, dataset: RowDataset, ranks: Ranks, tokenizer, preemption) -> dict | None:
-    """Mean loss a token (nats) and bits a byte over held-out data; None where a signal came: no time is left."""
+def evaluate(trainee: Trainee, config: Config, dataset: RowDataset, ranks: Ranks, tokenizer) -> dict:
+    """Mean loss a token (nats) and bits a byte over held-out data."""
     loader = Loader(config, dataset, ranks.device, training=False)
     parts = [{"nats": 0.0, "tokens": 0, "bytes": 0}]
     trainee.eval()
@@ -196,18 +194,10 @@ def evaluate(trainee: Trainee, config: Config, dataset: RowDataset, ranks: Ranks
     # every rank takes as many rows, and one without data feeds rows that train nothing: so nobody hangs
     for _ in range(math.ceil(rows / (config.train.micro_batch_size * ranks.world))):
         [batch] = loader.step()
-        tokens = batch.counts["trained_tokens"]
-        marks = sum_over_ranks([{"tokens": tokens, "stop_asked": preemption.asked}], ranks.device)
-        stopped = marks["stop_asked"].item() > 0
-        if stopped:
-            break
-        if marks["tokens"].item():  # none is not the end: of several streams, one may end before the others
-            size = count_bytes(tokenizer, batch.labels.view(-1, config.train.seq_len).cpu().numpy())
-            parts.append({"nats": trainee(batch).double(), "tokens": tokens, "bytes": size})
+        size = count_bytes(tokenizer, batch.labels.view(-1, config.train.seq_len).cpu().numpy())
+        parts.append({"nats": trainee(batch).double(), "tokens": batch.counts["trained_tokens"], "bytes": size})
     trainee.train()
     loader.close()
-    if stopped:
-        return None
     nats, tokens, size = (figure.item() for figure in sum_over_ranks(parts, ranks.device).values())
     bits = nats / math.log(2) / max(size, 1)
     return {"eval_loss": nats / max(tokens, 1), "eval_bits_per_byte": bits, "eval_tokens": int(tokens)}

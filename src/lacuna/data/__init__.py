@@ -1,1 +1,0 @@
-"""From text to `PackedBatch`, in this order: batch (the contract), tokenize, conversations, sources, loader."""

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lacuna.config import Config, ConfigError, log
+from lacuna.config import Config, ConfigError
 from lacuna.data.batch import PackedBatch, Row, assemble, collate
 from lacuna.data.pack import best_fit, split_documents
 from lacuna.data.sources import Cursor, Document, MapSource, StreamSource
@@ -170,11 +170,6 @@ class Loader:
         self.accumulation = dataset.batch_rows // (self.micro_batch_size * dataset.ranks)
         if not training:  # evaluation: one micro-batch a step
             self.accumulation = 1
-        ranks = dataset.ranks
-        times = ranks // math.gcd(dataset.num_streams, ranks)
-        if times > 1 and dataset.rank == 0 and not dataset.map_style:
-            problem = f"{dataset.num_streams} virtual streams do not divide over {ranks} ranks"
-            log.warning("data: %s, so each is read %d times; a multiple of %d would be fast", problem, times, ranks)
         self.rows = iter(dataset)
         self.thread = ThreadPoolExecutor(max_workers=1)
         self.ready = deque(self.thread.submit(self.prepare) for _ in range(PREFETCH))
