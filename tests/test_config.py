@@ -355,19 +355,13 @@ def test_a_config_of_a_run_of_before_says_of_each_line_what_to_do(load):
     lines = refusal(load, OLD).splitlines()
     for key in ("model.dtype", "model.attention", "train.compile", "dist.reshard_after_forward"):
         [line] = [line for line in lines if line.startswith(f"{key}: ")]
-        assert line.endswith("not 'auto'; leave it out for the default")
+        assert line.endswith("not 'auto'")
     for key in ("train.on_nonfinite", "train.max_skipped", "dist.max_restarts", "slurm"):
         assert f"unknown key {key}: take it out, or see `lacuna pt --help` for all keys" in lines
     assert any(line.startswith("unknown key model.kernels: ") for line in lines)
     assert "unknown key model.kernel_mapping: take it out, or see `lacuna pt --help` for all keys" in lines
     assert "train.activation_checkpointing: Input should be 'none', 'full' or 'selective', not 2" in lines
     assert len(lines) == 11
-
-
-def test_to_resume_automatically_is_the_default_and_no_folder(load):
-    message = refusal(load, BASE, "--checkpoint.resume", "auto")
-    assert message == 'checkpoint.resume = "auto" is no folder; leave it out for the default, the newest'
-    assert load(BASE, "--checkpoint.resume", "null").checkpoint.resume is None
 
 
 # What is written can be read
@@ -414,7 +408,7 @@ schedule = "wsd"
 decay_steps = 4
 
 [log]
-trackers = ["wandb", "tensorboard"]
+trackers = ["wandb", "trackio"]
 
 [[eval.sources]]
 path = "held.txt"

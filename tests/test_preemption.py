@@ -39,20 +39,19 @@ def test_a_signal_ends_a_run_with_75_after_a_checkpoint_at_the_next_step_boundar
     assert not (run / "hf").exists()
 
 
-def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(place, straight):  # noqa: F811
+def test_a_signal_during_an_evaluation_is_kept_until_a_step_has_ended(place, straight):  # noqa: F811
     run, marker = place / "runs" / "evaluating", place / "evaluating"
     command = words(place, "map", "evaluating", "--checkpoint.every", "500")
-    # 3 batches at step 0; then one of step 5 is 4 s long, and each of the following ones too
-    with Run(place, *command, faults={"slow_evaluation": (4, str(marker), 3)}) as process:
+    # 3 batches at step 0; then each one of step 5 takes a second
+    with Run(place, *command, faults={"slow_evaluation": (1, str(marker), 3)}) as process:
         process.until(marker.exists)
         process.send(signal.SIGTERM)
-        begin = time.monotonic()
         assert process.wait() == 75, process.output
-        assert time.monotonic() - begin < 10, "it finished the evaluation"
-    assert checkpoints(run) == [5]
-    assert [m["step"] for m in lines(run) if "eval_loss" in m] == [0]
+    [newest] = checkpoints(run)
+    assert newest == 6
+    assert [m["step"] for m in lines(run) if "eval_loss" in m] == [0, 5]
     assert finish(place, *command).status == 0
-    assert_same_run(run, straight("map"))  # the evaluation that was cut off too
+    assert_same_run(run, straight("map"))
 
 
 def test_a_signal_before_the_first_step_has_ended_ends_the_run_at_once_and_spoils_nothing(place, straight):  # noqa: F811
@@ -146,31 +145,20 @@ def test_a_signal_to_one_of_two_ranks_ends_both_with_75_after_one_checkpoint(ran
     assert len(list((run / "checkpoints").glob("step_*/*.safetensors"))) == 2
 
 
-def test_a_signal_to_one_of_two_ranks_during_an_evaluation_stops_both(place):  # noqa: F811
-    run, marker = place / "runs" / "evaluating_two", place / "evaluating_two"
-    command = words(place, "map", "evaluating_two", "--checkpoint.every", "500", "--eval.rows", "80")
-    with Run(place, *command, ranks=2, faults={0: {"slow_evaluation": (0.3, str(marker), 21)}}) as process:
-        process.until(marker.exists)  # 20 batches of step 0 were at full speed
-        process.send(signal.SIGTERM, 1)
-        begin = time.monotonic()
-        assert process.wait() == 75, process.output
-        assert time.monotonic() - begin < 10
-    assert checkpoints(run) == [5]
-
-
 @pytest.mark.parametrize(
     ("task", "number", "status", "sentence"),
     [
         ("pt", signal.SIGTERM, 75, "lacuna: ended at once by signal"),
         ("pt", signal.SIGINT, 75, "lacuna: ended at once by signal"),
-        ("explain", signal.SIGINT, 130, "lacuna: interrupted"),
+        ("export", signal.SIGINT, 130, "lacuna: interrupted"),
     ],
 )
 def test_a_signal_while_torch_is_still_imported_is_answered(tmp_path, task, number, status, sentence):
     """The command itself, not forked: its first seconds go into imports, and a cluster may not wait for them."""
     (tmp_path / "empty.toml").write_text("")
-    command = [sys.executable, "-X", "importtime", "-m", "lacuna", *["explain"][: task == "explain"]]
-    command += words(tmp_path, "map", "early", "--model.name", "nowhere")
+    command = [sys.executable, "-X", "importtime", "-m", "lacuna", *["export", "nowhere", "out"]]
+    if task == "pt":
+        command[5:] = words(tmp_path, "map", "early", "--model.name", "nowhere")
     with open(tmp_path / "imports.txt", "w") as imports:
         process = subprocess.Popen(command, env=os.environ | VARIABLES, stderr=imports)
     try:

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from collections import Counter
@@ -18,7 +19,6 @@ from lacuna.config import Source
 from lacuna.data.conversations import ChatEncoder
 from lacuna.data.loader import RowDataset
 from lacuna.data.sources import Cursor, tokenise
-from lacuna.explain import explain
 
 from .corpora import lacuna_log
 from .test_conversations import (
@@ -205,14 +205,16 @@ def test_a_stream_gives_the_same_documents(corpus, tokenizer):
     assert found == fitting
 
 
-# lacuna explain
+# examples/explain.py
+
+explain = runpy.run_path(REPO / "examples/explain.py")["explain"]
 
 
 @pytest.fixture
 def shown(tmp_path):
     """A file of one short conversation, and words of the command line that show it."""
     file = write(tmp_path / "one.jsonl", [{"messages": say("user: a", "assistant: b c", "user: d", "assistant: e")}])
-    words = ["--model.name", str(REPO / "examples/tiny"), "--train.seq_len", "64", "--log.show", "1"]
+    words = ["--model.name", str(REPO / "examples/tiny"), "--train.seq_len", "64"]
     return file, [*words, "--data.cache", str(tmp_path / "cache")]
 
 
@@ -223,7 +225,7 @@ def test_a_row_is_shown_with_marks_where_there_is_no_colour(shown, capsys, monke
         monkeypatch.delenv(name, raising=False)
     for name, value in terminal.items():
         monkeypatch.setenv(name, value)
-    explain(config(*shown[1], path=shown[0]))
+    explain(config(*shown[1], path=shown[0]), show=1)
     out = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
     for turn in (
         "user\na<|im_end|>\n",
@@ -239,7 +241,7 @@ def test_a_row_is_shown_in_colour_on_a_terminal(shown, capsys, monkeypatch):
     for name, value in {"FORCE_COLOR": "1", "TERM": "xterm"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("NO_COLOR", raising=False)
-    explain(config(*shown[1], path=shown[0]))
+    explain(config(*shown[1], path=shown[0]), show=1)
     out = capsys.readouterr().out
     assert "\x1b[32mb c<|im_end|>\x1b[0m" in out
     assert "⟦" not in out
@@ -247,8 +249,8 @@ def test_a_row_is_shown_in_colour_on_a_terminal(shown, capsys, monkeypatch):
 
 def test_the_command_shows_a_row_with_ids(shown, tokenizer, tmp_path):
     environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "datasets"), "TERM": "dumb"}
-    words = ["--data.sources", json.dumps([{"path": str(shown[0])}]), "--train.steps", "1", "--log.show_ids", "true"]
-    command = [sys.executable, "-m", "lacuna", "explain", "sft", *words, *shown[1]]
+    words = ["--data.sources", json.dumps([{"path": str(shown[0])}]), "--train.steps", "1"]
+    command = [sys.executable, "examples/explain.py", "--rows", "1", "--ids", "sft", *words, *shown[1]]
     done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     words = [re.escape(f"{i}:{tokenizer.decode([i])!r}") for i in tokenizer("b c<|im_end|>")["input_ids"]]
