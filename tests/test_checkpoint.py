@@ -2,7 +2,6 @@
 
 import ctypes
 import gc
-import itertools
 import json
 import os
 import shutil
@@ -219,18 +218,13 @@ def test_a_run_of_another_name_goes_on_exactly_from_a_given_checkpoint(options, 
     assert losses(other) == losses(run(load_config(None, options(name="straight"))))[newest:]
 
 
-@pytest.mark.parametrize("variable", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
-def test_a_run_that_torchrun_or_slurm_starts_again_goes_on_from_its_own_newest(
-    variable, options, stop_after, monkeypatch
-):
+def test_a_run_that_began_elsewhere_goes_on_from_its_own_newest(options, stop_after):
+    """As when torchrun or Slurm start the same command again."""
     folder = stop_after(4, options(checkpoint__keep=9))
     first = str(folder / "checkpoints" / "step_2")
     config = load_config(None, options(checkpoint__keep=9, checkpoint__resume=first))
-    monkeypatch.setenv(variable, "1")
     assert find_checkpoint(config, folder, 0) == folder / "checkpoints" / "step_5"
-    monkeypatch.setenv(variable, "0")
-    with pytest.raises(ConfigError, match="later checkpoints"):
-        find_checkpoint(config, folder, 0)
+    assert find_checkpoint(config, folder / "new", 0) == Path(first)
 
 
 REFUSED = {
@@ -317,8 +311,7 @@ def test_a_loss_that_is_not_finite_does_not_cost_the_save_under_way(options, tmp
         if ranks == 2:
             faults = {rank: faults for rank in range(2)}
         done = finish(tmp_path, *command, "--name", f"bad{ranks}", ranks=ranks, faults=faults)
-        where = "rank 0" if ranks == 1 else "2 ranks"
-        assert done.status == 1 and f"step 3: the loss on {where} is not finite" in done.output, done.output
+        assert done.status == 1 and "step 3: the loss is not finite" in done.output, done.output
         assert checkpoints(tmp_path / "runs" / f"bad{ranks}") == [2]
 
 
@@ -343,14 +336,11 @@ def test_the_thread_that_saves_is_on_the_ranks_own_gpu(options, monkeypatch, tmp
 
 
 @pytest.mark.parametrize("sizes", [[], [0], [1], [5000, 1, 1024], [70_000, 3]])
-def test_host_memory_has_room_for_every_tensor_and_returns_what_was_copied(sizes, monkeypatch):
-    monkeypatch.setattr("lacuna.checkpoint.PIECE", 16_384)  # so that some are copied in pieces
+def test_host_memory_has_room_for_every_tensor_and_returns_what_was_copied(sizes):
     memory = HostMemory(sizes, pinned=False)
     tensors = [torch.randn(size) for size in sizes]
     memory.fill(tensors)
     assert all(torch.equal(place, tensor) for place, tensor in zip(memory.places, tensors, strict=True))
-    pages = [range(p.data_ptr() // 4096, -(-(p.data_ptr() + p.nbytes) // 4096)) for p in memory.places if len(p)]
-    assert all(a.stop <= b.start for a, b in itertools.pairwise(pages)), "the driver pins whole pages"
 
 
 # ---- what else it is good for: a warm start, an export

@@ -121,7 +121,7 @@ def test_the_single_thread_that_torchrun_sets_is_replaced(environment, cores):
 @pytest.fixture
 def launch(environment, monkeypatch, cores):
     """Launch in this environment, on 8 cores and with this many GPUs; the command that it became, if any."""
-    cores(range(16))
+    cores(range(8))
 
     def launch(devices: int = 0, **variables) -> list[str] | None:
         environment.update(variables)

@@ -219,7 +219,7 @@ def test_another_base_is_refused_and_so_is_an_adapters_checkpoint_as_a_model(lor
     stored["model.norm.weight"] += 1e-3
     save_file(stored, base / "model.safetensors", {"format": "pt"})
     with pytest.raises(ConfigError, match=r"model.name .*: other weights than when .*step_6 was made"):
-        run(load_config(None, [*words, "--train.steps", "9"]))
+        run(load_config(None, [*words, "--train.steps", "6"]))
     alone = options(path / "checkpoints/step_6", texts, tmp_path, "--train.steps", "1", "--name", "alone")
     with pytest.raises(ConfigError, match="holds LoRA's adapters alone: `lacuna export` makes a model of them"):
         run(load_config(None, alone))
@@ -246,7 +246,7 @@ def test_one_two_and_four_ranks_train_the_same_adapters(model_folder, texts, tmp
             assert found["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-4)
     adapter = load_file(runs / "four/hf/adapter/adapter_model.safetensors")
     for name, tensor in load_file(runs / "one/hf/adapter/adapter_model.safetensors").items():
-        assert torch.allclose(adapter[name], tensor, atol=1e-5), name
+        assert torch.allclose(adapter[name], tensor, atol=1e-4), name
     assert len(lines(runs / "moved")) >= 3
 
 

@@ -1,9 +1,8 @@
 """Checkpoints to go on from, and models out to disk.
 
-runs/NAME/checkpoints/step_N/ holds the model under its Hugging Face names and the optimizer's state as `optimizer.*`,
-float32, in one safetensors file a rank, which any other number of ranks can read (weights.py). Beside
-them state.json (step, counters, place in the data, config), the model's config and the tokenizer. It is written as
-.step_N while training goes on, and renamed once every rank's file is on disk: what is named step_N is whole.
+runs/NAME/checkpoints/step_N/ has a safetensors file a rank, which any number of ranks can read: the model under its
+Hugging Face names (of LoRA the adapters alone) and the optimizer as `optimizer.*`, float32; state.json; and the model's
+small files. It is written as .step_N while training goes on, and renamed once all is on disk: step_N is whole.
 """
 
 import json

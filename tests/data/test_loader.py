@@ -1,7 +1,6 @@
 """Rows to batches: the contract of `PackedBatch`, every token once, one order of data, exact state."""
 
 import json
-import re
 import threading
 from collections import Counter
 from itertools import pairwise
@@ -20,7 +19,6 @@ from lacuna.data.tokenize import TextEncoder
 from .corpora import (
     BOS,
     EOS,
-    lacuna_log,
     log_normal_documents,
     make_config,
     make_source,
@@ -540,54 +538,6 @@ def test_documents_without_text_at_the_beginning_are_counted(tmp_path, encoder, 
     config = make_config(tmp_path, make_source(tmp_path / "a.jsonl", streaming=True))
     batches, _ = read(config, encoder, 2, ranks)
     assert sum(batch.counts["dropped"] for of_rank in batches for batch in of_rank) == 2
-
-
-@pytest.mark.parametrize(
-    ("streams", "ranks", "numbers"),
-    [
-        (None, 1, None),
-        (None, 2, None),
-        (None, 4, None),
-        (1, 1, None),
-        (3, 2, ["3 virtual streams", "2 ranks", "2 times", "multiple of 2"]),
-        (None, 8, ["4 virtual streams", "8 ranks", "2 times", "multiple of 8"]),
-        (1, 4, ["1 virtual stream", "4 ranks", "4 times", "multiple of 4"]),
-    ],
-)
-def test_streams_that_do_not_divide_over_the_ranks_are_told_once_with_what_would(
-    tmp_path, encoder, streams, ranks, numbers
-):
-    source = LONG.sources(tmp_path, "stream")
-    config = make_config(tmp_path, *source, num_streams=streams, global_batch_size=16)
-    with lacuna_log() as messages:
-        for rank in range(ranks):
-            open_loader(config, encoder, rank, ranks).close()
-    told = [message for message in messages if "would be fast" in message]
-    assert len(told) == (0 if numbers is None else 1), told
-    assert not [number for number in numbers or [] if number not in told[0]], told
-
-
-@pytest.mark.parametrize(("shards", "ranks"), [(3, 2), (9, 4), (5, 2), (6, 4)])
-def test_the_numbers_of_streams_that_it_says_would_be_fast_can_be_used_and_are(tmp_path, encoder, shards, ranks):
-    source = make_source(write_shards(tmp_path / "s", LONG.documents, shards), streaming=True)
-    with lacuna_log() as messages:
-        open_loader(make_config(tmp_path, source), encoder, 0, ranks).close()
-    told = next(message for message in messages if "would be fast" in message)
-    (of,) = re.findall(r"multiple of (\d+) would be fast", told)
-    for number in range(int(of), shards + 1, int(of)):
-        config = make_config(tmp_path, source, num_streams=number)
-        with lacuna_log() as messages:
-            loader = open_loader(config, encoder, 0, ranks)
-            loader.step()
-            loader.close()
-        assert messages == [], number
-
-
-def test_nothing_is_told_of_map_style_data(tmp_path, encoder):
-    config = make_config(tmp_path, *LONG.sources(tmp_path, "map"))
-    with lacuna_log() as messages:
-        open_loader(config, encoder, 0, 3).close()
-    assert messages == []
 
 
 @pytest.mark.parametrize("kind", ["map", "stream"])
