@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -69,3 +70,20 @@ def test_the_default_run_learns_on_a_gpu_too(tmp_path):
     lacuna(str(REPO / "configs" / "pt.toml"), *argv, "--data.sources", data, "--eval.sources", held_out)
     metrics = train_lines(tmp_path / "moby-dick")
     assert metrics[0]["loss"] > 8 and metrics[-1]["loss"] < 5.7
+
+
+def test_adapters_go_on_bit_for_bit_in_bf16_and_their_update_is_one_graph(base, tmp_path):
+    lacuna(*base, "--name", "base")
+    more = ["--model.from_scratch", "false", "--lora.rank", "8", "--train.deterministic", "true"]
+    words = [*base, "--model.name", str(tmp_path / "runs/base/hf"), *more]
+    words += ["--checkpoint.every", "4", "--checkpoint.keep", "9"]
+    log = lacuna(*words, "--name", "whole", TORCH_LOGS="recompiles")
+    # the first layer, whose input has no gradient, has a graph of its own; no group of adapters is empty or another
+    assert "adamw" not in re.findall(r"Recompiling function (\w+)", log)
+    runs = tmp_path / "runs"
+    shutil.copytree(runs / "whole/checkpoints/step_4", runs / "again/checkpoints/step_4")
+    lacuna(*words, "--name", "again")
+    wanted = [(m["loss"], m["grad_norm"]) for m in train_lines(runs / "whole")][4:]
+    assert len(wanted) == 4 and [(m["loss"], m["grad_norm"]) for m in train_lines(runs / "again")] == wanted
+    for file in ("model.safetensors", "adapter/adapter_model.safetensors"):
+        assert (runs / "whole/hf" / file).read_bytes() == (runs / "again/hf" / file).read_bytes()

@@ -1,6 +1,7 @@
 """AdamW is torch's AdamW, in float64, of gradients that were clipped by the global norm of plain torch."""
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -100,3 +101,17 @@ def test_a_parameter_without_a_gradient_stays_as_it_is_and_ends_nothing():
     optimizer.step(1e-2, torch.tensor(1.0), torch.tensor(False))
     assert torch.equal(idle, before)
     assert not torch.equal(layers[0].self_attn.k_proj.weight, before)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor on a CPU needs a C++ compiler")
+def test_a_group_without_parameters_does_not_undo_the_compiled_update_of_the_others():
+    """dynamo gives up a function that it has found empty once: with LoRA all adapters were updated op by op."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.LayerNorm(4))
+    model[2].requires_grad_(False)  # what is outside the layers
+    optimizer = AdamW(model, [model[0], model[1]], OptimConfig(lr=1e-3), compiled=True)
+    for _ in range(2):
+        model(torch.randn(3, 4)).sum().backward()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            optimizer.step(1e-3, torch.tensor(1.0), torch.tensor(False))
+        model.zero_grad()
+    assert "aten::lerp" not in {event.key for event in profile.key_averages()}
