@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 REPO = Path(__file__).parents[1]
 
@@ -46,10 +47,10 @@ def imported(file: Path) -> set[str]:
 def test_what_is_imported_is_a_dependency_or_an_extra_and_not_only_of_developers():
     project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
     required = closure(project["dependencies"])
-    extras = {Requirement(text).name for texts in project["optional-dependencies"].values() for text in texts}
+    extras = {canonicalize_name(Requirement(text).name) for texts in project["optional-dependencies"].values() for text in texts}
     owners = importlib.metadata.packages_distributions()
     for file in [*(REPO / "src" / "lacuna").rglob("*.py"), *(REPO / "examples").glob("*.py")]:
         for package in imported(file) - {"lacuna", *sys.stdlib_module_names}:
             names = set(owners.get(package, [])) or {package}
-            optional = any(name in extras for name in names) or package in ("flash_attn", "torchao", "wandb", "trackio")
+            optional = any(canonicalize_name(name) in extras for name in names) or package in ("flash_attn", "torchao", "wandb", "trackio")
             assert names & required or optional, f"{file.name} imports {package}, which no dependency brings"
