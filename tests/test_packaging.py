@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import itertools
 import sys
 import tomllib
 from pathlib import Path
@@ -47,10 +48,12 @@ def imported(file: Path) -> set[str]:
 def test_what_is_imported_is_a_dependency_or_an_extra_and_not_only_of_developers():
     project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
     required = closure(project["dependencies"])
-    extras = {canonicalize_name(Requirement(text).name) for texts in project["optional-dependencies"].values() for text in texts}
+    of_extras = itertools.chain(*project["optional-dependencies"].values())
+    extras = {canonicalize_name(Requirement(text).name) for text in of_extras}
     owners = importlib.metadata.packages_distributions()
     for file in [*(REPO / "src" / "lacuna").rglob("*.py"), *(REPO / "examples").glob("*.py")]:
         for package in imported(file) - {"lacuna", *sys.stdlib_module_names}:
             names = set(owners.get(package, [])) or {package}
-            optional = any(canonicalize_name(name) in extras for name in names) or package in ("flash_attn", "torchao", "wandb", "trackio")
+            optional = extras & set(map(canonicalize_name, names))
+            optional |= {package} & {"flash_attn", "torchao", "wandb", "trackio"}
             assert names & required or optional, f"{file.name} imports {package}, which no dependency brings"
