@@ -88,8 +88,7 @@ def stored_parts(folder: Path) -> dict[str, list[Part]]:
 
 
 def whole_shape(parts: list[Part]) -> list[int]:
-    rows = sum(len(part.values) for part in parts)
-    return [rows, *parts[0].values.shape[1:]]
+    return [sum(len(part.values) for part in parts), *parts[0].values.shape[1:]]
 
 
 @torch.no_grad()

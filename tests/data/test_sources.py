@@ -1,13 +1,16 @@
 """Sources: what can be read, what is refused, when the token cache holds, and that a stream resumes anywhere."""
 
+import gzip
 import json
 import multiprocessing
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
+import zstandard
 from transformers import AutoTokenizer
 
 from lacuna.config import ConfigError, Source
@@ -219,6 +222,28 @@ def test_changed_data_is_tokenised_anew(tmp_path, tokenizer):
     tokens = cached(tmp_path, again, path)
     assert again.texts == len(TEXTS)
     assert all("éfac" in tokenizer.decode(ids) for ids in tokens)
+
+
+NAMES = ["UPPER.JSONL", "lines.ndjson", "with [brackets] (v2).jsonl", "a*b.jsonl", "x.JSONL.GZ", "y.jsonl.zst"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_is_read_whatever_its_name_looks_like(name, streaming, tmp_path, numbers):
+    rows = b'{"text": "1 2"}\n{"text": "3"}\n'
+    packers = {".gz": gzip.compress, ".zst": zstandard.compress}
+    pack = packers.get(Path(name).suffix.lower(), bytes)
+    (tmp_path / name).write_bytes(pack(rows))
+    (tmp_path / "acb.jsonl").write_text('{"text": "another file, which a glob would find"}\n')
+    dataset = sources.open_dataset(Source(path=str(tmp_path / name), streaming=streaming), numbers)
+    assert [row["text"] for row in dataset] == ["1 2", "3"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_file_without_data_is_an_error_that_says_so(streaming, tmp_path, numbers):
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(ConfigError, match=r"empty\.jsonl, split train: there is no data in it"):
+        sources.open_dataset(Source(path=str(tmp_path / "empty.jsonl"), streaming=streaming), numbers)
 
 
 def test_a_changed_tokenizer_column_split_or_file_tokenises_anew(tmp_path, tokenizer):

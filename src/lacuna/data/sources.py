@@ -4,6 +4,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from glob import escape
 from gzip import BadGzipFile
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from lacuna.config import ConfigError, Source, log
 from lacuna.data.tokenize import Encoder, digest
 
 READ_CHUNK = 128  # documents tokenised in one call: enough for the tokenizer to use every core
-BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text", ".csv": "csv"}
+BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".ndjson": "json", ".json": "json", ".txt": "text", ".csv": "csv"}
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 CACHED = datasets.Features({"ids": datasets.List(datasets.Value("int32")), "note": datasets.Value("string")})
 # Where a connection breaks, datasets tries again 8 times, 5 s apart (its own: 20), and silence is at most 10 s (300).
@@ -168,13 +169,13 @@ def without_nulls(value):
 def open_dataset(source: Source, encoder: Encoder) -> datasets.Dataset | datasets.IterableDataset:
     """The dataset that a source names, with the columns that are read; ConfigError where it cannot be opened."""
     path = Path(source.path)
-    endings = [ending for ending in path.suffixes if ending not in COMPRESSED]
+    endings = [ending.lower() for ending in path.suffixes if ending.lower() not in COMPRESSED]
     builder = BUILDERS.get(endings[-1]) if endings and not path.is_dir() else None
     files = {"path": source.path, "name": source.name, "data_files": source.data_files}
     if builder:
         if source.name or source.data_files:
             raise ConfigError(f"data.sources: {source.path} is a file: remove name and data_files")
-        files = {"path": builder, "data_files": source.path}
+        files = {"path": builder, "data_files": escape(source.path) if path.is_file() else source.path}
     remote = {"storage_options": {"http": SILENCE, "https": SILENCE}}
     options = {"split": source.split, "streaming": source.streaming} | (remote if source.streaming else {})
     if builder == "text" or {file.suffix for file in path.glob("*")} & set(BUILDERS) == {".txt"}:
@@ -189,6 +190,6 @@ def open_dataset(source: Source, encoder: Encoder) -> datasets.Dataset | dataset
     except ConfigError:
         raise
     except Exception as error:
-        cause = error.__cause__ or error
+        cause = str(error.__cause__ or error) or "there is no data in it"
         raise ConfigError(f"data.sources path {source.path}, split {source.split}: {cause}") from None
     return dataset.select_columns(options.get("columns") or encoder.columns(names, source))
