@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -146,8 +145,7 @@ def test_evaluation_weighs_tokens_and_is_the_same_packed_or_not(model_folder, ch
         config = load_config(None, argv, "sft")
         dataset = open_rows(config, tokenizer)
         trainee = build_model(config, ONE, tokenizer)
-        nobody = SimpleNamespace(asked=False)
-        result = evaluate(trainee, config, dataset, ONE, tokenizer, nobody)
+        result = evaluate(trainee, config, dataset, ONE, tokenizer)
         assert result["eval_tokens"] == count
         assert result["eval_loss"] == pytest.approx((nats / count).item(), rel=1e-5)
 
