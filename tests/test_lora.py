@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from lacuna import train as train_module
+from lacuna.checkpoint import export
 from lacuna.config import ConfigError, LoraConfig, load_config
 from lacuna.lora import merge
 from lacuna.model import SAVED_OPS, build_model
@@ -218,8 +219,11 @@ def test_another_base_is_refused_and_so_is_an_adapters_checkpoint_as_a_model(lor
     stored = load_file(base / "model.safetensors")
     stored["model.norm.weight"] += 1e-3
     save_file(stored, base / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ConfigError, match=r"model.name .*: other weights than when .*step_6 was made"):
+    with pytest.raises(ConfigError, match=r"model.name .* has other weights than when its adapters were"):
         run(load_config(None, [*words, "--train.steps", "6"]))
+    with pytest.raises(ConfigError, match=r"model.name .* has other weights than when its adapters were"):
+        export(path / "checkpoints/step_3", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
     alone = options(path / "checkpoints/step_6", texts, tmp_path, "--train.steps", "1", "--name", "alone")
     with pytest.raises(ConfigError, match="holds LoRA's adapters alone: `lacuna export` makes a model of them"):
         run(load_config(None, alone))

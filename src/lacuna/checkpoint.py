@@ -27,7 +27,7 @@ from lacuna.config import Config, ConfigError, LoraConfig, log
 from lacuna.data.loader import merge_states
 from lacuna.lora import merge, write_adapter
 from lacuna.parallel import Ranks, local
-from lacuna.weights import read_whole, weight_folder
+from lacuna.weights import fingerprint, read_whole, weight_folder
 
 FORMAT = 2  # of names and state in a checkpoint: counted up when no run can go on from those of before
 # What may change when a run goes on: places, reports, hardware. With another value of any other key it is another run.
@@ -243,19 +243,29 @@ def match_eos(config: Config, model: PreTrainedModel, tokenizer):
     generation.eos_token_id = [eos, *others] if others else eos
 
 
+def check_base(name: str, state: dict) -> str:
+    """The fingerprint of the weights that adapters belong to; ConfigError where a checkpoint's state has another."""
+    found = fingerprint(weight_folder(name))
+    if state.get("base", found) != found:
+        raise ConfigError(f"model.name {name} has other weights than when its adapters were trained")
+    return found
+
+
 def export(checkpoint: Path, out: Path):
     """Make a plain Hugging Face folder of a checkpoint, in its config's dtype; of a LoRA run with an adapter/ in it."""
-    config = state_of(checkpoint)["config"]
+    state = state_of(checkpoint)
+    config = state["config"]
     dtype = getattr(torch, json.loads((checkpoint / "config.json").read_text())["dtype"])
-    out.mkdir(parents=True, exist_ok=True)
     if config.get("lora", {}).get("rank"):
         lora = LoraConfig(**config["lora"])
         base = config["model"]["name"]
+        check_base(base, state)
         adapters = read_whole(checkpoint, torch.float32)
         weights = read_whole(weight_folder(base), dtype)
         merge(weights, adapters, lora)
         write_adapter(adapters, lora, base, out / "adapter")
     else:
         weights = read_whole(checkpoint, dtype)
+    out.mkdir(parents=True, exist_ok=True)
     save_torch_state_dict(weights, out)
     shutil.copytree(checkpoint, out, ignore=shutil.ignore_patterns("*.safetensors", "state.json"), dirs_exist_ok=True)

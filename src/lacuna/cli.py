@@ -34,8 +34,8 @@ def main():
             gc.freeze()  # what imports make stays: looking through it takes half a second every few dozen steps
             gc.enable()
             train.run(config, preemption)
-        with blame(f"lacuna {command} {' '.join(words)}"):
-            if command == "export":
+        if command == "export":
+            with blame(f"lacuna export {' '.join(words)}"):
                 import_module("lacuna.checkpoint").export(*map(Path, words))
         leave(0)
     except Preempted as error:

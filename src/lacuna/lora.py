@@ -30,10 +30,9 @@ class LoRALinear(nn.Linear):
 def add_adapters(model: nn.Module, layers: list[nn.Module], config: LoraConfig):
     """On the meta device: freeze the model, and give linear layers of the decoder adapters in float32."""
     model.requires_grad_(False)
-    linear = []
-    for layer in layers:
-        # of this very class: what a patch has put there, such as fp8, computes otherwise
-        linear += [(name.split(".")[-1], module) for name, module in layer.named_modules() if type(module) is nn.Linear]
+    modules = nn.ModuleList(layers).named_modules()
+    # of this very class: what a patch has put there, such as fp8, computes otherwise
+    linear = [(name.split(".")[-1], module) for name, module in modules if type(module) is nn.Linear]
     there = sorted({name for name, _ in linear})
     targets = config.targets or there
     if not linear or not set(targets) <= set(there):

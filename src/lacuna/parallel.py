@@ -27,10 +27,7 @@ class Ranks(NamedTuple):
 
 
 def start(config: DistConfig, train: TrainConfig) -> Ranks:
-    """Join the process group that torchrun or configs/slurm.sh describes, and lay the mesh over it.
-
-    Raises ConfigError where the sizes do not divide, naming the nearest that do.
-    """
+    """Join the ranks that torchrun or configs/slurm.sh describe, in a mesh; ConfigError where sizes do not divide."""
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     shard = config.dp_shard or max(1, world // config.dp_replicate)
@@ -67,17 +64,14 @@ def shard_model(model: nn.Module, layers: list[nn.Module], ranks: Ranks, config:
     reshard = config.reshard_after_forward
     if reshard is None:
         reshard = size > memory / 20
-    frozen = {p for p in model.parameters() if not p.requires_grad}
-    if frozen and size < memory / 5:
-        log.info("LoRA: the frozen weights are whole on every rank: nothing of them is gathered")
-    else:
-        frozen = set()
+    whole = {p for p in model.parameters() if not p.requires_grad and size < memory / 5}
+    if whole:
+        log.info("LoRA: the frozen weights, below a fifth of the GPU, are whole on every rank, and never gathered")
     mesh = ranks.mesh if ranks.mesh["dp_replicate"].size() > 1 else ranks.mesh["dp_shard"]
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     # the root's parameters are needed at once for the backward, and stay
     for module in (*layers, model):
-        stays = module is model
-        options = {"reshard_after_forward": reshard and not stays, "ignored_params": frozen}
+        options = {"reshard_after_forward": reshard and module is not model, "ignored_params": whole}
         fully_shard(module, mesh=mesh, mp_policy=precision, **options)
         module.set_gradient_divide_factor(1.0)  # the loss is divided by the tokens of all ranks: gradients add up
         module.set_force_sum_reduction_for_comms(True)

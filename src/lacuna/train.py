@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
 
-from lacuna.checkpoint import Checkpoints, export, find_checkpoint, in_order, match_eos, read_state
+from lacuna.checkpoint import Checkpoints, check_base, export, find_checkpoint, in_order, match_eos, read_state
 from lacuna.config import Config, ConfigError, NonFinite, Preempted, blame, log, to_toml
 from lacuna.data.batch import PackedBatch
 from lacuna.data.conversations import make_encoder
@@ -19,7 +19,7 @@ from lacuna.model import Trainee, build_model
 from lacuna.optim import AdamW, learning_rate, trained
 from lacuna.parallel import Ranks, gradient_norm, start, sum_over_ranks
 from lacuna.preemption import Preemption
-from lacuna.weights import fingerprint, held, read_tensors, weight_folder
+from lacuna.weights import held, read_tensors
 
 
 def run(config: Config, preemption: Preemption | None = None) -> Path:
@@ -51,10 +51,6 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
             change = f"the data of {checkpoint} was {state['inventory']}, now {dataset.inventory}"
             raise ConfigError(f"data.sources: {change}: bring it back, or set checkpoint.resume_changed = true")
         fixed = {"inventory": dataset.inventory}  # what a run that goes on must find again
-        if config.lora.rank:
-            fixed["base"] = fingerprint(weight_folder(config.model.name))
-            if state.get("base", fixed["base"]) != fixed["base"]:
-                raise ConfigError(f"model.name {config.model.name}: other weights than when {checkpoint} was made")
         steps = config.train.steps or math.ceil(dataset.count_rows() / config.train.global_batch_size)
         loader = Loader(config, dataset, ranks.device)
     if config.optim.warmup_steps >= steps:
@@ -62,22 +58,23 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
 
     # Model, optimizer, checkpoints, and where the run reports to.
     with blame(f"model.name {config.model.name} with model.overrides {config.model.overrides}"):
+        if config.lora.rank:
+            fixed["base"] = check_base(config.model.name, state)
         trainee = build_model(config, ranks, tokenizer, checkpoint)
         model = trainee.model
         parameters = trained(model)
         optimizer = AdamW(model, model.get_decoder().layers, config.optim, trainee.plan.compiled)
         encoder.adapt(tokenizer)
         match_eos(config, model, tokenizer)
-    weights = parameters if config.lora.rank else held(model)  # what is frozen stays where it came from
-    tensors = weights | optimizer.tensors(parameters)
+    tensors = (parameters if config.lora.rank else held(model)) | optimizer.tensors(parameters)
     with blame(f"out: {folder}/metrics.jsonl, or the state.json of {checkpoint}"):
         if checkpoint:
             read_tensors(optimizer.tensors(parameters), checkpoint)
             log.info("Going on after step %d, from %s", state["step"], checkpoint)
         checkpoints = Checkpoints(config, ranks, folder, tensors, model, tokenizer)
         report = Report(config, ranks, folder, steps, model, state)
-    count = model.num_parameters(only_trainable=True)
-    what = f"{count:,} of {model.num_parameters():,} parameters, {trainee.plan.backend} attention, {trainee.plan.dtype}"
+    count = f"{model.num_parameters(only_trainable=True):,} of {model.num_parameters():,} parameters are trained"
+    what = f"{count}, {trainee.plan.backend} attention, {trainee.plan.dtype}"
     length = f"{steps} steps of {config.train.global_batch_size} rows x {config.train.seq_len} tokens"
     log.info("%s: %s, %d rank(s), %s", config.model.name, what, ranks.world, length)
     if checkpoint is None:
@@ -123,7 +120,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
         if evaluating and not report.stop_asked:
             report.evaluation(step, evaluate(trainee, config, held_out, ranks, tokenizer))
 
-        # 5. Save: also where a signal asked to stop, during this step or its evaluation.
+        # 5. Save: also where a signal asked to stop.
         checkpoints.after_step()
         if saving or report.stop_asked:
             checkpoints.save(step, report.totals | fixed, loader.state)
