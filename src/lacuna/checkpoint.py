@@ -96,10 +96,6 @@ class HostMemory:
             # or else, in a process that lives on, copies from what lies there next would read the old memory
             weakref.finalize(self, torch.cuda.cudart().cudaHostUnregister, memory.data_ptr()).atexit = False
 
-    def fill(self, tensors: list[torch.Tensor]):
-        for place, part in zip(self.places, tensors, strict=True):
-            place.copy_(part.flatten(), non_blocking=True)
-
 
 class Checkpoints:
     """Saves in a thread: training waits only where it would change what is not copied to the host yet."""
@@ -161,7 +157,8 @@ class Checkpoints:
         memory = self.memory.result()
         stream = torch.cuda.Stream() if self.ranks.device.type == "cuda" else None
         with torch.cuda.stream(stream):  # does nothing without a stream
-            memory.fill(shares)
+            for place, share in zip(memory.places, shares, strict=True):
+                place.copy_(share.flatten(), non_blocking=True)
         if stream:
             stream.synchronize()
 
@@ -175,7 +172,10 @@ class Checkpoints:
             path.mkdir(parents=True, exist_ok=True)
             self.write_safetensors(path / f"rank_{self.ranks.rank:05}.safetensors")
             if self.ranks.rank == 0:
-                self.write_small_files(path, state)
+                for content in self.small_files:
+                    content.save_pretrained(path)
+                (path / "state.json").write_text(json.dumps(state))
+                sync(path / "state.json")  # before the rename, or after a power failure it could be empty
         except Exception as error:  # of any kind: the other ranks must hear of it
             errors[self.ranks.rank] = str(error) or repr(error)
         if self.group:
@@ -207,12 +207,6 @@ class Checkpoints:
             offsets[name] = {"saved_offsets": begin}
         save_file(shares, file, {"DCP_SHARDING_INFO": json.dumps(offsets)})  # two entries would come in any order
         sync(file)
-
-    def write_small_files(self, path: Path, state: dict):
-        for content in self.small_files:
-            content.save_pretrained(path)
-        (path / "state.json").write_text(json.dumps(state))
-        sync(path / "state.json")  # before the rename, or after a power failure it could be empty
 
 
 def sync(file: Path):

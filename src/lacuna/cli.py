@@ -15,6 +15,7 @@ from lacuna.preemption import REQUEUE, SIGNALS, Preemption
 
 USAGE = """usage: lacuna pt [CONFIG.toml] [--section.key VALUE ...]    train on text: every token
        lacuna sft …                                         train on what an assistant says
+       lacuna RECIPE.py CONFIG.toml …                       train by a recipe, such as examples/dpo.py
        lacuna export CHECKPOINT FOLDER                      make a Hugging Face folder of it
 
 `lacuna pt --help` shows every key. Without a config, configs/pt.toml or configs/sft.toml is used."""
@@ -26,7 +27,7 @@ def main():
     preemption = None
     try:
         command, config, words = parse(sys.argv[1:])
-        if command in ("pt", "sft"):
+        if config:
             launch(words)
             preemption = Preemption()  # imports alone take seconds, and one or two more with garbage collection
             gc.disable()
@@ -60,7 +61,7 @@ def parse(argv: list[str]) -> tuple[str, Config | None, list[str]]:
         sys.exit(0)
     if (command, len(words)) == ("export", 2):
         return command, None, words
-    if command not in ("pt", "sft"):
+    if command not in ("pt", "sft") and not command.endswith(".py"):
         raise ConfigError(f"unknown command {' '.join(argv)}\n{USAGE}")
     if words and not words[0].startswith("-"):
         path = words.pop(0)

@@ -98,7 +98,6 @@ class DataConfig(Section):
     unrendered: Literal["error", "drop"] = key("error", "sft: rows of which the template leaves something out")
     overlong: Literal["drop", "truncate", "error"] = key("drop", "sft: conversations over seq_len")
     mask_boundary: bool = key(True, "a document does not predict the next one's first token")
-    num_streams: int | None = key(None, "virtual streams; default: one a shard, at most 64", ge=1)
     cache: str = key("~/.cache/lacuna", "folder of the token cache")
 
 
@@ -134,7 +133,6 @@ class LoraConfig(Section):
 class DistConfig(Section):
     dp_replicate: int = key(1, "copies of the sharded model (HSDP)", ge=1)
     dp_shard: int | None = key(None, "ranks that share a copy (FSDP2); default: all left", ge=1)
-    reshard_after_forward: bool | None = key(None, "free layers till backward; default: large models")
     timeout: int = key(600, "seconds after which a collective that hangs ends the run", ge=10, le=10**6)
 
 
@@ -158,7 +156,7 @@ class EvalConfig(Section):
 
 
 class Config(Section):
-    task: Literal["pt", "sft"] = key("pt", "pt: text; sft: conversations")
+    task: str = key("pt", "pt: text; sft: conversations; file.py: a recipe", pattern=r"^(pt|sft|.+\.py)$")
     name: str = key("run", "everything lands in out/name", pattern=r"^\.*[\w-][\w.-]*$", max_length=200)
     seed: int = key(0, "of the order of data and of initial weights", ge=0, lt=2**32)
     out: str = key("runs", "folder of runs")
@@ -167,6 +165,7 @@ class Config(Section):
     train: TrainConfig = key(TrainConfig(), "how much at a time, how long")
     optim: OptimConfig = key(OptimConfig(), "AdamW and its learning rate")
     lora: LoraConfig = key(LoraConfig(), "train adapters instead of all weights")
+    recipe: dict[str, Any] = key({}, "keys of a recipe's own")
     dist: DistConfig = key(DistConfig(), "over which devices")
     checkpoint: CheckpointConfig = key(CheckpointConfig(), "what survives")
     log: LogConfig = key(LogConfig(), "what is reported")
@@ -178,10 +177,10 @@ class Config(Section):
             if broken:
                 raise ValueError(message)
         try:
-            tomli_w.dumps(self.model.overrides)
+            tomli_w.dumps(self.model.overrides | self.recipe)
         except TypeError:
-            raise ValueError("model.overrides holds a null, which TOML has not: leave that field out") from None
-        rate = {"pt": 3e-4, "sft": 2e-5}[self.task]
+            raise ValueError("model.overrides or recipe holds a null, which TOML has not: leave it out") from None
+        rate = 3e-4 if self.task == "pt" else 2e-5
         if self.lora.rank:
             rate = 2e-4  # ten times full fine-tuning's
             self.lora.alpha = self.lora.alpha or 2.0 * self.lora.rank
@@ -207,6 +206,7 @@ def contradictions(config: Config) -> list[tuple]:
         (streams and len(weights) > 1 and not all(weights), "data.sources: a mixture that streams needs weights"),
         (train.global_batch_size % train.micro_batch_size, uneven_batch(train)),
         (config.lora.rank and config.model.from_scratch, "lora.rank adapts a model that is there, not from_scratch"),
+        (config.task.endswith(".py") and not config.optim.lr, "optim.lr: a recipe has no default, so give one"),
         (config.task == "pt" and data.chat_template, "data.chat_template belongs to lacuna sft: text has no template"),
         (config.optim.decay_steps and config.optim.schedule != "wsd", 'optim.decay_steps needs optim.schedule = "wsd"'),
         (flash_in_float32, f'model.attention = "{config.model.attention}" needs model.dtype = "bfloat16"; or "sdpa"'),

@@ -6,30 +6,34 @@ micro-batches and ranks changes a gradient.
 
 import torch
 
-from lacuna.data.batch import IGNORE
+from lacuna.data.batch import IGNORE, PackedBatch
 
 LOGITS = 2**29  # elements of one chunk's logits: 1 GiB in bf16; larger chunks gain nothing on an H200
 
 
-def head_loss(hidden, weight, labels, trained_tokens: int, compiled: bool) -> torch.Tensor:
-    """Sum of the cross-entropy of the trained positions, nats, float32 scalar.
+def head_loss(hidden, weight, batch: PackedBatch, compiled: bool, weights=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum of weights * -log p of the batch's labels, nats, float32 scalar, and -log p of each, float32 [T].
 
-    hidden is [T, H], weight [V, H], labels [T]: trained_tokens of them are targets, the others IGNORE.
+    hidden is [T, H], weight [V, H]; weights [T], of trained labels alone, are 1 by default. The sum has the gradient.
     """
+    if weights is None:
+        weights = (batch.labels != IGNORE).float()
     # asked here: inside the forward of an autograd function gradients are always off
     with_grads = torch.is_grad_enabled()
-    return ChunkedLoss.apply(hidden, weight, labels, trained_tokens, compiled, with_grads)
+    trained_tokens = batch.counts["trained_tokens"]
+    return ChunkedLoss.apply(hidden, weight, batch.labels, weights, trained_tokens, compiled, with_grads)
 
 
 class ChunkedLoss(torch.autograd.Function):
     """Computes gradients together with the loss, chunk by chunk, so that no logits outlive their chunk."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, trained_tokens, compiled, with_grads):
+    def forward(ctx, hidden, weight, labels, weights, trained_tokens, compiled, with_grads):
         chunk_size = 2 ** ((LOGITS // weight.shape[0]).bit_length() - 1)  # a power of two
         chunk_step = compiled_chunk if compiled else chunk_loss
         head = weight.to(hidden.dtype)
         total = torch.zeros((), device=hidden.device, dtype=torch.float32)
+        losses = torch.zeros(len(labels), device=hidden.device, dtype=torch.float32)
         if with_grads:
             grad_hidden = torch.zeros_like(hidden)
             # of a frozen head nobody needs one: a third of the products, and 1.2 GB for Qwen3-1.7B
@@ -39,7 +43,7 @@ class ChunkedLoss(torch.autograd.Function):
         for start in range(0, trained_tokens, chunk_size):
             index = order[start : start + chunk_size]
             chunk = hidden[index]  # [C, H]
-            loss, grad_logits = chunk_step(chunk @ head.T, labels[index])
+            loss, losses[index], grad_logits = chunk_step(chunk @ head.T, labels[index], weights[index])
             total += loss
             if not with_grads:
                 continue
@@ -53,28 +57,29 @@ class ChunkedLoss(torch.autograd.Function):
                 grad_weight.addmm_(grad_logits.T.float(), chunk.float())
         if with_grads:
             ctx.save_for_backward(grad_hidden, grad_weight)
-        return total
+        ctx.mark_non_differentiable(losses)
+        return total, losses
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad, _):
         grad_hidden, grad_weight = ctx.saved_tensors
         # in place: both belong to this one backward
         grad_hidden.mul_(grad)
         if grad_weight is not None:
             grad_weight.mul_(grad)
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None
 
 
-def chunk_loss(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss sum of logits [C, V], computed in float32, and its gradient [C, V] in their own dtype."""
+def chunk_loss(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Of logits [C, V]: the weighted sum of losses, the losses [C], in float32, and the gradient of the sum [C, V]."""
     exact = logits.float()
     trained = labels != IGNORE
     target = torch.where(trained, labels, 0)[:, None]  # [C, 1]
     log_norm = exact.logsumexp(1, keepdim=True)  # [C, 1]
-    loss = ((log_norm - exact.gather(1, target))[:, 0] * trained).sum()
+    losses = (log_norm - exact.gather(1, target))[:, 0] * trained
     hit = torch.arange(logits.shape[1], device=logits.device) == target  # [C, V]
-    grad = ((exact - log_norm).exp() - hit.float()) * trained[:, None]
-    return loss, grad.to(logits.dtype)
+    grad = ((exact - log_norm).exp() - hit.float()) * weights[:, None]
+    return (losses * weights).sum(), losses, grad.to(logits.dtype)
 
 
 compiled_chunk = torch.compile(chunk_loss, dynamic=False)

@@ -16,7 +16,6 @@ import torch
 from transformers import PreTrainedModel
 
 from lacuna.config import Config, NonFinite, blame, log
-from lacuna.optim import trained
 from lacuna.parallel import Ranks
 
 # Dense bf16 peaks, FLOP/s, from the vendors' datasheets; the first name that the device's name contains counts.
@@ -40,9 +39,9 @@ def flop(model: PreTrainedModel) -> tuple[int, int]:
 class Pending(NamedTuple):
     """A step whose figures are on their way to the host."""
 
-    facts: dict  # what the host knew at once: step, lr, epoch, data_seconds
+    facts: dict  # what the host knew at once: step, lr, epoch, data_seconds, and figures' names
     names: list[str]  # of the sums
-    values: torch.Tensor  # float64 [names + P]: the sums, then the squared norm of each parameter's gradient
+    values: torch.Tensor  # float64 [names]
     done: torch.cuda.Event | None  # when the values are there; None on a CPU: at once
 
 
@@ -52,7 +51,6 @@ class Report:
     def __init__(self, config: Config, ranks: Ranks, folder: Path, steps: int, model: PreTrainedModel, state: dict):
         self.config, self.ranks = config, ranks
         self.steps = steps
-        self.parameters = list(trained(model))
         self.flop_per_token, self.flop_per_pair = flop(model)
         name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else ""
         self.peak = next((peak for key, peak in PEAKS.items() if key in name), None)
@@ -66,13 +64,14 @@ class Report:
         """Begin a new interval between two lines: what was before, such as an evaluation, is not measured."""
         self.since, self.interval = time.perf_counter(), Counter()
 
-    def step(self, facts: dict, sums: dict[str, torch.Tensor], squares: torch.Tensor):
+    def step(self, facts: dict, sums: dict[str, torch.Tensor]):
         """Take in a step's figures, on their way to the host, and report it. Raises NonFinite."""
-        values = torch.cat([torch.stack(list(sums.values())), squares]).to("cpu", non_blocking=True)
-        done = torch.cuda.current_stream().record_event() if squares.is_cuda else None
+        on_gpu = self.ranks.device.type == "cuda"
+        values = torch.stack(list(sums.values())).to("cpu", non_blocking=True)
+        done = torch.cuda.current_stream().record_event() if on_gpu else None
         self.pending.append(Pending(facts, list(sums), values, done))
         # on a GPU that is the step before the last one: it is done by now, so that neither waits for the other
-        self.flush(in_flight=2 if squares.is_cuda else 0)
+        self.flush(in_flight=2 if on_gpu else 0)
 
     def flush(self, in_flight: int = 0):
         """Report all steps taken in, but the last so many."""
@@ -82,25 +81,18 @@ class Report:
     def report(self, step: Pending):
         if step.done and not step.done.query():
             step.done.synchronize()
-        values = step.values.tolist()
-        sums = dict(zip(step.names, values, strict=False))
+        sums = dict(zip(step.names, step.values.tolist(), strict=True))
         number = step.facts["step"]
         self.stop_asked |= sums["stop_asked"] > 0
         if not math.isfinite(sums["loss"] + sums["grad_norm"]):
-            self.refuse_nonfinite(number, sums, values[len(sums) :])
-        if sums["dropped"]:
-            log.warning("step %d: %d documents dropped: no text, too long, or not trained", number, sums["dropped"])
+            what = "a gradient" if math.isfinite(sums["loss"]) else "the loss"
+            cure = "Lower optim.lr, or look at the data"
+            raise NonFinite(f"step {number}: {what} is not finite; it updated nothing. {cure}")
         for key in self.totals:
             self.totals[key] += int(sums[key])
         self.interval.update(steps=1, tokens=sums["tokens"], pairs=sums["pairs"], data=step.facts["data_seconds"])
         if number % self.config.log.every == 0 or number in (1, self.steps):
             self.report_interval(step.facts, sums)
-
-    def refuse_nonfinite(self, step: int, sums: dict, squares: list[float]):
-        bad = [name for name, square in zip(self.parameters, squares, strict=True) if not math.isfinite(square)]
-        where = "a gradient" if math.isfinite(sums["loss"]) else "the loss"
-        what = f"{where} is not finite (first bad gradient: {(bad or ['none'])[0]}); it updated nothing"
-        raise NonFinite(f"step {step}: {what}. Lower optim.lr, or look at the data")
 
     def report_interval(self, facts: dict, sums: dict):
         """One line: loss and norm of this step, speed and fill of the interval that ends with it."""
@@ -119,6 +111,7 @@ class Report:
         metrics |= {"step_seconds": seconds / interval["steps"], "data_seconds": interval["data"] / interval["steps"]}
         checksum = f"{int(sums['checksum']):016x}"
         metrics |= {"peak_memory_gib": peak_memory(self.ranks.device), "batch_checksum": checksum}
+        metrics |= {name: sums[name] / max(sums["units"], 1) for name in facts["figures"]}
         self.start_clock()
         self.write(metrics)
         left = timedelta(seconds=round((self.steps - facts["step"]) * metrics["step_seconds"]))
@@ -129,7 +122,7 @@ class Report:
 
     def evaluation(self, step: int, result: dict):
         self.write({"step": step, **result})
-        log.info("step %d: eval loss %.4f, %.4f bits a byte", step, result["eval_loss"], result["eval_bits_per_byte"])
+        log.info("step %d: %s", step, ", ".join(f"{name} {figure:.4f}" for name, figure in result.items()))
         self.start_clock()
 
     def write(self, metrics: dict):

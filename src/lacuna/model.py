@@ -44,11 +44,18 @@ class Trainee(nn.Module):
         super().__init__()
         self.model = model
         self.plan = plan
+        self.objective = None  # a recipe's, called in place of the sum of losses
 
-    def forward(self, batch: PackedBatch) -> torch.Tensor:
-        """The sum of the batch's losses, nats."""
+    def forward(self, batch: PackedBatch) -> tuple[torch.Tensor, dict]:
+        """The sum of the batch's losses, nats, and what else a recipe reports: sums by name, over the same units."""
+        if self.objective:
+            return self.objective(self, batch)
+        return self.head(batch)()[0], {}
+
+    def head(self, batch: PackedBatch):
+        """`head_loss` over a batch, as a function of its labels' weights."""
         weight = self.model.get_output_embeddings().weight
-        return head_loss(self.hidden(batch), weight, batch.labels, batch.counts["trained_tokens"], self.plan.compiled)
+        return functools.partial(head_loss, self.hidden(batch), weight, batch, self.plan.compiled)
 
     def hidden(self, batch: PackedBatch) -> torch.Tensor:
         """The decoder's last hidden states [T, H]."""
@@ -69,7 +76,7 @@ def build_model(config: Config, ranks: Ranks, tokenizer, checkpoint: Path | None
     return trainee
 
 
-def assemble(config: Config, ranks: Ranks, tokenizer) -> Trainee:
+def assemble(config: Config, ranks: Ranks, tokenizer, frozen: bool = False) -> Trainee:
     """The recipe, on the meta device: nothing is allocated yet."""
     on_gpu = ranks.device.type == "cuda"
     dtype = getattr(torch, config.model.dtype or ("bfloat16" if on_gpu else "float32"))
@@ -77,7 +84,8 @@ def assemble(config: Config, ranks: Ranks, tokenizer) -> Trainee:
     plan = Plan(dtype, compiled, choose_backend(config.model.attention, ranks.device, dtype))
 
     # what is frozen is held as it computes
-    model = empty_model(config.model, tokenizer, dtype if config.lora.rank else torch.float32)
+    model = empty_model(config.model, tokenizer, dtype if frozen or config.lora.rank else torch.float32)
+    model.requires_grad_(not frozen)
     refuse_unfit(model, config.train.seq_len)
     layers = list(model.get_decoder().layers)
     # a patch replaces modules, so it comes first
@@ -96,7 +104,7 @@ def assemble(config: Config, ranks: Ranks, tokenizer) -> Trainee:
     # last, because FSDP2's hooks would break the graphs
     trainee = Trainee(model, plan)
     if ranks.mesh is not None:
-        shard_model(trainee, layers, ranks, config.dist, dtype)
+        shard_model(trainee, layers, ranks, dtype)
     model.config.dtype = dtype
     return trainee
 
@@ -180,12 +188,9 @@ def refuse_unfit(model: PreTrainedModel, seq_len: int):
 def apply_patch(model: PreTrainedModel, place: str):
     """Call the user's `file.py:function` with the model: other kernels, fp8, anything that is not here."""
     file, _, function = place.rpartition(":")
-    if not Path(file).is_file():
-        raise ConfigError(f"model.patch {place}: there is no file {file!r}; write file.py:function")
-    names = runpy.run_path(file)
-    if function not in names:
-        raise ConfigError(f"model.patch {place}: {file} has no function {function}")
-    names[function](model)
+    with blame(f"model.patch {place}, which should be file.py:function"):
+        patch = runpy.run_path(file)[function]
+    patch(model)
 
 
 def cast_in_forward(model: PreTrainedModel, layers: list[nn.Module], dtype: torch.dtype):

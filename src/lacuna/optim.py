@@ -1,7 +1,6 @@
 """What is trained, AdamW over it with clipping inside, and learning-rate schedules."""
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -13,16 +12,6 @@ from lacuna.parallel import local
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     """What is updated, by name: the one answer for optimizer, norm, reports and checkpoints."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-class Now(NamedTuple):
-    """What changes from step to step: tensors, so that nothing is compiled again, and nothing waits."""
-
-    lr: torch.Tensor
-    step_size: torch.Tensor  # lr over the first moment's bias correction
-    root: torch.Tensor  # square root of the second moment's
-    scale: torch.Tensor  # of the gradients: clipping
-    failed: torch.Tensor  # bool: change nothing
 
 
 class AdamW:
@@ -49,14 +38,17 @@ class AdamW:
         beta1, beta2 = self.config.betas
         self.count += ~failed
         lr = torch.full_like(self.count, lr)
-        now = Now(lr, lr / (1 - beta1**self.count), (1 - beta2**self.count).sqrt(), scale, failed)
+        # what changes from step to step, as tensors: so nothing is compiled again, and nothing waits
+        now = {"lr": lr, "scale": scale, "failed": failed}
+        now |= {"step_size": lr / (1 - beta1**self.count), "root": (1 - beta2**self.count).sqrt()}
+        fixed = {"beta1": beta1, "beta2": beta2, "eps": self.config.eps}
         for group in self.groups:
             group = [p for p in group if p.grad is not None]  # what took no part stays as it is
             if not group:  # dynamo would give up this function for good: op by op, 130 ms a step
                 continue
             tensors = [tuple(map(local, (p, p.grad, *self.moments[p]))) for p in group]
             decays = [0.0 if p in self.constant else self.config.weight_decay for p in group]
-            self.update(tensors, decays, now, beta1, beta2, self.config.eps)
+            self.update(tensors, decays, **now, **fixed)
 
     def tensors(self, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
         """The state as a checkpoint names it, float32, sharded like the parameters."""
@@ -65,16 +57,19 @@ class AdamW:
         return {"optimizer.step": self.count} | average | square
 
 
-def adamw(tensors: list[tuple], decays: list[float], now: Now, beta1: float, beta2: float, eps: float):
-    """Update parameter, first and second moment in place, by the gradient: the arithmetic of torch.optim.AdamW."""
+def adamw(tensors: list[tuple], decays: list[float], *, lr, scale, failed, step_size, root, beta1, beta2, eps):
+    """Update parameter, first and second moment in place, by the gradient: the arithmetic of torch.optim.AdamW.
+
+    step_size is lr over the first moment's bias correction, root the square root of the second moment's.
+    """
     for (parameter, grad, average, square), decay in zip(tensors, decays, strict=True):
-        grad = grad * now.scale
+        grad = grad * scale
         new_average = average.lerp(grad, 1 - beta1)
         new_square = square.lerp(grad * grad, 1 - beta2)
-        kept = parameter * (1 - now.lr * decay)
-        new = kept - now.step_size * new_average / (new_square.sqrt() / now.root + eps)
+        kept = parameter * (1 - lr * decay)
+        new = kept - step_size * new_average / (new_square.sqrt() / root + eps)
         for old, value in ((parameter, new), (average, new_average), (square, new_square)):
-            old.copy_(torch.where(now.failed, old, value))
+            old.copy_(torch.where(failed, old, value))
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:

@@ -55,15 +55,13 @@ def start(config: DistConfig, train: TrainConfig) -> Ranks:
     return Ranks(rank, world, device, mesh)
 
 
-def shard_model(model: nn.Module, layers: list[nn.Module], ranks: Ranks, config: DistConfig, dtype: torch.dtype):
+def shard_model(model: nn.Module, layers: list[nn.Module], ranks: Ranks, dtype: torch.dtype):
     """FSDP2 over every layer, then over the rest; compute in dtype, reduce gradients in float32."""
     memory = torch.cuda.mem_get_info(ranks.device)[1] if ranks.device.type == "cuda" else 0
     size = sum(p.numel() for p in model.parameters()) * dtype.itemsize
     # A large model's layers are freed again after their forward. One that takes less than a twentieth of the GPU stays
     # till its backward, which is half as much to gather: 93 -> 95% of linear on two H200s, for 2.6 GiB (1.7B).
-    reshard = config.reshard_after_forward
-    if reshard is None:
-        reshard = size > memory / 20
+    reshard = size > memory / 20
     whole = {p for p in model.parameters() if not p.requires_grad and size < memory / 5}
     if whole:
         log.info("LoRA: the frozen weights, below a fifth of the GPU, are whole on every rank, and never gathered")
@@ -99,11 +97,11 @@ def sum_over_ranks(parts: list[dict], device: torch.device) -> dict[str, torch.T
     return dict(zip(totals, vector, strict=True))
 
 
-def gradient_norm(parameters: list, mesh: DeviceMesh | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """The global L2 norm of gradients, sharded or not, and the squared norm of each [P]; nothing waits."""
+def gradient_norm(parameters: list, mesh: DeviceMesh | None) -> torch.Tensor:
+    """The global L2 norm of gradients, sharded or not; nothing waits."""
     # float64: in float32 a CPU's norm of a million values is off by 1e-5, and an H200 reads both at the same speed
-    grads = [local(p).new_zeros(1) if p.grad is None else local(p.grad) for p in parameters]  # None: took no part
-    squares = torch.stack(torch._foreach_norm(grads, 2, torch.float64)).square()
+    grads = [local(p.grad) for p in parameters if p.grad is not None]  # None: took no part
+    square = torch.stack(torch._foreach_norm(grads, 2, torch.float64)).square().sum()
     if mesh is not None:
-        dist.all_reduce(squares, group=mesh.get_group("dp_shard"))
-    return squares.sum().sqrt(), squares
+        dist.all_reduce(square, group=mesh.get_group("dp_shard"))
+    return square.sqrt()

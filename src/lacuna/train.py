@@ -1,6 +1,7 @@
 """The run, top to bottom: set up, find a checkpoint, build, evaluate, loop, save, export."""
 
 import math
+import runpy
 import time
 from pathlib import Path
 
@@ -41,8 +42,12 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
         if ranks.rank == 0:
             (folder / "config.toml").write_text(to_toml(config))
     tokenizer = load_tokenizer(config.model)
+    recipe = {"make_encoder": make_encoder, "make_objective": lambda *_: None}
+    if config.task.endswith(".py"):
+        with blame(f"the recipe {config.task}"):
+            recipe |= runpy.run_path(config.task)
     with blame(f"data.chat_template {config.data.chat_template or 'of the tokenizer'!s:.80}"):
-        encoder = make_encoder(config, tokenizer)
+        encoder = recipe["make_encoder"](config, tokenizer)
 
     # Data comes before the model, so that it is read ahead while the model is built.
     with blame("data.sources, data.cache, or the place in them that state.json holds"):
@@ -61,6 +66,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
         if config.lora.rank:
             fixed["base"] = check_base(config.model.name, state)
         trainee = build_model(config, ranks, tokenizer, checkpoint)
+        trainee.objective = recipe["make_objective"](config, ranks, tokenizer)
         model = trainee.model
         parameters = trained(model)
         optimizer = AdamW(model, model.get_decoder().layers, config.optim, trainee.plan.compiled)
@@ -94,12 +100,12 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
         data_seconds = time.perf_counter() - begin
         sums = sum_over_ranks([batch.counts for batch in batches], ranks.device)
 
-        # 2. Forward and backward; every trained token of the global batch weighs the same.
-        loss = accumulate_gradients(trainee, batches, sums["trained_tokens"].clamp(min=1).float(), ranks)
+        # 2. Forward and backward; every unit, a trained token or a pair, of the global batch weighs the same.
+        parts = accumulate_gradients(trainee, batches, sums["units"].clamp(min=1).float(), ranks)
 
         # 3. Clip and step, unless something is not finite: then the device updates nothing, now or later.
-        norm, squares = gradient_norm(list(parameters.values()), ranks.mesh)
-        sums |= sum_over_ranks([{"loss": loss, "stop_asked": preemption.asked}], ranks.device)
+        norm = gradient_norm(list(parameters.values()), ranks.mesh)
+        sums |= sum_over_ranks([part | {"stop_asked": preemption.asked} for part in parts], ranks.device)
         failed |= ~(norm + sums["loss"]).isfinite()
         lr = learning_rate(config.optim, step - 1, steps)
         checkpoints.wait_for_copy()
@@ -108,10 +114,11 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
 
         # 4. Report the step, or on a GPU an earlier one, while this one runs. All ranks see the same.
         facts = {"step": step, "lr": lr, "epoch": max(batch.epoch for batch in batches), "data_seconds": data_seconds}
+        facts["figures"] = parts[0].keys() - {"loss"}
         evaluating = held_out and is_due(step, config.eval.every, steps)
         saving = is_due(step, config.checkpoint.every, steps)
         try:
-            report.step(facts, sums | {"grad_norm": norm}, squares)
+            report.step(facts, sums | {"grad_norm": norm})
             if evaluating or saving or report.stop_asked:
                 report.flush()  # what is saved must be finite, and done: another stream copies it
         except NonFinite:
@@ -141,7 +148,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
         export(newest, folder / "hf")
     report.close()
     log.info("The model is in %s, a folder for transformers' from_pretrained. Next:", folder / "hf")
-    if config.task == "sft":
+    if config.task != "pt":
         log.info("python examples/chat.py %s", folder)
     log.info("lacuna %s CONFIG.toml --name NEW --model.name %s --model.from_scratch false", config.task, folder / "hf")
     if dist.is_initialized():
@@ -153,14 +160,11 @@ def open_rows(config: Config, encoder, ranks: Ranks, state) -> tuple[RowDataset,
     """The rows to train on, from a Loader's state on, and those held out, if any: a share of the same, or others."""
     fraction = config.eval.fraction or 0.0
     where = {"rank": ranks.rank, "ranks": ranks.world}
-    goes_on = {"epochs": config.train.epochs, "share": (fraction, 1.0), "state": state}
-    dataset = RowDataset(config, config.data.sources, encoder, **where, **goes_on)
+    whole = {"epochs": config.train.epochs, "share": (fraction, 1.0), "state": state}
+    dataset = RowDataset(config, config.data.sources, encoder, **where, **whole)
     sources = config.data.sources if fraction else config.eval.sources
-    if not sources:
-        return dataset, None
-    share = (0.0, fraction or 1.0)
-    held_out = RowDataset(config, sources, encoder, **where, epochs=1, limit=config.eval.rows, share=share)
-    return dataset, held_out
+    part = {"epochs": 1, "share": (0.0, fraction or 1.0), "limit": config.eval.rows}
+    return dataset, RowDataset(config, sources, encoder, **where, **part) if sources else None
 
 
 def is_due(step: int, every: int | None, steps: int) -> bool:
@@ -168,33 +172,38 @@ def is_due(step: int, every: int | None, steps: int) -> bool:
     return step in (0, steps) or bool(every and step % every == 0)
 
 
-def accumulate_gradients(trainee: Trainee, batches: list[PackedBatch], trained_tokens, ranks: Ranks) -> torch.Tensor:
-    """Forward and backward of this rank's micro-batches; returns its part of the step's mean loss."""
-    total = torch.zeros((), device=ranks.device)
+def accumulate_gradients(trainee: Trainee, batches: list[PackedBatch], units, ranks: Ranks) -> list[dict]:
+    """Forward and backward of this rank's micro-batches; returns of each its part of the mean loss, and figures."""
+    parts = []
     for i, batch in enumerate(batches):
         if ranks.mesh is not None:
             trainee.set_requires_all_reduce(i == len(batches) - 1)  # between replicas, once a step is enough
-        # of the whole global batch: so gradients add up to the mean over all of its trained tokens
-        loss = trainee(batch) / trained_tokens
+        loss, figures = trainee(batch)
+        # of the whole global batch: so gradients add up to the mean over all of its units
+        loss = loss / units
         loss.backward()
-        total += loss.detach()
-    return total
+        parts.append({"loss": loss.detach(), **figures})
+    return parts
 
 
 @torch.no_grad()
 def evaluate(trainee: Trainee, config: Config, dataset: RowDataset, ranks: Ranks, tokenizer) -> dict:
-    """Mean loss a token (nats) and bits a byte over held-out data."""
+    """Mean loss a token (nats) and bits a byte over held-out data, or a recipe's means."""
     loader = Loader(config, dataset, ranks.device, training=False)
-    parts = [{"nats": 0.0, "tokens": 0, "bytes": 0}]
+    parts = []
     trainee.eval()
     rows = dataset.count_rows() if dataset.map_style else config.eval.rows
     # every rank takes as many rows, and one without data feeds rows that train nothing: so nobody hangs
     for _ in range(math.ceil(rows / (config.train.micro_batch_size * ranks.world))):
         [batch] = loader.step()
         size = count_bytes(tokenizer, batch.labels.view(-1, config.train.seq_len).cpu().numpy())
-        parts.append({"nats": trainee(batch).double(), "tokens": batch.counts["trained_tokens"], "bytes": size})
+        loss, figures = trainee(batch)
+        parts.append({"loss": loss.double(), "units": batch.counts["units"], "bytes": size, **figures})
     trainee.train()
     loader.close()
-    nats, tokens, size = (figure.item() for figure in sum_over_ranks(parts, ranks.device).values())
-    bits = nats / math.log(2) / max(size, 1)
-    return {"eval_loss": nats / max(tokens, 1), "eval_bits_per_byte": bits, "eval_tokens": int(tokens)}
+    sums = {name: total.item() for name, total in sum_over_ranks(parts, ranks.device).items()}
+    means = {f"eval_{name}": sums[name] / max(sums["units"], 1) for name in ("loss", *figures)}
+    if trainee.objective:
+        return means
+    bits = sums["loss"] / math.log(2) / max(sums["bytes"], 1)
+    return means | {"eval_bits_per_byte": bits, "eval_tokens": int(sums["units"])}

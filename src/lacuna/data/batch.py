@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 IGNORE = -100  # a label that trains nothing, as in torch and transformers
+SECOND = 2**30  # added to an id of the second of two documents that stay side by side in a row, as if they were one
 
 
 class Tokens(NamedTuple):
@@ -23,7 +24,7 @@ def hide(ids: np.ndarray, trained: np.ndarray) -> np.ndarray:
 
 def reveal(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Ids [n] as the tokenizer knows them, and which of them are trained, bool [n]."""
-    return np.where(ids < 0, ~ids, ids), ids >= 0
+    return np.where(ids < 0, ~ids, ids) % SECOND, ids >= 0
 
 
 class Row(NamedTuple):
@@ -33,9 +34,9 @@ class Row(NamedTuple):
     labels: np.ndarray  # int32 [S]
     starts: np.ndarray  # int64 [documents]: where each document (or what is left over) begins
     tokens: int  # slots that hold a document's token
+    pairs: int  # documents with a second one
     checksum: int  # crc32 of ids and labels, begun at the row's place in the global batch
     epoch: float = 0.0
-    dropped: int = 0  # documents without text met since the stream's last row
     stream: int = 0
     state: dict | None = None  # the stream's StreamState; None past the end of the data
 
@@ -45,6 +46,7 @@ def assemble(pieces: list[tuple], seq_len: int, *, filler: int, mask_boundary: b
     ids = np.full(seq_len, filler, dtype=np.int32)
     labels = np.full(seq_len, IGNORE, dtype=np.int32)
     starts = []
+    pairs = 0
     at = 0  # the next free slot
     for document, start, end in pieces:
         # One token more than the piece: where a document is cut, the next piece's first is the last one's target.
@@ -53,11 +55,13 @@ def assemble(pieces: list[tuple], seq_len: int, *, filler: int, mask_boundary: b
         labels[at : at + len(tokens) - 1] = np.where(trained, tokens, IGNORE)[1:]
         if at and trained[0] and not mask_boundary:
             labels[at - 1] = tokens[0]
-        starts.append(at)
+        second = at + np.flatnonzero(np.abs(document[start:end]) >= SECOND)[:1]
+        starts += [at, *second]
+        pairs += len(second)
         at += end - start
     if at < seq_len:
         starts.append(at)
-    return Row(ids, labels, np.asarray(starts), at, zlib.crc32(labels, zlib.crc32(ids, place)))
+    return Row(ids, labels, np.asarray(starts), at, pairs, zlib.crc32(labels, zlib.crc32(ids, place)))
 
 
 class PackedBatch(NamedTuple):
@@ -87,12 +91,13 @@ def collate(rows: list[Row]) -> PackedBatch:
     labels = np.concatenate([row.labels for row in rows]).astype(np.int64)
     starts = np.concatenate([row.starts + i * seq_len for i, row in enumerate(rows)])
     lengths = np.diff(starts, append=len(ids))
+    trained_tokens = int((labels != IGNORE).sum())
     counts = {
-        "trained_tokens": int((labels != IGNORE).sum()),
+        "trained_tokens": trained_tokens,
+        "units": sum(row.pairs for row in rows) or trained_tokens,  # of which the loss is a mean
         "tokens": sum(row.tokens for row in rows),
         "pairs": int((lengths**2).sum()),  # squared document lengths: what attention computes
         "checksum": sum(row.checksum for row in rows),  # each below 2**32, so that sums are exact in float64
-        "dropped": sum(row.dropped for row in rows),
     }
     positions = np.arange(len(ids)) - np.repeat(starts, lengths)
     boundaries = np.append(starts, len(ids)).astype(np.int32)

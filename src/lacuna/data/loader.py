@@ -14,13 +14,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lacuna.config import Config, ConfigError
+from lacuna.config import Config
 from lacuna.data.batch import PackedBatch, Row, assemble, collate
 from lacuna.data.pack import best_fit, split_documents
 from lacuna.data.sources import Cursor, Document, MapSource, StreamSource
 
 MAP_WINDOW = 131_072  # documents packed together where they are indices only: fill .9999 in 0.1 to 0.3 s
 STREAM_WINDOW = (8, 512)  # rows in a stream's first and largest windows: starts at once, then fill .998
+MOST_STREAMS = 64  # of data that streams: one a shard, or fewer
 PREFETCH = 3  # micro-batches made ahead
 
 
@@ -40,7 +41,6 @@ class RowPlan(NamedTuple):
     row: int = -1  # its number in the stream
     pieces: Sequence[tuple] = ()  # (source, document, start, end): tokens start to end of a document
     epoch: float = 0.0
-    dropped: int = 0
     state: dict | None = None  # StreamState as JSON
 
 
@@ -57,20 +57,15 @@ class Stream:
 
     def __iter__(self) -> Iterator[RowPlan]:
         """Its rows, up to the end of the last epoch."""
-        counted = 0
         while min(document.epoch for document in self.lookahead) < self.data.epochs:
             self.state.cursors = [asdict(document.cursor) for document in self.lookahead]
             state = asdict(self.state)
             begin = max(document.epoch for document in self.lookahead)
             rows = self.draw_window()
             end = max(document.epoch for document in self.lookahead)
-            # reported by the window's first row, which is consumed where a run goes on: so none is counted twice
-            dropped = sum(document.dropped for document in self.lookahead) - counted
-            counted += dropped
             for i, pieces in enumerate(rows, 1):
-                yield RowPlan(self.state.row, pieces, begin + (end - begin) * i / len(rows), dropped, state)
+                yield RowPlan(self.state.row, pieces, begin + (end - begin) * i / len(rows), state)
                 self.state.row += 1
-                dropped = 0
 
     def draw_window(self) -> list[list[tuple]]:
         """The pieces of each row of the next window."""
@@ -130,14 +125,10 @@ class RowDataset:
         self.inventory = [source.inventory for source in self.sources]  # what a run that goes on must find again
         self.notes = sum((source.notes for source in self.sources), Counter())  # how many documents became what
         most = [source.most_streams for source in self.sources]
-        asked = config.data.num_streams or 0
         self.map_style = not any(source.streaming for source in sources)
         # At most about an epoch: rows are shuffled inside a window, and documents must not wait long.
         self.window_documents = min(MAP_WINDOW, sum(most)) if self.map_style else math.inf
-        self.num_streams = 1 if self.map_style else min(asked or 64, *most)
-        # of held-out data there may be fewer than were asked for
-        if asked > self.num_streams and not self.map_style and sources == config.data.sources:
-            raise ConfigError(f"data.num_streams {asked} is over a source's shards or documents: at most {min(most)}")
+        self.num_streams = 1 if self.map_style else min(MOST_STREAMS, *most)
 
     def count_rows(self) -> int:
         """Rows of all epochs of map-style data, at most `limit`, from the lengths alone."""
@@ -156,7 +147,7 @@ class RowDataset:
                 plan = next((plan for plan in streams[number] if plan.row == row), plan)
             pieces = [(self.sources[source].load(document.key), *span) for source, document, *span in plan.pieces]
             made = assemble(pieces, self.seq_len, place=position % self.batch_rows, **self.packing)
-            yield made._replace(epoch=plan.epoch, dropped=plan.dropped, stream=number, state=plan.state)
+            yield made._replace(epoch=plan.epoch, stream=number, state=plan.state)
 
 
 class Loader:

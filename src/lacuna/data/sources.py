@@ -47,7 +47,6 @@ class Document(NamedTuple):
     begin: Cursor  # of its epoch (map-style) or its chunk (streaming)
     taken: int  # documents between `begin` and this one
     epoch: float  # epochs before it, as far as is known
-    dropped: int = 0  # documents without text met by now
 
     @property
     def cursor(self) -> Cursor:
@@ -99,10 +98,15 @@ def tokenise(source: Source, encoder: Encoder, cache: str) -> datasets.Dataset:
     options = {"batched": True, "with_indices": True, "remove_columns": dataset.column_names, "features": CACHED}
     with FileLock(file.with_suffix(".lock")):  # one rank makes it, the others wait here and read it
         tokens = dataset.map(encode, cache_file_name=str(file), new_fingerprint=name, **options)
-    for note, count in Counter(tokens.data["note"].to_pylist()).items():
-        if note:
-            log.warning("%s: %d of %d documents %s", source.path, count, len(tokens), note)
+    warn(source.path, Counter(tokens.data["note"].to_pylist()))
     return tokens
+
+
+def warn(where: str, notes: Counter):
+    """Say how many documents were cut or dropped, and why."""
+    for note, count in notes.items():
+        if note:
+            log.warning("%s: %d of %d documents %s", where, count, notes.total(), note)
 
 
 class StreamSource:
@@ -117,7 +121,6 @@ class StreamSource:
 
     def read(self, stream: int, num_streams: int, cursor: Cursor) -> Iterator[Document]:
         """The documents of one virtual stream from a cursor on, by shards in an order of each epoch's own; endless."""
-        dropped = 0
         last_epoch = cursor.epoch  # with text; the first may have begun behind its last document
         # From coarse to fine: epochs, shards, chunks, documents; the cursor says where each of them begins.
         for epoch in itertools.count(cursor.epoch):
@@ -125,13 +128,15 @@ class StreamSource:
                 raise ConfigError(f"data.sources {self.source.path}: stream {stream} finds no text")
             order = np.random.default_rng([*self.seed, epoch]).permutation(self.num_shards)[stream::num_streams]
             for place, shard in enumerate(order[cursor.shard :].tolist(), cursor.shard):
+                notes = Counter()
                 for begin, numbers, rows in self.read_shard(shard, cursor):
                     encoded = self.encoder.documents(as_rows(rows), self.source, numbers)
                     documents = [tokens.ids for tokens in encoded if len(tokens.ids)]
-                    dropped += len(encoded) - len(documents)
+                    notes.update(tokens.note for tokens in encoded)
                     for i, ids in enumerate(documents[begin.taken :], begin.taken):
-                        yield Document(ids, len(ids), begin, i, epoch + place / len(order), dropped)
+                        yield Document(ids, len(ids), begin, i, epoch + place / len(order))
                         last_epoch = epoch
+                warn(f"{self.source.path}, shard {shard}", notes)
                 cursor = Cursor(epoch, shard=place + 1)
             cursor = Cursor(epoch + 1)
 
