@@ -350,7 +350,7 @@ def build(folder: Path, *options: str):
 def compare(folder: Path, wanted) -> dict:
     """Relative errors of the loss and of the worst gradient."""
     trainee = build(folder)
-    loss = trainee(pack(documents()))
+    loss, _ = trainee(pack(documents()))
     loss.backward()
     want_loss, want = wanted
     got = {name: p.grad for name, p in trainee.model.named_parameters()}
@@ -385,7 +385,7 @@ def scratch(folder: Path) -> str:
 
 def bf16(folder: Path, wanted) -> float:
     trainee = build(folder, "--model.dtype", "bfloat16")
-    loss = trainee(pack(documents()))
+    loss, _ = trainee(pack(documents()))
     loss.backward()
     return abs(loss.item() - wanted[0]) / abs(wanted[0])
 

@@ -110,8 +110,8 @@ def pack(rows: list[list[list[int]]], seq_len: int, trained=lambda document, pos
         cu_seqlens=torch.tensor([*starts, total], dtype=torch.int32),
         max_seqlen=seq_len,
         epoch=0.0,
-        counts=dict.fromkeys(("tokens", "pairs", "checksum", "dropped"), 0)
-        | {"trained_tokens": sum(label >= 0 for label in labels)},
+        counts=dict.fromkeys(("tokens", "pairs", "checksum"), 0)
+        | dict.fromkeys(("trained_tokens", "units"), sum(label >= 0 for label in labels)),
     )
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from lacuna import parallel
 from lacuna.config import load_config
 from lacuna.data.batch import PackedBatch
 from lacuna.model import build_model
@@ -18,6 +19,9 @@ from lacuna.parallel import gradient_norm, start
 from lacuna.train import accumulate_gradients
 
 folder, source, target, replicate = sys.argv[1:]
+if replicate == "1":  # layers that stay whole till their backward, as those of a small model on a GPU
+    fully_shard = parallel.fully_shard
+    parallel.fully_shard = lambda module, **options: fully_shard(module, **options | {"reshard_after_forward": False})
 argv = ["--data.sources", '[{"path": "x"}]', "--train.steps", "1", "--model.name", folder]
 argv += ["--train.micro_batch_size", "1", "--dist.dp_replicate", replicate]
 config = load_config(None, argv)
@@ -25,9 +29,10 @@ ranks = start(config.dist, config.train)
 trainee = build_model(config, ranks, range(4096))  # of the tokenizer only the size counts
 batches = [PackedBatch(*fields) for fields in torch.load(source, weights_only=True)]
 trained = torch.tensor(sum(batch.counts["trained_tokens"] for batch in batches))
-loss = accumulate_gradients(trainee, batches[ranks.rank :: ranks.world], trained, ranks)
+parts = accumulate_gradients(trainee, batches[ranks.rank :: ranks.world], trained, ranks)
+loss = sum(part["loss"] for part in parts)
 dist.all_reduce(loss)
-norm, _ = gradient_norm(list(trainee.parameters()), ranks.mesh)
+norm = gradient_norm(list(trainee.parameters()), ranks.mesh)
 grads = {name: p.grad for name, p in trainee.model.named_parameters()}
 gradients = {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in grads.items()}
 if ranks.rank == 0:

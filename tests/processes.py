@@ -227,7 +227,7 @@ def not_finite_at(*steps: int):
     count = itertools.count(1)
 
     def accumulate(*arguments, real=train.accumulate_gradients):
-        return real(*arguments) * (float("nan") if next(count) in steps else 1)
+        return real(*arguments) if next(count) not in steps else [{"loss": float("nan")}]
 
     train.accumulate_gradients = accumulate
 

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from lacuna import loss as loss_module
+from lacuna.data.batch import PackedBatch
 from lacuna.loss import head_loss
 
 GPU = pytest.mark.gpu
@@ -24,14 +25,19 @@ def example(device, dtype, trained_share):
     return hidden, weight, labels
 
 
+def labelled(labels) -> PackedBatch:
+    """Of a batch, what the head looks at."""
+    counts = {"trained_tokens": int((labels != -100).sum())}
+    return PackedBatch(labels, labels, labels, labels, len(labels), 0.0, counts)
+
+
 @pytest.mark.parametrize("trained_share", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize(("device", "dtype", "compiled"), CASES)
 def test_chunks_give_the_loss_and_gradients_of_full_logits(device, dtype, compiled, trained_share, monkeypatch):
     monkeypatch.setattr(loss_module, "LOGITS", 1000 * 40)  # chunks of 32 positions, the last one not full
     hidden, weight, labels = example(device, dtype, trained_share)
     got = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
-    trained = int((labels != -100).sum())
-    loss = head_loss(*got, labels, trained, compiled)
+    loss, _ = head_loss(*got, labelled(labels), compiled)
     (loss / 7).backward()
 
     want = [hidden.double().cpu().requires_grad_(), weight.double().cpu().requires_grad_()]
@@ -50,7 +56,7 @@ def test_only_chunks_with_trained_positions_are_computed(monkeypatch):
     calls = []
     monkeypatch.setattr(loss_module, "chunk_loss", lambda *a, real=loss_module.chunk_loss: calls.append(1) or real(*a))
     trained = int((labels != -100).sum())
-    head_loss(hidden, weight, labels, trained, False)
+    head_loss(hidden, weight, labelled(labels), False)
     assert len(calls) == -(-trained // 32) < 192 // 32
 
 
@@ -59,7 +65,7 @@ def test_the_weights_gradient_is_summed_in_float32(monkeypatch):
     monkeypatch.setattr(loss_module, "LOGITS", 1000 * 8)  # many small chunks: many additions
     hidden, weight, labels = example("cuda", torch.bfloat16, 1.0)
     w = weight.to(torch.bfloat16).float().requires_grad_()
-    head_loss(hidden.detach().requires_grad_(), w, labels, 192, False).backward()
+    head_loss(hidden.detach().requires_grad_(), w, labelled(labels), False)[0].backward()
     exact = weight.to(torch.bfloat16).double().requires_grad_()
     F.cross_entropy(hidden.double() @ exact.T, labels, reduction="sum").backward()
     assert (w.grad.double() - exact.grad).norm() / exact.grad.norm() < 1e-2
@@ -68,5 +74,23 @@ def test_the_weights_gradient_is_summed_in_float32(monkeypatch):
 def test_evaluation_builds_no_gradients():
     hidden, weight, labels = example("cpu", torch.float32, 1.0)
     with torch.no_grad():
-        loss = head_loss(hidden, weight.requires_grad_(), labels, 192, False)
+        loss, _ = head_loss(hidden, weight.requires_grad_(), labelled(labels), False)
     assert loss.grad_fn is None
+
+
+@pytest.mark.parametrize(("device", "dtype", "compiled"), CASES)
+def test_every_label_may_have_a_weight_of_its_own_and_its_loss_is_told(device, dtype, compiled, monkeypatch):
+    monkeypatch.setattr(loss_module, "LOGITS", 1000 * 40)
+    hidden, weight, labels = example(device, dtype, 0.6)
+    weights = torch.randn(192, device=device) * (labels != -100)  # of either sign
+    got = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    total, losses = head_loss(*got, labelled(labels), compiled, weights)
+    total.backward()
+    want = [hidden.double().cpu().requires_grad_(), weight.double().cpu().requires_grad_()]
+    exact = F.cross_entropy(want[0] @ want[1].T, labels.cpu(), ignore_index=-100, reduction="none")
+    (exact * weights.double().cpu()).sum().backward()
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    assert not losses.requires_grad
+    assert (losses.double().cpu() - exact).norm() <= tolerance * exact.norm()
+    for a, b in zip(got, want, strict=True):
+        assert (a.grad.double().cpu() - b.grad).norm() <= tolerance * b.grad.norm()

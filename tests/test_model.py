@@ -47,7 +47,7 @@ def assert_packed_equals_alone(folder, *options, device="cpu", tolerance=1e-5):
     trainee = build(folder, *options, device=device)
     batch, documents = batch_and_documents()
     batch = batch.to(torch.device(device))
-    loss = trainee(batch)
+    loss, _ = trainee(batch)
     loss.backward()
     want_loss, want = alone(folder, documents, device)
     assert loss.item() == pytest.approx(want_loss, rel=tolerance)
@@ -71,7 +71,7 @@ def test_activation_checkpointing_changes_no_gradient_and_recomputes(how, model_
     calls = []
     for layer in trainee.model.model.layers:
         layer.mlp.act_fn.register_forward_hook(lambda *a: calls.append(1))
-    trainee(batch_and_documents()[0]).backward()
+    trainee(batch_and_documents()[0])[0].backward()
     assert len(calls) == 4  # two layers, forward and recomputed
 
 
@@ -82,7 +82,7 @@ def test_selective_checkpointing_computes_no_matrix_product_twice(model_folder):
     for how in ("none", "full", "selective"):
         trainee = build(model_folder("llama"), "--train.activation_checkpointing", how)
         with FlopCounterMode(display=False) as counter:
-            trainee(batch_and_documents()[0]).backward()
+            trainee(batch_and_documents()[0])[0].backward()
         flops[how] = counter.get_total_flops()
     assert flops["selective"] == flops["none"] < flops["full"]
 
@@ -103,7 +103,7 @@ def test_compiled_layers_share_one_graph_and_later_batches_recompile_nothing(opt
     trainee = build(folder, "--train.compile", "true", *options)
     for seed in range(3):  # other documents, other boundaries
         rows = [random_documents(lengths, seed=seed) for lengths in ([7, 7, 50 - seed], [20, 20], [64])]
-        trainee(pack(rows, SEQ_LEN)).backward()
+        trainee(pack(rows, SEQ_LEN))[0].backward()
     assert counters["stats"]["unique_graphs"] == graphs
     assert not counters["graph_break"]
 
@@ -113,7 +113,7 @@ def test_bfloat16_on_one_rank_computes_in_bfloat16_and_keeps_float32_parameters(
     trainee = build(folder, "--model.dtype", "bfloat16")
     batch, documents = batch_and_documents()
     assert trainee.hidden(batch).dtype == torch.bfloat16
-    loss = trainee(batch)
+    loss, _ = trainee(batch)
     loss.backward()
     want_loss, want = alone(folder, documents)
     assert loss.item() == pytest.approx(want_loss, rel=3e-3)

@@ -40,8 +40,8 @@ def test_it_is_torchs_adamw_with_torchs_clipping(device, compiled):
             p.grad = torch.randn(p.shape, device=device, generator=generator) * 10 ** (step - 3)  # from tiny to clipped
             q.grad = p.grad.double()
         want = nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
-        norm, squares = gradient_norm(list(model.parameters()), None)
-        assert norm.item() == pytest.approx(want.item(), rel=1e-6) and len(squares) == len(list(model.parameters()))
+        norm = gradient_norm(list(model.parameters()), None)
+        assert norm.item() == pytest.approx(want.item(), rel=1e-6)
         for group in reference.param_groups:
             group["lr"] = 1e-2 / (step + 1)
         reference.step()
@@ -95,9 +95,8 @@ def test_a_parameter_without_a_gradient_stays_as_it_is_and_ends_nothing():
     for p in model.parameters():
         p.grad = None if p is idle else torch.ones_like(p)
     parameters = trained(model)
-    norm, squares = gradient_norm(list(parameters.values()), None)
+    norm = gradient_norm(list(parameters.values()), None)
     assert norm.item() == pytest.approx((model.num_parameters() - idle.numel()) ** 0.5)
-    assert squares[list(parameters).index("model.layers.1.self_attn.k_proj.weight")] == 0
     optimizer.step(1e-2, torch.tensor(1.0), torch.tensor(False))
     assert torch.equal(idle, before)
     assert not torch.equal(layers[0].self_attn.k_proj.weight, before)

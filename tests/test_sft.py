@@ -85,7 +85,7 @@ def test_loss_and_gradient_of_packed_conversations_are_those_of_each_alone(name,
     loader.close()
     trained = sum(batch.counts["trained_tokens"] for batch in batches)
     trainee = build_model(config, ONE, tokenizer)
-    loss = accumulate_gradients(trainee, batches, torch.tensor(trained), ONE)
+    loss = sum(part["loss"] for part in accumulate_gradients(trainee, batches, torch.tensor(trained), ONE))
 
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
     nats, count = losses_of_each_alone(plain, chats, tokenizer)
@@ -114,7 +114,7 @@ def test_on_a_gpu_they_are_as_near_as_plain_transformers_in_bfloat16_is(chats, t
     loader.close()
     trained = torch.tensor(sum(batch.counts["trained_tokens"] for batch in batches), device="cuda")
     trainee = build_model(config, ranks, tokenizer)
-    loss = accumulate_gradients(trainee, batches, trained, ranks).item()
+    loss = sum(part["loss"].item() for part in accumulate_gradients(trainee, batches, trained, ranks))
     ours = {key: parameter.grad.double().cpu() for key, parameter in trainee.model.named_parameters()}
 
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16).cuda()

@@ -193,7 +193,7 @@ def test_all_special_ids_are_those_of_another_tokenizer_and_the_old_ones_are_wor
         ids = [getattr(c, f"{kind}_token_id") for c in (tokenizer, model.config, model.generation_config)]
         assert ids == [ids[0]] * 3 and ids[0] is not None, kind
     row = [[old.pad_token_id, 5, old.pad_token_id, 7]]
-    trainee(pack([row], 4)).backward()
+    trainee(pack([row], 4))[0].backward()
     assert model.get_input_embeddings().padding_idx == tokenizer.pad_token_id
 
 

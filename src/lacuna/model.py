@@ -188,7 +188,7 @@ def refuse_unfit(model: PreTrainedModel, seq_len: int):
 def apply_patch(model: PreTrainedModel, place: str):
     """Call the user's `file.py:function` with the model: other kernels, fp8, anything that is not here."""
     file, _, function = place.rpartition(":")
-    with blame(f"model.patch {place}, which should be file.py:function"):
+    with blame(f"model.patch {place}: no file.py:function that can be run"):
         patch = runpy.run_path(file)[function]
     patch(model)
 

@@ -437,29 +437,10 @@ def test_the_order_follows_the_seed_alone(tmp_path, numbers):
         assert orders[0][0] != orders[0][1], "every epoch has an order of its own"
 
 
-@pytest.mark.parametrize("streams", [4, 7])
-def test_more_streams_than_shards_are_refused_with_the_largest_number_that_works(tmp_path, numbers, streams):
-    source = make_source(write_numbered(tmp_path / "shards", numbered([2, 2, 2])), streaming=True)
-    with pytest.raises(ConfigError) as caught:
-        open_source(tmp_path, numbers, source, num_streams=streams)
-    assert f"data.num_streams {streams}" in str(caught.value)
-    assert "at most 3" in str(caught.value)
-    assert drain(Reader(open_source(tmp_path, numbers, source, num_streams=3), 2, 3))
-
-
-def test_a_map_style_source_with_fewer_documents_than_streams_is_refused(tmp_path, numbers):
-    """Of a mixture with a stream; by default there are only as many streams as documents."""
+def test_there_are_no_more_streams_than_shards_or_documents_of_any_source(tmp_path, numbers):
     few = make_source(write_numbered(tmp_path / "few", numbered([3])), weight=1.0)
     shards = make_source(write_numbered(tmp_path / "shards", numbered([2] * 5)), weight=1.0, streaming=True)
-    with pytest.raises(ConfigError, match=r"data\.num_streams 4 .*documents.* at most 3"):
-        open_source(tmp_path, numbers, few, shards, num_streams=4)
-    config = make_config(tmp_path, few, shards)
-    assert RowDataset(config, config.data.sources, numbers, rank=0, ranks=1).num_streams == 3
-
-
-def test_held_out_data_may_have_fewer_shards_than_streams_are_asked_for(tmp_path, numbers):
-    shards = make_source(write_numbered(tmp_path / "shards", numbered([2] * 5)), streaming=True)
-    config = make_config(tmp_path, shards, num_streams=4)
-    held_out = [Source(path=write_numbered(tmp_path / "held_out", numbered([3])), streaming=True)]
-    for given, streams in ((config.data.sources, 4), (held_out, 1)):
-        assert RowDataset(config, given, numbers, rank=0, ranks=1).num_streams == streams
+    many = make_source(write_numbered(tmp_path / "many", numbered([1] * 70)), streaming=True)
+    for given, streams in (([shards], 5), ([few, shards], 3), ([few], 1), ([many], 64)):
+        config = make_config(tmp_path, *given)
+        assert RowDataset(config, config.data.sources, numbers, rank=0, ranks=1).num_streams == streams

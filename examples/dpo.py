@@ -1,0 +1,224 @@
+"""Preferences: which of two answers was chosen. A recipe: `lacuna examples/dpo.py configs/dpo.toml`.
+
+A pair is two documents, side by side in one row, so pairs are packed as everything else is. Its loss depends on the
+log-probabilities of whole answers. A first pass of the head gives them, without a gradient; the derivative of the loss
+by an answer's is what each of its tokens weighs in a second pass, which is that of pretraining and SFT. So one head
+computes every gradient, and never all logits; it costs one product of the head more (a 20th of a step at 1.7B).
+
+Rows have `chosen` and `rejected`: texts, turns, or whole conversations; and beside them `prompt`, `conversations` or
+`messages`, `system` and `tools`. Keys, as [recipe] in TOML: see Keys.
+"""
+
+import functools
+import itertools
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field
+
+from lacuna.config import Config, ConfigError, blame
+from lacuna.data.batch import IGNORE, SECOND, PackedBatch, Tokens, reveal
+from lacuna.data.conversations import NOTHING, ChatEncoder, as_turns, read_turn
+from lacuna.lora import LoRALinear
+from lacuna.model import Trainee, assemble, materialise
+from lacuna.weights import weight_folder
+
+ANSWERS = ["chosen", "rejected"]
+PROMPTS = ["prompt", "conversations", "messages"]
+
+
+class Keys(BaseModel):
+    """What [recipe] may hold."""
+
+    model_config = ConfigDict(extra="forbid")
+    loss: Literal["dpo", "ipo", "simpo", "orpo"] = "dpo"
+    beta: float = Field(0.1, gt=0)  # how much a reward weighs; of orpo, how much its odds do. SimPO's authors take 2
+    margin: float = Field(1.0, ge=0)  # simpo: by how much a chosen answer should be ahead
+
+
+# ---- the losses: of two scores [N], one loss each
+
+
+def dpo(chosen, rejected, keys: Keys) -> torch.Tensor:
+    """Direct preference optimization, arXiv 2305.18290. Scores are log p of the answer over the reference's."""
+    return -F.logsigmoid(keys.beta * (chosen - rejected))
+
+
+def ipo(chosen, rejected, keys: Keys) -> torch.Tensor:
+    """Identity preference optimization, arXiv 2310.12036; scores as dpo's, but a token, as its authors say."""
+    return (chosen - rejected - 1 / (2 * keys.beta)).square()
+
+
+def simpo(chosen, rejected, keys: Keys) -> torch.Tensor:
+    """Simple preference optimization, arXiv 2405.14734. Scores are log p a token; margin is its gamma."""
+    return -F.logsigmoid(keys.beta * (chosen - rejected) - keys.margin)
+
+
+def orpo(chosen, rejected, keys: Keys) -> torch.Tensor:
+    """Odds-ratio preference optimization, arXiv 2403.07691: SFT and, times beta, odds. Scores as simpo's."""
+    odds = chosen - rejected - torch.log1p(-chosen.exp()) + torch.log1p(-rejected.exp())
+    return -chosen - keys.beta * F.logsigmoid(odds)
+
+
+LOSSES = {"dpo": dpo, "ipo": ipo, "simpo": simpo, "orpo": orpo}
+HAVE_REFERENCE = ["dpo", "ipo"]
+
+
+# ---- from the rows of a batch to their loss
+
+
+def make_objective(config: Config, ranks, tokenizer):
+    """What `Trainee` calls in place of the sum of losses."""
+    keys = read_keys(config)
+    reference = None
+    if keys.loss in HAVE_REFERENCE:
+        reference = without_adapters if config.lora.rank else frozen_copy(config, ranks, tokenizer)
+    return functools.partial(objective, keys, reference)
+
+
+def read_keys(config: Config) -> Keys:
+    if config.model.from_scratch:
+        raise ConfigError("model.from_scratch: preferences are taught to a model that can speak")
+    with blame("recipe"):
+        return Keys(**config.recipe)
+
+
+def frozen_copy(config: Config, ranks, tokenizer):
+    """-log p of the labels by the model that training began with: in the dtype of computation, sharded as it is."""
+    copy = assemble(config, ranks, tokenizer, frozen=True)
+    materialise(copy, ranks.device, config.seed, weight_folder(config.model.name))
+    copy.objective = lambda copy, batch: copy.head(batch)()[1]  # inside its forward, as FSDP wants it
+    return lambda trainee, batch: copy(batch)
+
+
+def without_adapters(trainee: Trainee, batch: PackedBatch) -> torch.Tensor:
+    """-log p of the labels by the model that the adapters began with."""
+    adapted = [module for module in trainee.model.modules() if isinstance(module, LoRALinear)]
+    scales = [module.scale for module in adapted]
+    for module in adapted:
+        module.scale = 0.0
+    losses = trainee.head(batch)()[1]
+    for module, scale in zip(adapted, scales, strict=True):
+        module.scale = scale
+    return losses
+
+
+def objective(keys: Keys, reference, trainee: Trainee, batch: PackedBatch) -> tuple[torch.Tensor, dict]:
+    """The sum of the losses of a batch's pairs, and figures, summed over pairs."""
+    losses_before = None
+    if reference:
+        with torch.no_grad():
+            losses_before = reference(trainee, batch)
+    return preference_loss(trainee.head(batch), losses_before, batch, keys)
+
+
+def preference_loss(head, losses_before, batch: PackedBatch, keys: Keys) -> tuple[torch.Tensor, dict]:
+    """head(weights [T]) gives the weighted sum of -log p of the labels, and each [T], as losses_before does."""
+    trained = batch.labels != IGNORE
+    tokens = by_document(trained.float(), batch)
+    # Only answers have labels, and those of a pair follow one another: so every other one of them is a chosen one.
+    answer = tokens > 0
+    pair = answer & (answer.cumsum(0) % 2 == 1)
+    with torch.no_grad():
+        _, losses = head()
+    log_p = -by_document(losses, batch)
+    log_p_before = 0 if losses_before is None else -by_document(losses_before, batch)
+    with torch.enable_grad():
+        log_p.requires_grad_()
+        score = (log_p - log_p_before) / (1 if keys.loss == "dpo" else tokens.clamp(min=1))
+        # the rejected answer is the next document; where there is no pair, -1 has a loss and a derivative, too
+        chosen = torch.where(pair, score, -1)
+        rejected = torch.where(pair, score.roll(-1), -1)
+        loss = torch.where(pair, LOSSES[keys.loss](chosen, rejected, keys), 0).sum()
+    [slope] = torch.autograd.grad(loss, log_p)  # [N]
+    loss = loss.detach()
+    if torch.is_grad_enabled():
+        weights = -slope.repeat_interleave(batch.cu_seqlens.diff(), output_size=len(trained)) * trained  # [T]
+        weighted, _ = head(weights)
+        loss = weighted + (loss - weighted).detach()  # the loss, with the gradient of the second pass
+    reward_chosen = keys.beta * chosen.detach()
+    reward_rejected = keys.beta * rejected.detach()
+    figures = {
+        "reward_chosen": reward_chosen,
+        "reward_rejected": reward_rejected,
+        "reward_margin": reward_chosen - reward_rejected,
+        "reward_accuracy": reward_chosen > reward_rejected,  # a tie, as at the first step, is none
+        "tokens_chosen": tokens,
+        "tokens_rejected": tokens.roll(-1),
+    }
+    return loss, {name: (figure * pair).sum() for name, figure in figures.items()}
+
+
+def by_document(values: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+    """The sum of values [T] over each document, [N]: always in one order, and nothing waits."""
+    return torch.segment_reduce(values, "sum", offsets=batch.cu_seqlens.long(), unsafe=True)
+
+
+# ---- from a row of data to a document
+
+
+class PairEncoder:
+    """An Encoder, see lacuna/data/tokenize.py: each answer is read as a prompt and a completion are in SFT."""
+
+    def __init__(self, tokenizer, config: Config):
+        if config.data.overlong == "truncate":
+            raise ConfigError('data.overlong: a pair is not cut: "drop" or "error"')
+        self.keys = read_keys(config)
+        self.chats = ChatEncoder(tokenizer, config)
+        self.eos = self.chats.eos
+        self.adapt = self.chats.adapt
+
+    def columns(self, columns, source):
+        if not set(ANSWERS) <= set(columns):
+            raise ConfigError(f"data.sources {source.path} has {', '.join(columns)}: of a pair, {ANSWERS} are needed")
+        return [name for name in columns if name in ANSWERS + PROMPTS + ["system", "tools"]]
+
+    def documents(self, rows, source, numbers):
+        documents = []
+        for number, row in zip(numbers, rows, strict=True):
+            with blame(f"data.sources {source.path}, row {number}, read as a preference pair"):
+                documents.append(self.document({name: value for name, value in row.items() if value is not None}))
+        return documents
+
+    def document(self, row: dict) -> Tokens:
+        chosen, rejected = (self.chats.document(answer, "prompt and completion") for answer in as_completions(row))
+        if chosen.note or rejected.note:
+            return Tokens(NOTHING, chosen.note or rejected.note)
+        if np.array_equal(chosen.ids, rejected.ids):
+            return Tokens(NOTHING, "dropped: both answers are the same")
+        first, first_trained = reveal(chosen.ids)
+        second, second_trained = reveal(rejected.ids)
+        second_trained[0] = False  # or the last token of the first one would predict it
+        trained = np.concatenate([first_trained, second_trained])
+        return self.chats.fit(np.concatenate([first, second + SECOND]), trained)
+
+    def fingerprint(self):
+        return self.chats.fingerprint() + "-pairs"
+
+
+def make_encoder(config: Config, tokenizer) -> PairEncoder:
+    return PairEncoder(tokenizer, config)
+
+
+def as_completions(row: dict) -> list[dict]:
+    """The answers of a pair, each as a row of prompt and completion.
+
+    Where no prompt is given, or answers are whole conversations, the prompt is what both begin with.
+    """
+    prompt = next((row[name] for name in PROMPTS if row.get(name)), None)
+    answers = [[row[name]] if isinstance(row[name], dict) else row[name] for name in ANSWERS]
+    texts = all(isinstance(answer, str) and not answer.startswith('[{"') for answer in answers)
+    if not texts:
+        answers = [as_turns(answer, "assistant") for answer in answers]
+    whole = not texts and read_turn(answers[0][0])["role"] != "assistant"
+    if prompt is None or whole:
+        same = itertools.takewhile(lambda both: both[0] == both[1], zip(*answers, strict=False))
+        common = len(list(same))
+        if texts:  # a word is not cut
+            common = max(0, answers[0].rfind(" ", 0, common + 1))
+        prompt = answers[0][:common]
+        answers = [answer[common:] for answer in answers]
+    rest = {name: row[name] for name in ("system", "tools") if name in row}
+    return [rest | {"prompt": prompt, "completion": answer} for answer in answers]
