@@ -86,8 +86,7 @@ class Report:
         self.stop_asked |= sums["stop_asked"] > 0
         if not math.isfinite(sums["loss"] + sums["grad_norm"]):
             what = "a gradient" if math.isfinite(sums["loss"]) else "the loss"
-            cure = "Lower optim.lr, or look at the data"
-            raise NonFinite(f"step {number}: {what} is not finite; it updated nothing. {cure}")
+            raise NonFinite(f"step {number}: {what} is not finite; it updated nothing. Lower optim.lr, or see the data")
         for key in self.totals:
             self.totals[key] += int(sums[key])
         self.interval.update(steps=1, tokens=sums["tokens"], pairs=sums["pairs"], data=step.facts["data_seconds"])
@@ -111,18 +110,20 @@ class Report:
         metrics |= {"step_seconds": seconds / interval["steps"], "data_seconds": interval["data"] / interval["steps"]}
         checksum = f"{int(sums['checksum']):016x}"
         metrics |= {"peak_memory_gib": peak_memory(self.ranks.device), "batch_checksum": checksum}
-        metrics |= {name: sums[name] / max(sums["units"], 1) for name in facts["figures"]}
+        own = {name: sums[name] / max(sums["units"], 1) for name in facts["figures"]}  # a recipe's
         self.start_clock()
-        self.write(metrics)
+        self.write(metrics | own)
         left = timedelta(seconds=round((self.steps - facts["step"]) * metrics["step_seconds"]))
         learned = f"loss {sums['loss']:.4f} | grad norm {sums['grad_norm']:.2f}"
         share = f" | mfu {mfu:.1%}" if mfu else ""
         rates = f"{speed:,.0f} tokens/s{share} | {metrics['peak_memory_gib']:.1f} GiB"
         log.info(f"step {facts['step']}/{self.steps} | {learned} | {rates} | {left} left")
+        if own:
+            log.info(in_words(facts["step"], own))
 
     def evaluation(self, step: int, result: dict):
         self.write({"step": step, **result})
-        log.info("step %d: %s", step, ", ".join(f"{name} {figure:.4f}" for name, figure in result.items()))
+        log.info(in_words(step, result))
         self.start_clock()
 
     def write(self, metrics: dict):
@@ -135,6 +136,10 @@ class Report:
     def close(self):
         for tracker in self.trackers:
             tracker.finish()
+
+
+def in_words(step: int, figures: dict) -> str:
+    return f"step {step}: " + ", ".join(f"{name.replace('_', ' ')} {figure:.5g}" for name, figure in figures.items())
 
 
 def open_metrics(folder: Path, step: int):

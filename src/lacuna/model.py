@@ -90,7 +90,10 @@ def assemble(config: Config, ranks: Ranks, tokenizer, frozen: bool = False) -> T
     layers = list(model.get_decoder().layers)
     # a patch replaces modules, so it comes first
     if config.model.patch:
-        apply_patch(model, config.model.patch)
+        file, _, function = config.model.patch.rpartition(":")
+        with blame(f"model.patch {config.model.patch}: no file.py:function that can be run"):
+            patch = runpy.run_path(file)[function]
+        patch(model)
     if config.lora.rank:
         add_adapters(model, layers, config.lora)
     if ranks.mesh is None and dtype != torch.float32:
@@ -183,14 +186,6 @@ def refuse_unfit(model: PreTrainedModel, seq_len: int):
     for problem, there in problems.items():
         if there:
             raise ConfigError(f"{type(model).__name__} {problem}")
-
-
-def apply_patch(model: PreTrainedModel, place: str):
-    """Call the user's `file.py:function` with the model: other kernels, fp8, anything that is not here."""
-    file, _, function = place.rpartition(":")
-    with blame(f"model.patch {place}: no file.py:function that can be run"):
-        patch = runpy.run_path(file)[function]
-    patch(model)
 
 
 def cast_in_forward(model: PreTrainedModel, layers: list[nn.Module], dtype: torch.dtype):

@@ -41,14 +41,13 @@ class AdamW:
         # what changes from step to step, as tensors: so nothing is compiled again, and nothing waits
         now = {"lr": lr, "scale": scale, "failed": failed}
         now |= {"step_size": lr / (1 - beta1**self.count), "root": (1 - beta2**self.count).sqrt()}
-        fixed = {"beta1": beta1, "beta2": beta2, "eps": self.config.eps}
         for group in self.groups:
             group = [p for p in group if p.grad is not None]  # what took no part stays as it is
             if not group:  # dynamo would give up this function for good: op by op, 130 ms a step
                 continue
             tensors = [tuple(map(local, (p, p.grad, *self.moments[p]))) for p in group]
             decays = [0.0 if p in self.constant else self.config.weight_decay for p in group]
-            self.update(tensors, decays, **now, **fixed)
+            self.update(tensors, decays, **now, beta1=beta1, beta2=beta2, eps=self.config.eps)
 
     def tensors(self, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
         """The state as a checkpoint names it, float32, sharded like the parameters."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from lacuna.checkpoint import Checkpoints, check_base, export, find_checkpoint, in_order, match_eos, read_state
 from lacuna.config import Config, ConfigError, NonFinite, Preempted, blame, log, to_toml
@@ -29,14 +29,11 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
     preemption = preemption or Preemption()
     ranks = start(config.dist, config.train)
     folder = Path(config.out) / config.name
-    with blame(f"out: the run in {folder}, or the state.json that it goes on from"):
+    with blame(f"out: {folder}, which another run may be using, or the state.json to go on from"):
         start_logging(folder, ranks.rank)
         lock = FileLock(folder / ".lock")  # released when this process ends, however it ends
         if ranks.rank == 0:
-            try:
-                lock.acquire(timeout=60)  # the ranks of a run that is just being ended may still be there
-            except Timeout:
-                raise ConfigError(f"{folder} is in use by another run: wait for it, or set another name") from None
+            lock.acquire(timeout=60)  # the ranks of a run that is just being ended may still be there
         checkpoint = find_checkpoint(config, folder, ranks.rank)
         state = read_state(checkpoint, config)
         if ranks.rank == 0:
@@ -147,10 +144,9 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
         newest = [checkpoint, *in_order(folder / "checkpoints")][-1]
         export(newest, folder / "hf")
     report.close()
-    log.info("The model is in %s, a folder for transformers' from_pretrained. Next:", folder / "hf")
+    log.info("The model is in %s, for transformers' from_pretrained and for --model.name of another run", folder / "hf")
     if config.task != "pt":
-        log.info("python examples/chat.py %s", folder)
-    log.info("lacuna %s CONFIG.toml --name NEW --model.name %s --model.from_scratch false", config.task, folder / "hf")
+        log.info("To talk with it: python examples/chat.py %s", folder)
     if dist.is_initialized():
         dist.destroy_process_group()
     return folder
@@ -163,8 +159,10 @@ def open_rows(config: Config, encoder, ranks: Ranks, state) -> tuple[RowDataset,
     whole = {"epochs": config.train.epochs, "share": (fraction, 1.0), "state": state}
     dataset = RowDataset(config, config.data.sources, encoder, **where, **whole)
     sources = config.data.sources if fraction else config.eval.sources
+    if not sources:
+        return dataset, None
     part = {"epochs": 1, "share": (0.0, fraction or 1.0), "limit": config.eval.rows}
-    return dataset, RowDataset(config, sources, encoder, **where, **part) if sources else None
+    return dataset, RowDataset(config, sources, encoder, **where, **part)
 
 
 def is_due(step: int, every: int | None, steps: int) -> bool:

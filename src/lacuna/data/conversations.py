@@ -202,7 +202,7 @@ class ChatEncoder:
 
 def recognise(columns: list[str], source: Source) -> str:
     if {"chosen", "rejected"} <= set(columns):
-        raise ConfigError(f"data.sources {source.path} holds preference pairs, which lacuna does not train on")
+        raise ConfigError(f"data.sources {source.path} holds preference pairs: see examples/dpo.py")
     for row_format, required in FORMATS.items():
         if set(required) <= set(columns):
             return row_format
