@@ -260,7 +260,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(model_folder,
         run(load_config(None, options(folder, texts, tmp_path, "--train.steps", "6")))
     assert all(torch.equal(v, states[0][k]) for k, v in kept[0].state_dict().items())
     assert [m["step"] for m in train_lines(tmp_path / "runs" / "run")] == [1, 2]
-    monkeypatch.setattr(train_module, "accumulate_gradients", lambda *a: [{"loss": torch.tensor(float("nan"))}])
+    monkeypatch.setattr(
+        train_module, "accumulate_gradients", lambda *a: [{"loss": float("nan")} for _ in accumulate_gradients(*a)]
+    )
     with pytest.raises(NonFinite, match="step 1: the loss is not finite"):
         run(load_config(None, options(folder, texts, tmp_path, "--train.steps", "6")))
 
