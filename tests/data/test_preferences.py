@@ -1,0 +1,438 @@
+"""Preference rows to ids and masks of both answers: every shape that pairs have on the Hub, and what is refused.
+
+The reference is made without lacuna: the tokenizer's own template renders each side, a regular expression finds the
+turns, and a plain call of the tokenizer encodes it once.
+"""
+
+import copy
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from lacuna.config import ConfigError, Source, load_config
+from lacuna.data.batch import IGNORE, REJECTED
+from lacuna.data.conversations import make_encoder
+from lacuna.data.loader import Loader, RowDataset
+from lacuna.data.tokenize import load_tokenizer
+
+from .corpora import lacuna_log
+from .test_conversations import QWEN3, TOOLS, expected, refused, say
+
+PREFERENCE = Path(os.environ.get("LACUNA_ASSETS", "nowhere")) / "preference"
+needs_assets = pytest.mark.skipif(not PREFERENCE.is_dir(), reason="LACUNA_ASSETS is not set")
+
+
+class Side(NamedTuple):
+    ids: list[int]
+    trained: list[bool]
+
+
+class Sides(NamedTuple):
+    chosen: Side
+    rejected: Side
+
+
+# ---- lacuna's side
+
+
+def config(*words: str, task: str = "dpo", path="x"):
+    argv = ["--data.sources", json.dumps([{"path": str(path)}]), "--train.steps", "1", *words]
+    return load_config(None, argv, task)
+
+
+def make(tokenizer, *words: str, task: str = "dpo"):
+    return make_encoder(config(*words, task=task), tokenizer)
+
+
+@pytest.fixture
+def encoder(tokenizer):
+    return make(tokenizer)
+
+
+def documents(encoder, *rows: dict) -> list:
+    """The Tokens of rows that have the numbers 41, 42, …"""
+    return encoder.documents(copy.deepcopy(list(rows)), Source(path="some.jsonl"), range(41, 41 + len(rows)))
+
+
+def taken_apart(ids: np.ndarray) -> Sides:
+    """Of a pair's document: ids below 0 are context, and those with the bit are the rejected answer's, to its end."""
+    assert ids.dtype == np.int32
+    chosen = Side([], [])
+    rejected = Side([], [])
+    for stored in ids.tolist():
+        magnitude = stored if stored >= 0 else ~stored
+        side = rejected if magnitude & REJECTED else chosen
+        assert side is rejected or not rejected.ids, "the chosen answer goes on after the rejected one"
+        side.ids.append(magnitude & ~REJECTED)
+        side.trained.append(stored >= 0)
+    return Sides(chosen, rejected)
+
+
+def encoded(encoder, row: dict) -> Sides:
+    """Both sides of a row that is not dropped."""
+    [tokens] = documents(encoder, row)
+    assert tokens.note == ""
+    return taken_apart(tokens.ids)
+
+
+def note(encoder, row: dict) -> str:
+    """Why a row is dropped."""
+    [tokens] = documents(encoder, row)
+    assert len(tokens.ids) == 0
+    return tokens.note
+
+
+# ---- the reference
+
+
+def chat(tokenizer, prompt: list[dict], answer: list[dict], tools=None) -> Side:
+    """The conversation as its template renders it; trained is what the assistant says in the answer."""
+    text = tokenizer.apply_chat_template(prompt + answer, tools=tools, tokenize=False)
+    context = [message for message in prompt if message["role"] == "assistant"]
+    return Side(*expected(tokenizer, text, out=range(len(context))))
+
+
+def chats(tokenizer, prompt: list[dict], chosen: list[dict], rejected: list[dict], tools=None) -> Sides:
+    return Sides(chat(tokenizer, prompt, chosen, tools), chat(tokenizer, prompt, rejected, tools))
+
+
+def text(tokenizer, prompt: str, answer: str) -> Side:
+    """Plain text and a stop token, encoded at once; trained is every token that holds a character of the answer."""
+    whole = tokenizer(prompt + answer, add_special_tokens=False, return_offsets_mapping=True)
+    stop = tokenizer.convert_tokens_to_ids("<|im_end|>")  # of the template's turns
+    return Side([*whole["input_ids"], stop], [*(end > len(prompt) for _, end in whole["offset_mapping"]), True])
+
+
+def texts(tokenizer, prompt: str, chosen: str, rejected: str) -> Sides:
+    return Sides(text(tokenizer, prompt, chosen), text(tokenizer, prompt, rejected))
+
+
+# ---- formats: each of them a row, the prompt that is meant, and both answers
+
+ASKED = say("system: Be brief.", "user: Who are you?")
+GOOD = say("assistant: The white whale 🐋.")
+BAD = say("assistant: I am Ahab, and you?")
+TALK = say("user: a b", "assistant: c", "user: d e")  # a context with an assistant's turn
+WORDS = {"system": "system", "user": "human", "assistant": "gpt"}
+
+
+def shared(messages: list[dict]) -> list[dict]:
+    """As ShareGPT writes them."""
+    return [{"from": WORDS[message["role"]], "value": message["content"]} for message in messages]
+
+
+CONVERSATIONS = {
+    "TRL, explicit": ({"prompt": ASKED, "chosen": GOOD, "rejected": BAD}, ASKED),
+    "TRL, explicit, an earlier turn": ({"prompt": TALK, "chosen": GOOD, "rejected": BAD}, TALK),
+    "TRL, implicit": ({"chosen": ASKED + GOOD, "rejected": ASKED + BAD}, ASKED),
+    "TRL, implicit, an earlier turn": ({"chosen": TALK + GOOD, "rejected": TALK + BAD}, TALK),
+    "a null prompt": ({"prompt": None, "chosen": ASKED + GOOD, "rejected": ASKED + BAD}, ASKED),
+    "the prompt in it and beside it": ({"prompt": ASKED, "chosen": ASKED + GOOD, "rejected": ASKED + BAD}, ASKED),
+    "another prompt beside it": ({"prompt": "ignored", "chosen": TALK + GOOD, "rejected": TALK + BAD}, TALK),
+    "a text and lists of one": ({"prompt": "Who?", "chosen": GOOD, "rejected": BAD}, say("user: Who?")),
+    "a text and dicts": ({"prompt": "Who?", "chosen": GOOD[0], "rejected": BAD[0]}, say("user: Who?")),
+    "messages and dicts": ({"prompt": TALK, "chosen": GOOD[0], "rejected": BAD[0]}, TALK),
+    "messages and texts": (
+        {"prompt": TALK, "chosen": GOOD[0]["content"], "rejected": BAD[0]["content"]},
+        TALK,
+    ),
+    "a system column": ({"system": "S", "prompt": TALK, "chosen": GOOD, "rejected": BAD}, [*say("system: S"), *TALK]),
+    "an empty system column": ({"system": "", "prompt": TALK, "chosen": GOOD, "rejected": BAD}, TALK),
+    "a column `messages`": ({"messages": TALK, "chosen": GOOD, "rejected": BAD}, TALK),
+    "a column `messages`, and dicts": ({"messages": TALK, "chosen": GOOD[0], "rejected": BAD[0]}, TALK),
+    "LLaMA-Factory": (
+        {"conversations": shared(ASKED), "chosen": shared(GOOD)[0], "rejected": shared(BAD)[0]},
+        ASKED,
+    ),
+    "LLaMA-Factory, an earlier turn": (
+        {"conversations": shared(TALK), "chosen": shared(GOOD)[0], "rejected": shared(BAD)[0]},
+        TALK,
+    ),
+    "ShareGPT, a system column": (
+        {"system": "S", "conversations": shared(TALK), "chosen": shared(GOOD), "rejected": shared(BAD)},
+        [*say("system: S"), *TALK],
+    ),
+    "ShareGPT, implicit": ({"chosen": shared(TALK + GOOD), "rejected": shared(TALK + BAD)}, TALK),
+    "UltraFeedback": (
+        {
+            "prompt": "a b",
+            "prompt_id": "f0e37e9f",
+            "chosen": say("user: a b") + GOOD,
+            "rejected": say("user: a b") + BAD,
+            "messages": say("user: a b") + GOOD,
+            "score_chosen": 8.5,
+            "score_rejected": 3.0,
+        },
+        say("user: a b"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_conversations_of_every_shape_are_a_prompt_and_two_answers(name, tokenizer, encoder):
+    row, prompt = CONVERSATIONS[name]
+    assert encoded(encoder, row) == chats(tokenizer, prompt, GOOD, BAD)
+
+
+def test_the_first_words_of_two_answers_that_are_equal_are_trained(tokenizer, encoder):
+    """What both begin with is a matter of whole messages: simpo and orpo would see other lengths."""
+    chosen = say("assistant: Yes, of course.")
+    rejected = say("assistant: Yes, of blubber.")
+    want = chats(tokenizer, ASKED, chosen, rejected)
+    assert encoded(encoder, {"chosen": ASKED + chosen, "rejected": ASKED + rejected}) == want
+    assert encoded(encoder, {"prompt": ASKED, "chosen": chosen, "rejected": rejected}) == want
+
+
+def test_answers_of_several_turns_train_the_assistants(tokenizer, encoder):
+    chosen = [*GOOD, *say("user: And then?", "assistant: The end.", "user: Oh", "assistant: Yes.")]
+    rejected = [*BAD, *say("user: And then?", "assistant: No idea.")]
+    want = chats(tokenizer, TALK, chosen, rejected)
+    assert sum(np.diff(want.chosen.trained, prepend=False) == 1) == 6  # three turns begin, and end
+    assert encoded(encoder, {"prompt": TALK, "chosen": chosen, "rejected": rejected}) == want
+    assert encoded(encoder, {"chosen": TALK + chosen, "rejected": TALK + rejected}) == want
+    assert encoded(encoder, {"messages": TALK, "chosen": chosen, "rejected": rejected}) == want
+
+
+def test_conversations_that_begin_otherwise_have_no_prompt_in_common(tokenizer, encoder):
+    chosen = say("user: x", "assistant: y")
+    rejected = say("user: z", "assistant: y")
+    want = chats(tokenizer, [], chosen, rejected)
+    assert encoded(encoder, {"chosen": chosen, "rejected": rejected}) == want
+
+
+def test_tools_and_calls_are_in_both_answers(tokenizer):
+    tokenizer.chat_template = QWEN3
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Köln"}}}
+    chosen = [*say("assistant: ", tool_calls=[call]), *say("tool: rain", "assistant: It rains.")]
+    rejected = say("assistant: How should I know?")
+    prompt = say("system: Be brief.", "user: Rain?")
+    want = chats(tokenizer, prompt, chosen, rejected, TOOLS)
+    assert want != chats(tokenizer, prompt, chosen, rejected)
+    for tools in (TOOLS, json.dumps(TOOLS)):
+        row = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "tools": tools}
+        assert encoded(make(tokenizer), row) == want
+    row = {"chosen": prompt + chosen, "rejected": prompt + rejected, "tools": TOOLS}
+    assert encoded(make(tokenizer), row) == want
+
+
+def test_plain_text_stays_plain_text(tokenizer, encoder):
+    for prompt, chosen, rejected in [
+        ("Call me", " Ishmael.", " Ahab, or what you like"),
+        ("Question: 1 + 1?\nAnswer:", " 2", " 3"),
+        ("naïve ", "café\n", "cafe"),
+        ("", "x y", "z"),
+    ]:
+        row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+        assert encoded(encoder, row) == texts(tokenizer, prompt, chosen, rejected), row
+
+
+def test_texts_without_a_prompt_have_what_both_begin_with(tokenizer, encoder):
+    """As Anthropic's hh-rlhf."""
+    prompt = "\n\nHuman: Is it far?\n\nAssistant: Where?\n\nHuman: There.\n\nAssistant:"
+    for chosen, rejected in [(" Not at all.", " It is."), (" Far\n\nHuman: oh", " Away"), (" 1", " 2")]:
+        want = texts(tokenizer, prompt, chosen, rejected)
+        row = {"chosen": prompt + chosen, "rejected": prompt + rejected}
+        assert encoded(encoder, row) == want, row
+        assert encoded(encoder, row | {"prompt": None}) == want
+
+
+def test_a_tokenizer_without_a_template_is_enough_for_plain_text(tokenizer):
+    tokenizer.chat_template = None
+    row = {"prompt": "Call me", "chosen": " Ishmael.", "rejected": " Ahab"}
+    sides = encoded(make(tokenizer), row)
+    end = tokenizer.eos_token_id
+    assert [side.ids[-1] for side in sides] == [end, end]
+    assert sides.chosen.ids[:-1] == tokenizer("Call me Ishmael.")["input_ids"]
+    refused(lambda: documents(make(tokenizer), {"prompt": TALK, "chosen": GOOD, "rejected": BAD}), "data.chat_template")
+
+
+@needs_assets
+def test_llama_factorys_demo_is_read_whole(tokenizer):
+    encoder = make(tokenizer, "--train.seq_len", "8192")
+    rows = json.loads((PREFERENCE / "lf_dpo_en_demo.json").read_text())
+    roles = {"system": "system", "human": "user", "gpt": "assistant"}
+    dropped = 0
+    for row, tokens in zip(rows, documents(encoder, *rows), strict=True):
+        turns = [*row["conversations"], row["chosen"], row["rejected"]]
+        *prompt, chosen, rejected = [{"role": roles[turn["from"]], "content": turn["value"]} for turn in turns]
+        if chosen["content"].strip() and rejected["content"].strip() and chosen != rejected:
+            assert taken_apart(tokens.ids) == chats(tokenizer, prompt, [chosen], [rejected])
+        else:
+            assert tokens.note.startswith("dropped")
+            dropped += 1
+    assert dropped < 10
+
+
+@needs_assets
+def test_the_gsm8k_pairs_are_read_whole(tokenizer, encoder):
+    rows = [json.loads(line) for line in (PREFERENCE / "gsm8k_pairs_model_vs_model.jsonl").read_text().splitlines()]
+    dropped = 0
+    for row, tokens in zip(rows, documents(encoder, *rows), strict=True):
+        want = texts(tokenizer, row["prompt"], row["chosen"], row["rejected"])
+        if len(want.chosen.ids) + len(want.rejected.ids) <= 1024:
+            assert taken_apart(tokens.ids) == want
+        else:
+            assert tokens.note.startswith("dropped")
+            dropped += 1
+    assert dropped < 50
+
+
+# ---- what is dropped
+
+
+def test_equal_answers_are_dropped_and_say_so(encoder):
+    for row in [
+        {"prompt": "Call me", "chosen": " Ishmael.", "rejected": " Ishmael."},
+        {"prompt": ASKED, "chosen": GOOD, "rejected": GOOD},
+        {"prompt": ASKED, "chosen": GOOD, "rejected": shared(GOOD)},  # the same in other words
+        {"conversations": shared(ASKED), "chosen": shared(GOOD)[0], "rejected": shared(GOOD)[0]},
+        {"chosen": ASKED + GOOD, "rejected": ASKED + GOOD},
+    ]:
+        assert note(encoder, row).startswith("dropped: "), row
+    reasons = {note(encoder, {"prompt": "a", "chosen": " b", "rejected": " b"})}
+    reasons.add(note(encoder, {"prompt": ASKED, "chosen": GOOD, "rejected": GOOD}))
+    assert len(reasons) == 1
+
+
+def test_an_empty_answer_drops_the_pair(encoder):
+    for row in [
+        {"prompt": "Call me", "chosen": " Ishmael.", "rejected": ""},
+        {"prompt": "Call me", "chosen": "", "rejected": " Ishmael."},
+        {"prompt": ASKED, "chosen": say("assistant: "), "rejected": BAD},
+        {"conversations": shared(ASKED), "chosen": shared(GOOD)[0], "rejected": {"from": "gpt", "value": ""}},
+        {"chosen": ASKED + GOOD, "rejected": ASKED + GOOD + TALK[:2]},  # what both begin with is all of chosen's
+    ]:
+        assert note(encoder, row).startswith("dropped: "), row
+
+
+def test_pairs_longer_together_than_a_row_are_dropped_or_an_error_and_never_cut(tokenizer):
+    row = {"prompt": ASKED, "chosen": GOOD, "rejected": BAD}
+    want = chats(tokenizer, ASKED, GOOD, BAD)
+    length = len(want.chosen.ids) + len(want.rejected.ids)
+    assert encoded(make(tokenizer, "--train.seq_len", str(length)), row) == want
+    short = ("--train.seq_len", str(length - 1))
+    assert len(want.chosen.ids) < length - 1
+    assert note(make(tokenizer, *short), row).startswith("dropped: ")
+    strict = make(tokenizer, *short, "--data.overlong", "error")
+    refused(lambda: documents(strict, row), "some.jsonl", "row 41", str(length), "train.seq_len")
+    with pytest.raises(ConfigError, match="data.overlong"):
+        config("--data.overlong", "truncate")
+
+
+# ---- what is refused
+
+
+def test_only_the_columns_that_count_are_read_and_the_log_names_them(encoder):
+    for columns, read in [
+        (["prompt", "chosen", "rejected"], ["prompt", "chosen", "rejected"]),
+        (["chosen", "rejected"], ["chosen", "rejected"]),
+        (["conversations", "chosen", "rejected", "id"], ["conversations", "chosen", "rejected"]),
+        (["chosen", "rejected", "tools", "system", "score"], ["chosen", "rejected", "tools", "system"]),
+    ]:
+        with lacuna_log() as messages:
+            assert encoder.columns(columns, Source(path="x")) == read
+        assert "x" in " ".join(messages)
+    ultra = ["prompt", "prompt_id", "chosen", "rejected", "messages", "score_chosen", "score_rejected"]
+    got = encoder.columns(ultra, Source(path="x"))
+    assert {"prompt", "chosen", "rejected"} <= set(got)
+    assert not {"prompt_id", "score_chosen", "score_rejected"} & set(got)
+
+
+def test_dpo_refuses_rows_without_both_answers_and_names_the_columns(encoder):
+    for columns in (["text"], ["messages"], ["prompt", "chosen"], ["prompt", "completion"], ["input_ids"]):
+        refused(lambda columns=columns: encoder.columns(columns, Source(path="x")), "x", "chosen", "rejected", *columns)
+
+
+def test_sft_and_pt_refuse_pairs_by_name(tokenizer):
+    columns = ["prompt", "chosen", "rejected"]
+    refused(lambda: make(tokenizer, task="sft").columns(columns, Source(path="x")), "x", "preference pairs")
+    refused(lambda: make(tokenizer, task="pt").columns(columns, Source(path="x")), "x", *columns)
+    # a column `messages` does not make a conversation of a pair
+    refused(lambda: make(tokenizer, task="sft").columns([*columns, "messages"], Source(path="x")), "preference pairs")
+
+
+def test_rows_of_no_shape_name_their_number(encoder):
+    good = {"prompt": ASKED, "chosen": GOOD, "rejected": BAD}
+    for bad in [
+        good | {"chosen": 7},
+        good | {"rejected": [{"role": "nobody", "content": "x"}]},
+        good | {"rejected": ["x"]},
+        {"prompt": "a", "chosen": GOOD, "rejected": 1.5},
+    ]:
+        refused(lambda bad=bad: documents(encoder, good, bad), "some.jsonl", "row 42")
+
+
+def test_a_null_answer_is_dropped_or_refused_by_its_number(encoder):
+    for row in [{"prompt": "a", "chosen": None, "rejected": "b"}, {"prompt": ASKED, "chosen": GOOD, "rejected": None}]:
+        try:
+            [tokens] = documents(encoder, row)
+        except ConfigError as error:
+            assert "row 41" in str(error)
+        else:
+            assert tokens.note.startswith("dropped: ")
+
+
+def test_the_fingerprint_is_not_that_of_sft(tokenizer):
+    prints = {make(tokenizer, task=task).fingerprint() for task in ("pt", "sft", "dpo")}
+    assert len(prints) == 3
+
+
+# ---- rows of the loader
+
+
+def unpacked(batch) -> list[Sides]:
+    """The pairs of a batch; a label's token is trained."""
+    ends = batch.cu_seqlens.tolist()
+    sides = batch.sides.tolist()
+    documents = []
+    for begin, end in zip(ends, ends[1:], strict=False):
+        ids = batch.input_ids[begin:end].tolist()
+        labels = batch.labels[begin:end].tolist()
+        assert labels[-1] == IGNORE, "a document's last token predicts the next one's first"
+        assert all(label in (IGNORE, token) for label, token in zip(labels, ids[1:], strict=False))
+        documents.append(Side(ids, [False, *(label != IGNORE for label in labels[:-1])]))
+    pairs = []
+    for number, side in enumerate(sides):
+        if side == 1:
+            assert sides[number + 1] == -1
+            pairs.append(Sides(documents[number], documents[number + 1]))
+        elif side == 0:
+            assert not any(documents[number].trained)
+    assert sides.count(1) == sides.count(-1) == len(pairs) == batch.counts["comparisons"]
+    return pairs
+
+
+def test_every_pair_is_in_one_row_whole_and_once_an_epoch(tmp_path, tokenizer):
+    generator = np.random.default_rng(0)
+    wanted = Counter()
+    lines = []
+    for number in range(120):
+        prompt, chosen, rejected = (
+            " ".join(["whale"] * int(n)) for n in generator.lognormal((2.0, 2.5, 2.5), 0.7).clip(1, 90)
+        )
+        row = {"prompt": f"{number}: {prompt}", "chosen": f" 1 {chosen}", "rejected": f" 2 {rejected}"}
+        lines.append(json.dumps(row) + "\n")
+        want = texts(tokenizer, row["prompt"], row["chosen"], row["rejected"])
+        if len(want.chosen.ids) + len(want.rejected.ids) <= 256:
+            wanted[str(want)] += 1
+    (tmp_path / "pairs.jsonl").write_text("".join(lines))
+    words = ["--data.cache", str(tmp_path / "cache"), "--train.seq_len", "256", "--train.micro_batch_size", "2"]
+    words += ["--train.global_batch_size", "2", "--model.name", tokenizer.name_or_path]
+    settings = config(*words, path=tmp_path / "pairs.jsonl")
+    encoder = make_encoder(settings, load_tokenizer(settings.model))
+    dataset = RowDataset(settings, settings.data.sources, encoder, rank=0, ranks=1, epochs=1)
+    loader = Loader(settings, dataset, torch.device("cpu"))
+    found = Counter()
+    for _ in range(-(-dataset.count_rows() // 2)):
+        for batch in loader.step():
+            found.update(str(pair) for pair in unpacked(batch))
+    loader.close()
+    assert found == wanted
+    assert 100 < sum(wanted.values()) <= 120
+    assert dataset.notes.total() == 120
