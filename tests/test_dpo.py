@@ -112,15 +112,17 @@ def test_held_out_figures_are_means_over_pairs_of_a_float64_loop(model_folder, p
     found = [line for line in lines(path) if "eval_loss" in line][-1]
 
     tokenizer = AutoTokenizer.from_pretrained(base)
-    models = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64) for folder in (path / "hf", base)]
+    policy = AutoModelForCausalLM.from_pretrained(path / "hf", dtype=torch.float64)
+    reference = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
     sums = dict.fromkeys(["loss", *FACTS], 0.0)
     with torch.no_grad():
         for row in rows[:7]:
             pair = text_pair(tokenizer, row)
             rewards = []
             for answer, side in zip(pair, ("chosen", "rejected"), strict=True):
-                (policy, count), (reference, _) = (log_probability(lambda ids: m(ids).logits, answer) for m in models)
-                rewards.append(0.2 * (policy - reference).item())
+                logp, count = log_probability(lambda ids: policy(ids).logits, answer)
+                logp_before, _ = log_probability(lambda ids: reference(ids).logits, answer)
+                rewards.append(0.2 * (logp - logp_before).item())
                 sums[f"reward_{side}"] += rewards[-1]
                 sums[f"tokens_{side}"] += count
             sums["reward_margin"] += rewards[0] - rewards[1]

@@ -8,6 +8,7 @@ import copy
 import json
 import os
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -321,7 +322,7 @@ def test_pairs_longer_together_than_a_row_are_dropped_or_an_error_and_never_cut(
     assert note(make(tokenizer, *short), row).startswith("dropped: ")
     strict = make(tokenizer, *short, "--data.overlong", "error")
     refused(lambda: documents(strict, row), "some.jsonl", "row 41", str(length), "train.seq_len")
-    with pytest.raises(ConfigError, match="data.overlong"):
+    with pytest.raises(ConfigError, match=r"data\.overlong"):
         config("--data.overlong", "truncate")
 
 
@@ -391,7 +392,7 @@ def unpacked(batch) -> list[Sides]:
     ends = batch.cu_seqlens.tolist()
     sides = batch.sides.tolist()
     documents = []
-    for begin, end in zip(ends, ends[1:], strict=False):
+    for begin, end in pairwise(ends):
         ids = batch.input_ids[begin:end].tolist()
         labels = batch.labels[begin:end].tolist()
         assert labels[-1] == IGNORE, "a document's last token predicts the next one's first"
