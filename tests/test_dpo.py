@@ -1,4 +1,4 @@
-"""Preferences, end to end: `lacuna dpo`, what it reports, that it goes on, and that ranks change nothing."""
+"""Preferences, end to end: a run of examples/dpo.py, what it reports, that it goes on, that ranks change nothing."""
 
 import json
 import math
@@ -10,7 +10,7 @@ import torch
 from conftest import EXAMPLES
 from processes import finish
 from safetensors.torch import load_file
-from test_objectives import FACTS, log_probability, text_pair
+from test_objectives import FACTS, RECIPE, log_probability, text_pair
 from test_train import lines, options, train_lines
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -31,7 +31,7 @@ def pairs(tmp_path) -> Path:
     words = first.split()
     rows = []
     for number in range(40):
-        at = 60 * number
+        at = 50 * number % (len(words) - 100)
         asked, said, other = 2 + number % 5, 3 + number * 7 % 23, 3 + number * 11 % 31
         row = {"prompt": " ".join(words[at : at + asked])}
         row["chosen"] = " " + " ".join(words[at + asked : at + asked + said])
@@ -48,7 +48,7 @@ def words_of(folder, pairs, tmp_path, *more: str) -> list[str]:
 
 
 def train(*words: str) -> Path:
-    return run(load_config(None, list(words), "dpo"))
+    return run(load_config(None, list(words), RECIPE))
 
 
 def figures(path: Path) -> list[list]:
@@ -108,7 +108,7 @@ def test_held_out_figures_are_means_over_pairs_of_a_float64_loop(model_folder, p
     rows = [json.loads(line) for line in pairs.read_text().splitlines()]
     held_out.write_text("".join(json.dumps(row) + "\n" for row in rows[:7]))
     sources = ("--eval.sources", json.dumps([{"path": str(held_out)}]))
-    path = train(*words_of(base, pairs, tmp_path, *sources, "--train.steps", "3", "--dpo.beta", "0.2"))
+    path = train(*words_of(base, pairs, tmp_path, *sources, "--train.steps", "3", "--recipe", '{"beta": 0.2}'))
     found = [line for line in lines(path) if "eval_loss" in line][-1]
 
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -134,7 +134,9 @@ def test_held_out_figures_are_means_over_pairs_of_a_float64_loop(model_folder, p
 
 @pytest.mark.parametrize("loss", ["ipo", "simpo", "orpo"])
 def test_other_losses_learn_the_pairs_too(loss, model_folder, pairs, tmp_path):
-    words = words_of(model_folder("smollm2"), pairs, tmp_path, "--dpo.loss", loss, "--train.steps", "6")
+    words = words_of(
+        model_folder("smollm2"), pairs, tmp_path, "--recipe", json.dumps({"loss": loss}), "--train.steps", "6"
+    )
     steps = train_lines(train(*words))
     assert steps[-1]["loss"] < steps[0]["loss"]
     assert steps[-1]["reward_accuracy"] > 0.8
@@ -164,7 +166,7 @@ def test_two_ranks_and_other_micro_batches_train_the_same(more, model_folder, pa
     empty = tmp_path / "empty.toml"
     empty.write_text("")
     base = model_folder("llama")
-    words = ["dpo", str(empty), *words_of(base, pairs, tmp_path, *SAVES, "--train.steps", "4", *more)]
+    words = [RECIPE, str(empty), *words_of(base, pairs, tmp_path, *SAVES, "--train.steps", "4", *more)]
     for ranks, name, rows in ((1, "one", "4"), (2, "two", "1")):
         done = finish(tmp_path, *words, "--name", name, "--train.micro_batch_size", rows, ranks=ranks)
         assert done.status == 0, done.output[-3000:]
@@ -192,13 +194,19 @@ def test_what_is_counted_is_said(model_folder, pairs, tmp_path):
     assert all(reason.startswith("dropped: ") for reason, count in counted.items() if count == 1)
 
 
-def test_keys_of_dpo_have_defaults_and_belong_to_it():
-    argv = ["--data.sources", '[{"path": "x"}]', "--train.steps", "1"]
-    config = load_config(None, argv, "dpo")
-    assert (config.task, config.dpo.loss, config.dpo.beta) == ("dpo", "dpo", 0.1)
-    assert config.optim.lr == 1e-6
-    assert load_config(None, [*argv, "--lora.rank", "4"], "dpo").optim.lr == 1e-5
-    assert load_config(None, [*argv, "--dpo.loss", "simpo"], "dpo").dpo.beta == 2.0
-    for words in (("--dpo.loss", "kto"), ("--dpo.beta", "0"), ("--dpo.beta", "-1")):
-        with pytest.raises(ConfigError, match=words[0].removeprefix("--")):
-            load_config(None, [*argv, *words], "dpo")
+def test_keys_that_a_recipe_does_not_know_or_cannot_be_are_refused(model_folder, pairs, tmp_path):
+    words = words_of(model_folder("llama"), pairs, tmp_path, "--train.steps", "1")
+    for keys, word in [
+        ({"loss": "kto"}, "loss"),
+        ({"beta": 0.0}, "beta"),
+        ({"beta": -1.0}, "beta"),
+        ({"bet": 0.1}, "bet"),
+        ({"margin": "much"}, "margin"),
+    ]:
+        with pytest.raises(ConfigError, match=rf"(?s)recipe.*{word}"):
+            train(*words, "--recipe", json.dumps(keys))
+    with pytest.raises(ConfigError, match="from_scratch"):
+        train(*words, "--model.from_scratch", "true")
+    sources = ["--data.sources", '[{"path": "x"}]', "--train.steps", "1"]
+    with pytest.raises(ConfigError, match=r"optim\.lr"):
+        load_config(None, sources, RECIPE)
