@@ -1,4 +1,4 @@
-"""The same 32 pairs through TRL's DPOTrainer and through lacuna, float32 on a CPU: the losses of the first steps.
+"""The same 32 pairs through TRL's DPOTrainer and examples/dpo.py, float32 on a CPU: the losses of the first steps.
 
 usage: uv run --with trl==1.16.0 python benchmarks/dpo_beside_trl.py
 
@@ -9,6 +9,7 @@ of 1e-4. Text is plain, and ends with the tokenizer's EOS: in ChatML, TRL scores
 """
 
 import json
+import runpy
 import shutil
 import sys
 import tempfile
@@ -20,12 +21,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
 from lacuna.config import Config, load_config
-from lacuna.data.conversations import make_encoder
 from lacuna.data.loader import RowDataset
 from lacuna.data.tokenize import load_tokenizer
 from lacuna.train import run
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+RECIPE = str(EXAMPLES / "dpo.py")
 PAIRS, STEPS, BAR = 32, 8, 1e-4
 RATES = {"dpo": 5e-3, "ipo": 2e-3}  # so that a loss changes by a tenth or more
 IN_TRL = {"dpo": "sigmoid", "ipo": "ipo"}
@@ -51,17 +52,17 @@ def losses_of_lacuna(loss: str, model: Path, pairs: Path, folder: Path) -> list[
     words = ["--model.name", str(model), "--model.dtype", "float32", "--train.seq_len", "512"]
     words += ["--data.sources", json.dumps([{"path": str(pairs)}]), "--data.cache", str(folder / "cache")]
     words += ["--train.steps", str(STEPS), "--train.micro_batch_size", "1", "--train.max_grad_norm", "1e9"]
-    words += ["--dpo.loss", loss, "--dpo.beta", "0.1", "--optim.lr", str(RATES[loss]), "--optim.eps", "1.0"]
+    words += ["--recipe", json.dumps({"loss": loss, "beta": 0.1}), "--optim.lr", str(RATES[loss]), "--optim.eps", "1.0"]
     words += ["--optim.betas", json.dumps(BETAS), "--optim.weight_decay", "0", "--optim.schedule", "constant"]
     words += ["--log.every", "1", "--out", str(folder), "--name", loss]
-    rows = count_rows(load_config(None, [*words, "--train.global_batch_size", "1"], "dpo"))
-    path = run(load_config(None, [*words, "--train.global_batch_size", str(rows)], "dpo"))
+    rows = count_rows(load_config(None, [*words, "--train.global_batch_size", "1"], RECIPE))
+    path = run(load_config(None, [*words, "--train.global_batch_size", str(rows)], RECIPE))
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "loss" in line]
 
 
 def count_rows(config: Config) -> int:
-    encoder = make_encoder(config, load_tokenizer(config.model))
+    encoder = runpy.run_path(RECIPE)["make_encoder"](config, load_tokenizer(config.model))
     return RowDataset(config, config.data.sources, encoder, rank=0, ranks=1, epochs=1).count_rows()
 
 

@@ -251,6 +251,13 @@ def test_texts_without_a_prompt_have_what_both_begin_with(tokenizer, encoder):
         assert encoded(encoder, row | {"prompt": None}) == want
 
 
+def test_texts_may_part_behind_a_line(tokenizer, encoder):
+    """No word of the question is trained, whether or not the line's end is."""
+    prompt = "Human: Is it far?\nAssistant:"
+    found = encoded(encoder, {"chosen": prompt + "\nYes", "rejected": prompt + "\nNo"})
+    assert found in (texts(tokenizer, prompt, "\nYes", "\nNo"), texts(tokenizer, prompt + "\n", "Yes", "No"))
+
+
 def test_a_tokenizer_without_a_template_is_enough_for_plain_text(tokenizer):
     tokenizer.chat_template = None
     row = {"prompt": "Call me", "chosen": " Ishmael.", "rejected": " Ahab"}
