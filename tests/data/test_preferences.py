@@ -258,6 +258,19 @@ def test_texts_may_part_behind_a_line(tokenizer, encoder):
     assert found in (texts(tokenizer, prompt, "\nYes", "\nNo"), texts(tokenizer, prompt + "\n", "Yes", "No"))
 
 
+def test_texts_of_which_one_goes_on_keep_the_word_where_they_part(tokenizer, encoder):
+    prompt = "Human: Is it far?\n\nAssistant:"
+    for short, long in [
+        (" Yes", " Yes, very"),
+        (" Yes", " Yes, sir"),
+        (" Yes", " Yes sir"),
+        (" Yes sir", " Yesterday"),
+    ]:
+        for chosen, rejected in ((short, long), (long, short)):
+            row = {"chosen": prompt + chosen, "rejected": prompt + rejected}
+            assert encoded(encoder, row) == texts(tokenizer, prompt, chosen, rejected), row
+
+
 def test_a_tokenizer_without_a_template_is_enough_for_plain_text(tokenizer):
     tokenizer.chat_template = None
     row = {"prompt": "Call me", "chosen": " Ishmael.", "rejected": " Ahab"}
