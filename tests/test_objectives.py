@@ -8,11 +8,11 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from conftest import EXAMPLES
+from conftest import EXAMPLES, SMALL
 from test_lora import LORA, move_away
 from test_model import needs_compiler
 from torch.func import functional_call
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lacuna.config import load_config
 from lacuna.data.batch import SECOND, PackedBatch, assemble, collate, hide
@@ -316,6 +316,25 @@ def test_at_first_the_loss_is_ln_2_and_rewards_are_exactly_0(more, model_folder)
     assert [facts[name] for name in FACTS[:4]] == [0.0, 0.0, 0.0, 0.0]  # ties are no hits
     assert facts["tokens_chosen"] == sum(sum(pair.chosen.trained) for pair in PAIRS)
     assert facts["tokens_rejected"] == sum(sum(pair.rejected.trained) for pair in PAIRS)
+
+
+@pytest.mark.parametrize("more", [(), LORA], ids=["full", "lora"])
+def test_dropout_is_off(more, tmp_path):
+    """It would be another one in each pass: rewards at first would be noise."""
+    dropout = {"residual_dropout": 0.1, "embedding_dropout": 0.1}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("starcoder2", **SMALL, **dropout)).save_pretrained(tmp_path)
+    trainee = build(tmp_path, "dpo", *more)
+    assert trainee.training
+    _, facts, _ = step(trainee, batch_of(*ROWS))
+    assert [facts[name] for name in FACTS[:3]] == [0.0, 0.0, 0.0]
+
+
+def test_the_first_loss_is_ln_2_however_many_pairs_and_far_from_even(model_folder):
+    """No rounding of sums of hundreds of nats is in it."""
+    trainee = build(model_folder("qwen3"), "dpo")
+    batch = batch_of(*[[make_pair(2, 90 - n, 1)] for n in range(24)])
+    loss, _ = trainee(batch)
+    assert loss.item() / 24 == pytest.approx(math.log(2), abs=1e-7)
 
 
 def test_chosen_and_rejected_swapped_negate_the_first_gradient(model_folder):
