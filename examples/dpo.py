@@ -89,6 +89,7 @@ def frozen_copy(config: Config, ranks, tokenizer):
     """-log p of the labels by the model that training began with: in the dtype of computation, sharded as it is."""
     copy = assemble(config, ranks, tokenizer, frozen=True)
     materialise(copy, ranks.device, config.seed, weight_folder(config.model.name))
+    copy.eval()
     copy.objective = lambda copy, batch: copy.head(batch)()[1]  # inside its forward, as FSDP wants it
     return lambda trainee, batch: copy(batch)
 
@@ -106,6 +107,7 @@ def without_adapters(trainee: Trainee, batch: PackedBatch) -> torch.Tensor:
 
 def objective(keys: Keys, reference, trainee: Trainee, batch: PackedBatch) -> tuple[torch.Tensor, dict]:
     """The sum of the losses of a batch's pairs, and figures, summed over pairs."""
+    trainee.eval()  # dropout would be another one in each pass
     losses_before = None
     if reference:
         with torch.no_grad():
@@ -126,7 +128,9 @@ def preference_loss(head, losses_before, batch: PackedBatch, keys: Keys) -> tupl
     log_p_before = 0 if losses_before is None else -by_document(losses_before, batch)
     with torch.enable_grad():
         log_p.requires_grad_()
-        score = (log_p - log_p_before) / (1 if keys.loss == "dpo" else tokens.clamp(min=1))
+        gain = log_p - log_p_before
+        mean = gain / tokens.clamp(min=1)
+        score = gain if keys.loss == "dpo" else mean
         # the rejected answer is the next document; where there is no pair, -1 has a loss and a derivative, too
         chosen = torch.where(pair, score, -1)
         rejected = torch.where(pair, score.roll(-1), -1)
@@ -136,14 +140,14 @@ def preference_loss(head, losses_before, batch: PackedBatch, keys: Keys) -> tupl
     if torch.is_grad_enabled():
         weights = -slope.repeat_interleave(batch.cu_seqlens.diff(), output_size=len(trained)) * trained  # [T]
         weighted, _ = head(weights)
-        loss = weighted + (loss - weighted).detach()  # the loss, with the gradient of the second pass
-    reward_chosen = keys.beta * chosen.detach()
-    reward_rejected = keys.beta * rejected.detach()
+        loss = weighted - weighted.detach() + loss  # the loss, with the gradient of the second pass
+    reward = keys.beta * (gain if keys.loss in HAVE_REFERENCE else mean).detach()
+    margin = reward - reward.roll(-1)
     figures = {
-        "reward_chosen": reward_chosen,
-        "reward_rejected": reward_rejected,
-        "reward_margin": reward_chosen - reward_rejected,
-        "reward_accuracy": reward_chosen > reward_rejected,  # a tie, as at the first step, is none
+        "reward_chosen": reward,
+        "reward_rejected": reward.roll(-1),
+        "reward_margin": margin,
+        "reward_accuracy": margin > 0,  # a tie, as at the first step, is none
         "tokens_chosen": tokens,
         "tokens_rejected": tokens.roll(-1),
     }
@@ -189,8 +193,8 @@ class PairEncoder:
             return Tokens(NOTHING, "dropped: both answers are the same")
         first, first_trained = reveal(chosen.ids)
         second, second_trained = reveal(rejected.ids)
-        second_trained[0] = False  # or the last token of the first one would predict it
         trained = np.concatenate([first_trained, second_trained])
+        trained[[0, len(first)]] = False  # or the last token of the answer before would predict them
         return self.chats.fit(np.concatenate([first, second + SECOND]), trained)
 
     def fingerprint(self):
@@ -215,8 +219,8 @@ def as_completions(row: dict) -> list[dict]:
     if prompt is None or whole:
         same = itertools.takewhile(lambda both: both[0] == both[1], zip(*answers, strict=False))
         common = len(list(same))
-        if texts:  # a word is not cut
-            common = max(0, answers[0].rfind(" ", 0, common + 1))
+        if texts:  # the word in which they part belongs to both answers, with the space before it
+            common = max(0, *(answers[0].rfind(space, 0, common) for space in " \n\t"))
         prompt = answers[0][:common]
         answers = [answer[common:] for answer in answers]
     rest = {name: row[name] for name in ("system", "tools") if name in row}
