@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lacuna.config import Config, ConfigError, blame
 from lacuna.data.batch import IGNORE, SECOND, PackedBatch, Tokens, reveal
@@ -81,8 +81,11 @@ def make_objective(config: Config, ranks, tokenizer):
 def read_keys(config: Config) -> Keys:
     if config.model.from_scratch:
         raise ConfigError("model.from_scratch: preferences are taught to a model that can speak")
-    with blame("recipe"):
+    try:
         return Keys(**config.recipe)
+    except ValidationError as error:
+        problems = [f"recipe.{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()]
+        raise ConfigError("\n".join(problems)) from None
 
 
 def frozen_copy(config: Config, ranks, tokenizer):
