@@ -263,6 +263,17 @@ def test_with_lora_the_reference_is_the_base_without_adapters(how, model_folder)
     assert_equals_the_loop(model_folder("qwen2"), "dpo", *LORA, "--train.activation_checkpointing", how)
 
 
+def test_in_bfloat16_too_the_reference_is_without_adapters(model_folder):
+    """Where layers run through a copy of theirs, which has adapters of its own to be switched off."""
+    folder = model_folder("qwen2")
+    trainee = build(folder, "dpo", *LORA, "--model.dtype", "bfloat16")
+    move_away(trainee.model)
+    _, facts, _ = step(trainee, batch_of(*ROWS))
+    _, want, _ = expected(folder, trainee, PAIRS, "dpo")
+    for name in ("reward_chosen", "reward_rejected"):
+        assert facts[name] == pytest.approx(want[name], rel=0.1, abs=0.1), name
+
+
 @pytest.mark.parametrize("loss", ["ipo", "orpo"])
 def test_other_losses_train_adapters_too(loss, model_folder):
     assert_equals_the_loop(model_folder("qwen2"), loss, *LORA)
