@@ -263,11 +263,15 @@ def test_with_lora_the_reference_is_the_base_without_adapters(how, model_folder)
     assert_equals_the_loop(model_folder("qwen2"), "dpo", *LORA, "--train.activation_checkpointing", how)
 
 
-def test_in_bfloat16_too_the_reference_is_without_adapters(model_folder):
-    """Where layers run through a copy of theirs, which has adapters of its own to be switched off."""
+@pytest.mark.parametrize("more", [(), LORA], ids=["full", "lora"])
+def test_in_bfloat16_too_the_reference_is_where_training_began(more, model_folder):
+    """On one device layers run through copies of theirs, with adapters of their own to be switched off."""
     folder = model_folder("qwen2")
-    trainee = build(folder, "dpo", *LORA, "--model.dtype", "bfloat16")
-    move_away(trainee.model)
+    trainee = build(folder, "dpo", *more, "--model.dtype", "bfloat16")
+    if more:
+        move_away(trainee.model)
+    else:
+        leave_the_reference(trainee)
     _, facts, _ = step(trainee, batch_of(*ROWS))
     _, want, _ = expected(folder, trainee, PAIRS, "dpo")
     for name in ("reward_chosen", "reward_rejected"):
