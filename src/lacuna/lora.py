@@ -19,8 +19,12 @@ BEGINNINGS = {"lora_A": nn.Linear.reset_parameters, "lora_B": lambda module: nn.
 class LoRALinear(nn.Linear):
     """x W' + b + alpha / rank * x A' B': W [out, in], b frozen, A [rank, in], B [out, rank] trained."""
 
+    active = True  # of the class: layers may run through copies of theirs, see cast_in_forward
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         own = super().forward(x)
+        if not self.active:
+            return own
         thin = self.lora_A(x) * self.scale  # [..., rank]
         # a batch of one: a plain product's result, [T, out] like `own`, selective checkpointing would keep
         wide = torch.bmm(thin.view(1, -1, thin.shape[-1]), self.lora_B.weight.T[None])

@@ -59,17 +59,16 @@ def shard_model(model: nn.Module, layers: list[nn.Module], ranks: Ranks, dtype: 
     """FSDP2 over every layer, then over the rest; compute in dtype, reduce gradients in float32."""
     memory = torch.cuda.mem_get_info(ranks.device)[1] if ranks.device.type == "cuda" else 0
     size = sum(p.numel() for p in model.parameters()) * dtype.itemsize
-    # A large model's layers are freed again after their forward. One that takes less than a twentieth of the GPU stays
-    # till its backward, which is half as much to gather: 93 -> 95% of linear on two H200s, for 2.6 GiB (1.7B).
-    reshard = size > memory / 20
     whole = {p for p in model.parameters() if not p.requires_grad and size < memory / 5}
     if whole:
-        log.info("LoRA: the frozen weights, below a fifth of the GPU, are whole on every rank, and never gathered")
+        log.info("The frozen weights, below a fifth of the GPU, are whole on every rank, and never gathered")
     mesh = ranks.mesh if ranks.mesh["dp_replicate"].size() > 1 else ranks.mesh["dp_shard"]
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    # the root's parameters are needed at once for the backward, and stay
+    # A large model's layers are freed again after their forward. One that takes less than a twentieth of the GPU stays
+    # till its backward, which is half as much to gather: 93 -> 95% of linear on two H200s, for 2.6 GiB (1.7B).
+    # The root's parameters are needed at once for the backward, and stay.
     for module in (*layers, model):
-        options = {"reshard_after_forward": reshard and module is not model, "ignored_params": whole}
+        options = {"reshard_after_forward": size > memory / 20 and module is not model, "ignored_params": whole}
         fully_shard(module, mesh=mesh, mp_policy=precision, **options)
         module.set_gradient_divide_factor(1.0)  # the loss is divided by the tokens of all ranks: gradients add up
         module.set_force_sum_reduction_for_comms(True)

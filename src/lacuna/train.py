@@ -111,7 +111,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
 
         # 4. Report the step, or on a GPU an earlier one, while this one runs. All ranks see the same.
         facts = {"step": step, "lr": lr, "epoch": max(batch.epoch for batch in batches), "data_seconds": data_seconds}
-        facts["figures"] = parts[0].keys() - {"loss"}
+        facts["figures"] = [name for name in parts[0] if name != "loss"]
         evaluating = held_out and is_due(step, config.eval.every, steps)
         saving = is_due(step, config.checkpoint.every, steps)
         try:
@@ -144,9 +144,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
         newest = [checkpoint, *in_order(folder / "checkpoints")][-1]
         export(newest, folder / "hf")
     report.close()
-    log.info("The model is in %s, for transformers' from_pretrained and for --model.name of another run", folder / "hf")
-    if config.task != "pt":
-        log.info("To talk with it: python examples/chat.py %s", folder)
+    log.info("The model is in %s: for from_pretrained, --model.name of another run, examples/chat.py", folder / "hf")
     if dist.is_initialized():
         dist.destroy_process_group()
     return folder
