@@ -1,4 +1,4 @@
-"""Not a test: run by test_train.py under torchrun. Saves the gradients of one global batch, gathered, from rank 0.
+"""Not a test: run by test_train.py on several ranks. Saves the gradients of one global batch, gathered, from rank 0.
 
 usage: torchrun --nproc-per-node N tests/gradients.py MODEL_FOLDER BATCHES.pt OUT.pt DP_REPLICATE
 BATCHES.pt holds eight one-row batches; rank r takes rows r, r + N, … as micro-batches of one row.

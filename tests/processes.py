@@ -2,11 +2,13 @@
 
 `python -m lacuna` takes ten seconds to import torch and transformers on two cores. So a process here is forked from one
 that has imported them (multiprocessing's forkserver) and then does what `python -m lacuna WORDS` does: the same
-command, signals and exit status, a second after its start. Ranks get the variables that torchrun sets.
+command, signals and exit status, a second after its start. Ranks get the variables that torchrun sets. Instead of
+lacuna's, another module's main program may be run.
 A fault is a function of this file that runs in the new process before the command does.
 """
 
 import contextlib
+import ctypes
 import itertools
 import json
 import multiprocessing
@@ -33,7 +35,7 @@ NUMBERS = itertools.count()
 class Run:
     """One or several ranks of a `lacuna` command, each in a process and process group of its own."""
 
-    def __init__(self, folder: Path, *words: str, ranks: int = 1, faults: dict | None = None):
+    def __init__(self, folder: Path, *words: str, ranks: int = 1, faults: dict | None = None, module: str = "lacuna"):
         """faults: {name: arguments}, or {rank: {name: arguments}}; folder: where their output goes."""
         environ = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "TORCHELASTIC"))}
         environ |= VARIABLES
@@ -50,7 +52,7 @@ class Run:
             for rank in range(ranks):
                 mine = environ | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {})
                 own = (faults or {}).get(rank, {}) if set(faults or {}) <= set(range(ranks)) else faults
-                arguments = (words, mine, self.outputs[rank], own)
+                arguments = (module, words, mine, self.outputs[rank], own)
                 self.processes.append(CONTEXT.Process(target=child, args=arguments))
                 self.processes[-1].start()
 
@@ -99,9 +101,9 @@ class Run:
         return value
 
 
-def finish(folder: Path, *words: str, ranks: int = 1, faults: dict | None = None, timeout: float = 90) -> Run:
-    """A run to its end, whatever that is."""
-    with Run(folder, *words, ranks=ranks, faults=faults) as run:
+def finish(folder: Path, *words: str, timeout: float = 90, **options) -> Run:
+    """A run to its end, whatever that is; options as Run has them."""
+    with Run(folder, *words, **options) as run:
         run.status = run.wait(timeout)
     return run
 
@@ -117,7 +119,7 @@ def environment(variables: dict[str, str]):
         os.environ.update(before)
 
 
-def child(words, environ: dict, output: Path, faults: dict | None):
+def child(module: str, words: tuple, environ: dict, output: Path, faults: dict | None):
     os.setpgid(0, 0)
     os.environ.clear()
     os.environ.update(environ)
@@ -126,8 +128,8 @@ def child(words, environ: dict, output: Path, faults: dict | None):
     os.dup2(file, 2)
     for name, arguments in (faults or {}).items():
         globals()[name](*arguments)
-    sys.argv = ["lacuna", *words]
-    runpy.run_module("lacuna", run_name="__main__", alter_sys=True)
+    sys.argv = [module, *words]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 # ---- faults
@@ -176,6 +178,30 @@ def slow_save(seconds: float, marker: str):
         real(*arguments)
 
     Checkpoints.write_safetensors = write
+
+
+def frozen_in_save(count: int):
+    """The process stands still as its count-th save begins."""
+    from lacuna.checkpoint import Checkpoints
+
+    counter = itertools.count(1)
+
+    def save(*arguments, real=Checkpoints.save):
+        if next(counter) == count:
+            print("frozen", flush=True)
+            os.kill(os.getpid(), signal.SIGSTOP)
+        real(*arguments)
+
+    Checkpoints.save = save
+
+
+def on_host(name: str, interface: str, first: str):
+    """On a host of its own: a network namespace. `first` is the address of rank 0's."""
+    variables({"GLOO_SOCKET_IFNAME": interface, "MASTER_ADDR": first})
+    with open(f"/run/netns/{name}") as namespace:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.setns(namespace.fileno(), 0):  # Python has it from 3.12 on
+            raise OSError(ctypes.get_errno(), "setns")
 
 
 def late_copy(seconds: float):

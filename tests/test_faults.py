@@ -19,6 +19,7 @@ from pathlib import Path
 import processes
 import pytest
 from conftest import EXAMPLES, REPO
+from processes import last_step
 
 pytestmark = pytest.mark.slow  # minutes: left out of the second set of versions in CI
 
@@ -84,12 +85,10 @@ def started(command: list[str], output: Path, **variables: str):
         process.wait(20)
 
 
-def finished(command: list[str], timeout=150, **variables: str) -> subprocess.CompletedProcess:
-    if command[:4] == [sys.executable, "-m", "lacuna", "pt"] and not variables:  # the same, torch imported already
-        run = processes.finish(Path(command[4]).parent, *command[3:], timeout=timeout)
-        return subprocess.CompletedProcess(command, run.status, "", run.output)
-    environ = environment(**variables)
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environ, check=False)
+def finished(command: list[str], faults: dict | None = None) -> subprocess.CompletedProcess:
+    """The same command in a process that has imported torch already, to its end."""
+    run = processes.finish(Path(command[4]).parent, *command[3:], faults=faults, timeout=150)
+    return subprocess.CompletedProcess(command, run.status, "", run.output)
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -97,14 +96,6 @@ def metrics(folder: Path) -> list[dict]:
     file = folder / "metrics.jsonl"
     text = file.read_text() if file.exists() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n") and '"loss"' in line]
-
-
-def wait_for_step(folder: Path, step: int, *processes: subprocess.Popen, timeout=120):
-    deadline = time.monotonic() + timeout
-    while not any(line["step"] >= step for line in metrics(folder)[-1:]):
-        assert time.monotonic() < deadline, "the run does not get there"
-        assert all(process.poll() is None for process in processes), "the run has ended before"
-        time.sleep(0.05)
 
 
 def same_run(folder: Path, other: Path, steps: int):
@@ -128,27 +119,16 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-@contextmanager
-def two_ranks(words: list[str], tmp_path: Path, address="127.0.0.1", prefixes=((), ()), **variables: str):
-    """Two ranks without a launcher that would end the one when the other dies, each with its output in rankN.txt."""
-    meet = {"WORLD_SIZE": "2", "MASTER_ADDR": address, "MASTER_PORT": free_port(), "LOCAL_RANK": "0"} | variables
-    first, second = ([*prefix, *words] for prefix in prefixes)
-    with (
-        started(first, tmp_path / "rank0.txt", RANK="0", **meet) as one,
-        started(second, tmp_path / "rank1.txt", RANK="1", **meet) as other,
-    ):
-        yield one, other
-
-
-def is_gone(process: subprocess.Popen, output: Path, since: float) -> float:
-    """Seconds until the process has ended, with status 1 and one sentence about the other rank."""
-    assert process.wait(GONE + 10) == 1, output.read_text()
-    seconds = time.monotonic() - since
-    assert seconds < GONE
-    sentence = only_sentence(output.read_text())
+def is_gone(run: processes.Run, rank: int, since: float):
+    """The rank has ended, within a minute, with status 1 and one sentence about the other rank."""
+    process = run.processes[rank]
+    process.join(GONE + 10)
+    output = run.outputs[rank].read_text()
+    assert process.exitcode == 1, output
+    assert time.monotonic() - since < GONE
+    sentence = only_sentence(output)
     assert "Another rank has ended, or cannot be reached" in sentence
     assert sentence.endswith("the same command goes on from the last checkpoint")
-    return seconds
 
 
 def whole_checkpoints(folder: Path, step: int):
@@ -165,51 +145,33 @@ def whole_checkpoints(folder: Path, step: int):
 
 
 def test_a_rank_that_is_killed_ends_the_other_within_a_minute(words, tmp_path):
-    with two_ranks(words, tmp_path) as (one, other):
-        wait_for_step(tmp_path / "runs" / "run", 25, one, other)
-        other.kill()
-        is_gone(one, tmp_path / "rank0.txt", time.monotonic())  # 0.4 s when it was written
-    whole_checkpoints(tmp_path / "runs" / "run", 10)
-
-
-FREEZE = """
-import os, signal, sys
-from lacuna.checkpoint import Checkpoints
-def save(*args):
-    if saves.append(1) or len(saves) == 2:
-        print("frozen", flush=True)
-        os.kill(os.getpid(), signal.SIGSTOP)
-    real(*args)
-saves, real, Checkpoints.save = [], Checkpoints.save, save
-from lacuna.cli import main
-main()
-"""
+    folder = tmp_path / "runs" / "run"
+    with processes.Run(tmp_path, *words[3:], ranks=2) as run:
+        run.until(lambda: last_step(folder) >= 25)
+        run.send(signal.SIGKILL, rank=1)
+        is_gone(run, 0, time.monotonic())  # 0.4 s when it was written
+    whole_checkpoints(folder, 10)
 
 
 def test_a_rank_that_freezes_in_a_save_ends_the_other_after_dist_timeout(words, tmp_path):
     """No connection is closed then: only the timeout helps, which every process group must have."""
-    words = [*words, "--dist.timeout", "10"]
-    meet = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "LOCAL_RANK": "0"}
-    with (
-        started(words, tmp_path / "rank0.txt", RANK="0", **meet) as one,
-        started([sys.executable, "-c", FREEZE, *words[3:]], tmp_path / "rank1.txt", RANK="1", **meet),
-    ):
-        wait_for_step(tmp_path / "runs" / "run", 20, one)
-        is_gone(one, tmp_path / "rank0.txt", time.monotonic())
-        assert "frozen" in (tmp_path / "rank1.txt").read_text()
-    whole_checkpoints(tmp_path / "runs" / "run", 10)
+    folder = tmp_path / "runs" / "run"
+    faults = {0: {}, 1: {"frozen_in_save": (2,)}}
+    with processes.Run(tmp_path, *words[3:], "--dist.timeout", "10", ranks=2, faults=faults) as run:
+        run.until(lambda: last_step(folder) >= 20)
+        is_gone(run, 0, time.monotonic())
+        assert "frozen" in run.outputs[1].read_text()
+    whole_checkpoints(folder, 10)
 
 
 def test_a_signal_ends_a_rank_that_waits_for_another_one_to_start(words, tmp_path):
     """It waits in C++, where Python's own signal handlers are not run."""
-    meet = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "LOCAL_RANK": "0"}
-    with started(words, tmp_path / "rank0.txt", RANK="0", **meet) as alone:
-        deadline = time.monotonic() + 60
-        while not listening(int(meet["MASTER_PORT"])):
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
+    port = free_port()
+    meet = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    with processes.Run(tmp_path, *words[3:], faults={"variables": (meet,)}) as alone:
+        alone.until(lambda: listening(int(port)))
         time.sleep(1)
-        alone.send_signal(signal.SIGTERM)
+        alone.send(signal.SIGTERM)
         assert alone.wait(20) == 75
 
 
@@ -253,80 +215,74 @@ def hosts():
 
 def test_a_cut_link_ends_the_ranks_on_both_hosts_within_a_minute(words, tmp_path, hosts):
     names, cut = hosts
-    prefixes = [["ip", "netns", "exec", name, "env", f"GLOO_SOCKET_IFNAME=v{i}"] for i, name in enumerate(names)]
-    words = [*words, "--dist.timeout", "10"]
-    with two_ranks(words, tmp_path, "10.213.0.1", prefixes) as (one, other):
-        wait_for_step(tmp_path / "runs" / "run", 25, one, other)
+    folder = tmp_path / "runs" / "run"
+    faults = {rank: {"on_host": (name, f"v{rank}", "10.213.0.1")} for rank, name in enumerate(names)}
+    with processes.Run(tmp_path, *words[3:], "--dist.timeout", "10", ranks=2, faults=faults) as run:
+        run.until(lambda: last_step(folder) >= 25)
         subprocess.run(cut, check=True, timeout=20)
         since = time.monotonic()
-        is_gone(one, tmp_path / "rank0.txt", since)  # 30.2 s both with dist.timeout 30, when it was written
-        is_gone(other, tmp_path / "rank1.txt", since)
-    whole_checkpoints(tmp_path / "runs" / "run", 10)
+        is_gone(run, 0, since)  # 30.2 s both with dist.timeout 30, when it was written
+        is_gone(run, 1, since)
+    whole_checkpoints(folder, 10)
 
 
 # ---- torchrun
 
 
-@pytest.fixture
-def undisturbed(words, tmp_path) -> Path:
-    """A run of 80 steps on one rank, that nothing happens to."""
-    done = finished([*words, "--train.steps", "80", "--name", "undisturbed"])
-    assert done.returncode == 0, done.stderr
-    return tmp_path / "runs" / "undisturbed"
-
-
-def ranks_of(launcher: subprocess.Popen) -> list[int]:
+def ranks_of(launcher: processes.Run) -> list[int]:
     """The processes that torchrun has started, in the order of their ranks."""
-    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
+    pid = launcher.processes[0].pid
+    children = Path(f"/proc/{pid}/task/{pid}/children")
     if not children.exists():
         pytest.skip("needs Linux's /proc/PID/task/PID/children")
     return sorted(int(pid) for pid in children.read_text().split())
 
 
-def checkpoint_after_a_signal(folder: Path, launcher: subprocess.Popen, output: Path, status: int, steps: int) -> int:
+def checkpoint_after_a_signal(folder: Path, launcher: processes.Run, status: int, steps: int) -> int:
     """Sends SIGTERM to the launcher and its ranks, as Slurm does: a rank hears it twice, from both."""
     reached = metrics(folder)[-1]["step"]
-    for process in [*ranks_of(launcher), launcher.pid]:
-        os.kill(process, signal.SIGTERM)
-    assert launcher.wait(40) == status, output.read_text()
-    assert output.read_text().count("stopped by a signal after step") == 2, "each rank says so"
+    for pid in [*ranks_of(launcher), launcher.processes[0].pid]:
+        os.kill(pid, signal.SIGTERM)
+    assert launcher.wait(40) == status, launcher.output
+    assert launcher.output.count("stopped by a signal after step") == 2, "each rank says so"
     saved = sorted(int(path.name[5:]) for path in (folder / "checkpoints").glob("step_*"))
     assert saved[-1] >= metrics(folder)[-1]["step"] >= reached
     assert saved[-1] < steps, "the run was too short for the signal"
     return saved[-1]
 
 
+TWO_DEVICES = {"variables": ({"CUDA_VISIBLE_DEVICES": "-1,-2"},)}  # of which none is there
+
+
 def test_torchrun_restarts_resume_by_themselves_and_a_signal_to_the_launcher_saves(words, tmp_path):
-    """Two ranks: one is killed, torchrun begins again; SIGTERM to it, then to lacuna's own; then the run ends."""
+    """Two ranks: one is killed, torchrun begins again; SIGTERM to it, then to lacuna's own; then the run ends.
+
+    The launchers are forked; the ranks that they start are the command itself, with Python's own start.
+    """
     folder = tmp_path / "runs" / "hit"
-    words = [*words, "--train.steps", "120", "--name", "hit"]
-    with two_ranks([*words, "--name", "whole"], tmp_path) as ranks:
-        assert [rank.wait(150) for rank in ranks] == [0, 0]
+    words = [*words[3:], "--train.steps", "100", "--name", "hit"]
+    whole = processes.finish(tmp_path, *words, "--name", "whole", ranks=2)
+    assert whole.status == 0, whole.output
 
     options = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "2"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", *options, *words[1:]]
-    output = tmp_path / "torchrun.txt"
-    with started(torchrun, output, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1") as launcher:
-        wait_for_step(folder, 25, launcher)
+    faults = {"variables": ({"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},)}
+    torchrun = processes.Run(tmp_path, *options, "-m", "lacuna", *words, module="torch.distributed.run", faults=faults)
+    with torchrun as launcher:
+        launcher.until(lambda: last_step(folder) >= 25)
         os.kill(ranks_of(launcher)[1], signal.SIGKILL)
-        deadline = time.monotonic() + 120
-        while "Going on after step" not in output.read_text():
-            assert time.monotonic() < deadline and launcher.poll() is None, output.read_text()
-            time.sleep(0.1)
-        wait_for_step(folder, 40, launcher)
-        saved = checkpoint_after_a_signal(folder, launcher, output, 1, 120)  # torchrun's own status is 1
-    first = int(re.search(r"Going on after step (\d+)", output.read_text())[1])
+        launcher.until(lambda: "Going on after step" in launcher.output)
+        launcher.until(lambda: last_step(folder) >= 40)
+        saved = checkpoint_after_a_signal(folder, launcher, 1, 100)  # torchrun's own status is 1
+    first = int(re.search(r"Going on after step (\d+)", launcher.output)[1])
     assert first >= 20, "it did not go on from its newest checkpoint"
 
-    output = tmp_path / "lacuna.txt"
-    two = {"CUDA_VISIBLE_DEVICES": "-1,-2"}  # two devices, of which none is there
-    with started(words, output, **two) as launcher:
-        wait_for_step(folder, saved + 10, launcher)
-        checkpoint_after_a_signal(folder, launcher, output, 75, 120)
-    assert f"Going on after step {saved}," in output.read_text()
-    with started(words, tmp_path / "again.txt", **two) as launcher:
-        assert launcher.wait(150) == 0, (tmp_path / "again.txt").read_text()
-    same_run(folder, tmp_path / "runs" / "whole", 120)
+    with processes.Run(tmp_path, *words, faults=TWO_DEVICES) as launcher:
+        launcher.until(lambda: last_step(folder) >= saved + 10)
+        checkpoint_after_a_signal(folder, launcher, 75, 100)
+    assert f"Going on after step {saved}," in launcher.output
+    last = processes.finish(tmp_path, *words, faults=TWO_DEVICES)
+    assert last.status == 0, last.output
+    same_run(folder, tmp_path / "runs" / "whole", 100)
 
 
 # ---- disks
@@ -348,8 +304,10 @@ def disk(tmp_path):
     subprocess.run(["umount", "-l", str(folder)], check=True, timeout=20)
 
 
-def test_a_full_disk_ends_the_run_in_a_sentence_and_room_lets_it_go_on(words, tmp_path, disk, undisturbed):
-    words = [*words, "--train.steps", "80", "--out", str(disk("size=24m"))]  # one checkpoint has 16 MB
+def test_a_full_disk_ends_the_run_in_a_sentence_and_room_lets_it_go_on(words, tmp_path, disk):
+    undisturbed = finished([*words, "--train.steps", "40", "--name", "undisturbed"])
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    words = [*words, "--train.steps", "40", "--out", str(disk("size=24m"))]  # one checkpoint has 16 MB
     done = finished(words)
     folder = tmp_path / "disk" / "run"
     sentence = only_sentence(done.stderr)
@@ -361,11 +319,11 @@ def test_a_full_disk_ends_the_run_in_a_sentence_and_room_lets_it_go_on(words, tm
     done = finished(words)
     assert done.returncode == 0, done.stderr
     assert "Going on after step 10" in done.stderr
-    same_run(folder, undisturbed, 80)
+    same_run(folder, tmp_path / "runs" / "undisturbed", 40)
 
 
 def test_a_disk_too_full_for_a_line_of_metrics_or_a_log_is_one_sentence(words, disk):
-    done = finished([*words, "--out", str(disk("size=64k")), "--checkpoint.every", "100_000"])
+    done = finished([*words, "--out", str(disk("size=32k")), "--checkpoint.every", "100_000"])
     assert done.returncode == 1
     sentence = only_sentence(done.stderr)
     assert "The disk is full" in sentence and "No space left on device" in sentence and "make room" in sentence
@@ -388,7 +346,7 @@ def test_a_read_only_folder_is_one_sentence(words, disk, key):
 
 
 def test_torchrun_adds_no_traceback_to_what_a_rank_has_said(words, disk):
-    done = finished([*words, "--out", str(disk("ro") / "folder")], CUDA_VISIBLE_DEVICES="-1,-2")
+    done = finished([*words, "--out", str(disk("ro") / "folder")], TWO_DEVICES)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert "lacuna (rank 0): out: " in done.stderr
     assert done.stderr.splitlines()[-1] == "lacuna: a rank has ended before the run has, as it says above"

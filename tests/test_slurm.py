@@ -12,14 +12,13 @@ from pathlib import Path
 
 import pytest
 from conftest import REPO
+from processes import finish, last_step
 from test_faults import (
     ROOT,
     can,
     environment,
     metrics,
     same_run,
-    two_ranks,
-    wait_for_step,
     words,
 )
 
@@ -156,7 +155,7 @@ def test_a_job_of_two_nodes_comes_back_after_time_limit_and_preemption_and_loses
     job = done.stdout.split()[-1]
     output = tmp_path / f"slurm-{job}.txt"
 
-    wait_for_step(folder, 20)
+    wait_until(lambda: last_step(folder) >= 20, 120)
     assert state(slurm, job)["NumNodes"] == "2"
     slurm("scancel", "--signal=USR1", job)  # what Slurm does so many seconds before the time limit, by the half minute
     comes_back(slurm, job, 1)
@@ -177,8 +176,8 @@ def test_a_job_of_two_nodes_comes_back_after_time_limit_and_preemption_and_loses
     assert text.count("stopped by a signal") == 4, "each of two ranks saved, twice"
     assert not list(tmp_path.rglob("pwned")), "an option was run by a shell"
 
-    with two_ranks([*words, "--name", "whole"], tmp_path) as ranks:
-        assert [rank.wait(150) for rank in ranks] == [0, 0]
+    whole = finish(tmp_path, *words[3:], "--name", "whole", ranks=2)
+    assert whole.status == 0, whole.output
     same_run(folder, tmp_path / "runs" / "whole", STEPS)
 
 

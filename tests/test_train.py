@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -11,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import EXAMPLES, REPO, pack, random_documents
+from conftest import EXAMPLES, pack, random_documents
+from processes import finish
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lacuna import train as train_module
@@ -61,20 +60,6 @@ def train_lines(path: Path) -> list[dict]:
     return [line for line in lines(path) if "loss" in line]
 
 
-def torchrun(ranks: int, *arguments: str, timeout=240) -> subprocess.CompletedProcess:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(ranks),
-        *arguments,
-    ]
-    environ = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO / "src")}
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environ, check=False)
-
-
 # ---- invariant 2: the gradient of a global batch is the same for every split
 
 
@@ -121,8 +106,8 @@ def test_the_gradient_of_a_global_batch_is_the_same_for_every_split(split, model
         singles = [pack([documents], 64, trained) for documents, trained in uneven_rows()]
         torch.save([tuple(single) for single in singles], tmp_path / "batches.pt")
         files = [str(folder), str(tmp_path / "batches.pt"), str(tmp_path / "out.pt"), split[0]]  # copies x shards
-        done = torchrun(4, str(REPO / "tests" / "gradients.py"), *files)
-        assert done.returncode == 0, done.stderr[-3000:]
+        done = finish(tmp_path, *files, module="gradients", ranks=4)
+        assert done.status == 0, done.output[-3000:]
         got = torch.load(tmp_path / "out.pt", weights_only=True)
     else:
         argv = ["--data.sources", '[{"path": "x"}]', "--train.steps", "1", "--model.name", str(folder)]
@@ -164,8 +149,8 @@ def test_one_two_and_four_ranks_read_the_same_batches_and_lose_the_same(model_fo
     path = run(load_config(None, [*argv, "--name", "ranks1"]))
     for ranks, copies in ((2, 1), (2, 2), (4, 1)):
         words = ["--name", f"ranks{ranks}x{copies}", "--dist.dp_replicate", str(copies)]
-        done = torchrun(ranks, "-m", "lacuna", "pt", *no_config(tmp_path), *argv, *words)
-        assert done.returncode == 0, done.stderr[-3000:]
+        done = finish(tmp_path, "pt", *no_config(tmp_path), *argv, *words, ranks=ranks)
+        assert done.status == 0, done.output[-3000:]
         for one, many in zip(lines(path), lines(tmp_path / "runs" / words[1]), strict=True):
             assert one.get("batch_checksum") == many.get("batch_checksum")
             for key in {"loss", "grad_norm", "eval_loss", "eval_bits_per_byte"} & set(one):
@@ -275,12 +260,9 @@ def test_the_command_says_in_one_line_which_step_was_not_finite(model_folder, te
     weights["model.layers.0.mlp.up_proj.weight"][0, 0] = float("nan")
     save_file(weights, folder / "model.safetensors")
     argv = options(folder, texts, tmp_path, "--train.steps", "2")
-    command = [sys.executable, "-m", "lacuna", "pt", *no_config(tmp_path), *argv]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": "src"}, cwd=REPO
-    )
-    assert done.returncode != 0 and "Traceback" not in done.stderr
-    assert "lacuna: step 1: the loss is not finite" in done.stderr.splitlines()[-1]
+    done = finish(tmp_path, "pt", *no_config(tmp_path), *argv)
+    assert done.status == 1 and "Traceback" not in done.output
+    assert "lacuna: step 1: the loss is not finite" in done.output.splitlines()[-1]
 
 
 def test_norm_weights_move_at_a_learning_rate_of_1e_5(model_folder, texts, tmp_path):
@@ -367,10 +349,10 @@ def test_trackers_get_the_metrics_of_the_run(model_folder, texts, tmp_path, monk
 
 def test_a_batch_that_does_not_divide_over_the_ranks_names_the_nearest_that_does(model_folder, texts, tmp_path):
     argv = options(model_folder("llama"), texts, tmp_path, "--train.steps", "1", "--train.global_batch_size", "6")
-    done = torchrun(2, "-m", "lacuna", "pt", *no_config(tmp_path), *argv)
-    assert done.returncode != 0
+    done = finish(tmp_path, "pt", *no_config(tmp_path), *argv, ranks=2)
+    assert done.status == 1
     sizes = "train.global_batch_size 6 is no multiple of train.micro_batch_size 2 x 2 rank(s): use 4 or 8"
-    assert sizes in done.stderr
+    assert sizes in done.output
 
 
 def test_a_warmup_as_long_as_the_run_is_refused_before_it_begins(model_folder, texts, tmp_path):
