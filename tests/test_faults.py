@@ -252,37 +252,38 @@ def checkpoint_after_a_signal(folder: Path, launcher: processes.Run, status: int
 
 
 TWO_DEVICES = {"variables": ({"CUDA_VISIBLE_DEVICES": "-1,-2"},)}  # of which none is there
+SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
+SMALL = ("--model.from_scratch", "true", "--model.overrides", json.dumps(SHAPE))  # whose steps take no time
 
 
-def test_torchrun_restarts_resume_by_themselves_and_a_signal_to_the_launcher_saves(words, tmp_path):
-    """Two ranks: one is killed, torchrun begins again; SIGTERM to it, then to lacuna's own; then the run ends.
+def test_restarts_of_torchrun_resume_by_themselves_and_a_signal_to_a_launcher_saves(words, tmp_path):
+    """Two ranks: SIGTERM to lacuna's own launcher; then to torchrun, after one of its ranks was killed; then the end.
 
     The launchers are forked; the ranks that they start are the command itself, with Python's own start.
     """
-    folder = tmp_path / "runs" / "hit"
-    words = [*words[3:], "--train.steps", "100", "--name", "hit"]
+    folder, steps = tmp_path / "runs" / "hit", 90
+    words = [*words[3:], *SMALL, "--train.steps", str(steps), "--name", "hit"]
+    with processes.Run(tmp_path, *words, faults=TWO_DEVICES) as launcher:
+        launcher.until(lambda: last_step(folder) >= 5)
+        saved = checkpoint_after_a_signal(folder, launcher, 75, steps)
+
+    options = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "2", "-m", "lacuna"]
+    faults = {"variables": ({"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},)}
+    with processes.Run(tmp_path, *options, *words, module="torch.distributed.run", faults=faults) as launcher:
+        launcher.until(lambda: last_step(folder) >= saved + 15)
+        os.kill(ranks_of(launcher)[1], signal.SIGKILL)
+        launcher.until(lambda: launcher.output.count("Going on after step") == 2)
+        launcher.until(lambda: last_step(folder) >= saved + 25)
+        saved_again = checkpoint_after_a_signal(folder, launcher, 1, steps)  # torchrun's own status is 1
+    first, second = map(int, re.findall(r"Going on after step (\d+)", launcher.output))
+    assert first == saved
+    assert second > saved, "it did not go on from its newest checkpoint"
+
+    last = processes.finish(tmp_path, *words, ranks=2)
+    assert last.status == 0 and f"Going on after step {saved_again}," in last.output, last.output
     whole = processes.finish(tmp_path, *words, "--name", "whole", ranks=2)
     assert whole.status == 0, whole.output
-
-    options = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "2"]
-    faults = {"variables": ({"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},)}
-    torchrun = processes.Run(tmp_path, *options, "-m", "lacuna", *words, module="torch.distributed.run", faults=faults)
-    with torchrun as launcher:
-        launcher.until(lambda: last_step(folder) >= 25)
-        os.kill(ranks_of(launcher)[1], signal.SIGKILL)
-        launcher.until(lambda: "Going on after step" in launcher.output)
-        launcher.until(lambda: last_step(folder) >= 40)
-        saved = checkpoint_after_a_signal(folder, launcher, 1, 100)  # torchrun's own status is 1
-    first = int(re.search(r"Going on after step (\d+)", launcher.output)[1])
-    assert first >= 20, "it did not go on from its newest checkpoint"
-
-    with processes.Run(tmp_path, *words, faults=TWO_DEVICES) as launcher:
-        launcher.until(lambda: last_step(folder) >= saved + 10)
-        checkpoint_after_a_signal(folder, launcher, 75, 100)
-    assert f"Going on after step {saved}," in launcher.output
-    last = processes.finish(tmp_path, *words, faults=TWO_DEVICES)
-    assert last.status == 0, last.output
-    same_run(folder, tmp_path / "runs" / "whole", 100)
+    same_run(folder, tmp_path / "runs" / "whole", steps)
 
 
 # ---- disks

@@ -1,17 +1,14 @@
 """A run that is killed, moved to other hardware and started again is the run that nobody disturbed."""
 
 import json
-import os
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import EXAMPLES, REPO, model_config
-from processes import VARIABLES, checkpoints, finish, last_step, lines, tensors, train_lines
+from processes import checkpoints, finish, last_step, lines, tensors, train_lines
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytestmark = pytest.mark.slow  # minutes: left out of the second set of versions in CI
@@ -208,28 +205,3 @@ def test_a_small_soak_of_kills_at_random_moments_changes_nothing(tmp_path):
     summary = soak(tmp_path, kills=6, seed=1, steps=60)
     assert summary["kills"] == 6
     assert summary["problems"] == []
-
-
-def test_torchrun_and_the_plain_command_resume_each_other(place, straight):
-    """The command as users give it, with Python's own start: killed under torchrun, finished alone."""
-    run = place / "runs" / "plain"
-    environ = os.environ | VARIABLES
-    options = ["--standalone", "--nproc-per-node", "2", "-m", "lacuna"]
-    command = [sys.executable, "-m", "torch.distributed.run", *options, *words(place, "map", "plain")]
-    with open(place / "torchrun.txt", "w") as output:
-        launcher = subprocess.Popen(command, env=environ, stdout=output, stderr=output, start_new_session=True)
-    try:
-        end = time.monotonic() + 180
-        while last_step(run) < 7 and launcher.poll() is None and time.monotonic() < end:
-            time.sleep(0.005)
-        launcher.send_signal(signal.SIGTERM)
-        launcher.wait(60)
-    finally:
-        launcher.kill()
-    text = (place / "torchrun.txt").read_text()
-    assert "stopped by a signal after step" in text, text[-5000:]
-    assert 7 <= max(checkpoints(run)) < STEPS
-    command = [sys.executable, "-m", "lacuna", *words(place, "map", "plain")]
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0, done.stderr[-5000:]
-    assert_same_run(run, straight("map"), tolerance=1e-5)
