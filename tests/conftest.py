@@ -5,6 +5,9 @@ import os
 import signal
 
 os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")  # read at import: no request to the Hub for local files
+# Read at import, too, and by the server that processes.py forks from, which any test may start: with models this small,
+# threads only wait for one another, and the suite takes twice the time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from pathlib import Path
 

@@ -42,8 +42,8 @@ def test_a_signal_ends_a_run_with_75_after_a_checkpoint_at_the_next_step_boundar
 def test_a_signal_during_an_evaluation_is_kept_until_a_step_has_ended(place, straight):  # noqa: F811
     run, marker = place / "runs" / "evaluating", place / "evaluating"
     command = words(place, "map", "evaluating", "--checkpoint.every", "500")
-    # 3 batches at step 0; then each one of step 5 takes a second
-    with Run(place, *command, faults={"slow_evaluation": (1, str(marker), 3)}) as process:
+    # 3 batches at step 0; then each one of step 5 takes half a second
+    with Run(place, *command, faults={"slow_evaluation": (0.5, str(marker), 3)}) as process:
         process.until(marker.exists)
         process.send(signal.SIGTERM)
         assert process.wait() == 75, process.output
@@ -113,7 +113,7 @@ def test_a_second_ctrl_c_ends_at_once_but_not_under_a_launcher_that_passes_it_on
         run, marker = place / "runs" / f"twice_{launched}", place / f"twice_{launched}"
         command = words(place, "map", run.name, "--checkpoint.every", "4")
         rank = {"variables": ({"RANK": "0", "WORLD_SIZE": "1"},)} if launched else {}
-        with Run(place, *command, faults={"slow_save": (4, str(marker)), **rank}) as process:
+        with Run(place, *command, faults={"slow_save": (2, str(marker)), **rank}) as process:
             process.until(marker.exists)
             process.send(signal.SIGINT)
             time.sleep(0.3)
