@@ -1,8 +1,8 @@
 """Supervised fine-tuning, end to end: `lacuna sft`, what it trains on, what it leaves behind, and examples/chat.py."""
 
+import io
 import json
-import os
-import subprocess
+import runpy
 import sys
 
 import pytest
@@ -199,18 +199,17 @@ def test_a_template_of_the_users_own_is_exported_without_marks(model_folder, cha
     assert tokenizer.apply_chat_template(messages, tokenize=False) == "user: a\nassistant: b<|pad|>\n"
 
 
-def chat(folder, stdin: str = "") -> subprocess.CompletedProcess:
-    environ = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, EXAMPLES / "chat.py", folder]
-    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=240, env=environ)
+def test_chat_talks_to_a_run_until_an_empty_line(model_folder, chats, tmp_path, monkeypatch, capsys):
+    def chat(folder, typed: str):
+        monkeypatch.setattr(sys, "argv", ["chat.py", str(folder)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+        runpy.run_path(EXAMPLES / "chat.py", run_name="__main__")
 
-
-def test_chat_talks_to_a_run_until_an_empty_line(model_folder, chats, tmp_path):
     path = run(load_config(None, options(model_folder("llama"), chats, tmp_path, "--train.steps", "1"), "sft"))
-    done = chat(path, stdin="Hello\nAnd you?\n\n")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("you: ") == 3
-    assert done.stdout.count("model: ") == 2
-    nothing = chat(tmp_path / "nothing")
-    assert nothing.returncode == 1
-    assert "no model there" in nothing.stderr
+    capsys.readouterr()
+    chat(path, "Hello\nAnd you?\n\n")
+    said = capsys.readouterr().out
+    assert said.count("you: ") == 3
+    assert said.count("model: ") == 2
+    with pytest.raises(SystemExit, match="no model there"):
+        chat(tmp_path / "nothing", "")

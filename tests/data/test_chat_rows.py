@@ -2,10 +2,8 @@
 
 import copy
 import json
-import os
 import re
 import runpy
-import subprocess
 import sys
 from collections import Counter
 from itertools import islice, pairwise, takewhile
@@ -247,11 +245,12 @@ def test_a_row_is_shown_in_colour_on_a_terminal(shown, capsys, monkeypatch):
     assert "⟦" not in out
 
 
-def test_the_command_shows_a_row_with_ids(shown, tokenizer, tmp_path):
-    environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "datasets"), "TERM": "dumb"}
+def test_the_command_shows_a_row_with_ids(shown, tokenizer, capsys, monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
     words = ["--data.sources", json.dumps([{"path": str(shown[0])}]), "--train.steps", "1"]
-    command = [sys.executable, "examples/explain.py", "--rows", "1", "--ids", "sft", *words, *shown[1]]
-    done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(REPO)
+    monkeypatch.setattr(sys, "argv", ["explain.py", "--rows", "1", "--ids", "sft", *words, *shown[1]])
+    runpy.run_path("examples/explain.py", run_name="__main__")
+    out = capsys.readouterr().out
     words = [re.escape(f"{i}:{tokenizer.decode([i])!r}") for i in tokenizer("b c<|im_end|>")["input_ids"]]
-    assert re.search(r"⟦" + r"\s+".join(words) + r"\s*⟧", done.stdout), done.stdout
+    assert re.search(r"⟦" + r"\s+".join(words) + r"\s*⟧", out), out
