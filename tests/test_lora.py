@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from conftest import ARCHITECTURES, pack, random_documents
 from processes import finish
 from safetensors.torch import load_file, save_file
-from test_model import SEQ_LEN, batch_and_documents, build, needs_compiler
+from test_model import SEQ_LEN, batch_and_documents, build, compile_by
 from test_train import lines, options, texts, train_lines
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
@@ -57,11 +57,14 @@ def reference(folder: Path, adapters: dict[str, torch.Tensor], scale: float, doc
 
 CASES = [(name, ()) for name in ARCHITECTURES]
 CASES += [("qwen3", ("--train.activation_checkpointing", how)) for how in ("full", "selective")]
-CASES += [pytest.param("qwen2", ("--train.compile", "true"), marks=needs_compiler)]
+CASES += [("qwen2", ("--train.compile", "true"))]
 
 
 @pytest.mark.parametrize("name, more", CASES)
-def test_gradients_of_adapters_equal_a_float64_reference_and_nothing_else_has_any(name, more, model_folder):
+def test_gradients_of_adapters_equal_a_float64_reference_and_nothing_else_has_any(
+    name, more, model_folder, monkeypatch
+):
+    compile_by("aot_eager", monkeypatch)
     folder = model_folder(name)
     trainee = build(folder, *LORA, *more)
     move_away(trainee.model)

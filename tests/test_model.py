@@ -1,5 +1,6 @@
 """The builder: packed equals alone (invariant 1), whatever is applied; weights, ties and buffers are right."""
 
+import functools
 import json
 import shutil
 
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from conftest import ARCHITECTURES, EXAMPLES, model_config, pack, random_documents
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from lacuna import loss as loss_module
 from lacuna.config import ConfigError, load_config
 from lacuna.data.batch import PackedBatch
 from lacuna.model import build_model
@@ -87,13 +89,28 @@ def test_selective_checkpointing_computes_no_matrix_product_twice(model_folder):
     assert flops["selective"] == flops["none"] < flops["full"]
 
 
-@needs_compiler
+def compile_by(backend: str, monkeypatch):
+    """aot_eager makes the same graphs, forward and backward, as Inductor, and does not wait for a C++ compiler."""
+    compiler = functools.partial(torch.compile, backend=backend)
+    monkeypatch.setattr(torch, "compile", compiler)
+    monkeypatch.setattr(loss_module, "compiled_chunk", compiler(loss_module.chunk_loss, dynamic=False))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [[], ["--train.activation_checkpointing", "full"]])
-def test_compiled_layers_share_one_graph_and_later_batches_recompile_nothing(options, model_folder):
+@pytest.mark.parametrize(
+    ("options", "backend"),
+    [
+        pytest.param([], "inductor", marks=needs_compiler),
+        (["--train.activation_checkpointing", "full"], "aot_eager"),
+    ],
+)
+def test_compiled_layers_share_one_graph_and_later_batches_recompile_nothing(
+    options, backend, model_folder, monkeypatch
+):
     import torch._dynamo.testing
     from torch._dynamo.utils import counters
 
+    compile_by(backend, monkeypatch)
     torch._dynamo.reset()
     counters.clear()
     folder = model_folder("qwen3")
