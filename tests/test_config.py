@@ -13,6 +13,8 @@ import pytest
 
 from lacuna.config import Config, ConfigError, Section, Source, load_config, to_toml
 
+pytestmark = pytest.mark.slow  # no torch: left out of the second set of versions in CI
+
 BASE = """
 [train]
 steps = 10

@@ -210,7 +210,6 @@ def test_evaluation_is_weighted_by_tokens_and_equals_plain_transformers(model_fo
     assert first["eval_bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
 
 
-@pytest.mark.slow
 def test_evaluation_reads_every_stream_to_its_end(model_folder, texts, tmp_path):
     shards = tmp_path / "shards"
     shards.mkdir()

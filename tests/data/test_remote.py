@@ -269,7 +269,7 @@ AFTER = {".parquet": 4, ".jsonl": 2}  # requests for a file that are answered, b
 @pytest.fixture
 def quick_retries(monkeypatch):
     for what in ("READ", "OPEN"):
-        monkeypatch.setattr(datasets.config, f"STREAMING_{what}_RETRY_INTERVAL", 0.2)
+        monkeypatch.setattr(datasets.config, f"STREAMING_{what}_RETRY_INTERVAL", 0.1)
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
@@ -305,7 +305,7 @@ def test_a_server_that_is_busy_for_a_while_is_waited_for(tmp_path, encoder, serv
         if len(server.log) < half:
             return None
         refused.append(time.monotonic())
-        return "busy" if refused[-1] - refused[0] < 1 else None
+        return "busy" if refused[-1] - refused[0] < 0.5 else None
 
     server.fault = fault
     assert read(config, encoder, 1, EPOCH_STEPS, server, epochs=1) == whole
@@ -316,7 +316,7 @@ def test_a_server_that_is_busy_for_a_while_is_waited_for(tmp_path, encoder, serv
 def test_a_server_that_is_gone_for_good_ends_the_run_in_one_sentence(
     tmp_path, encoder, server, quick_retries, monkeypatch, kind
 ):
-    timeout = aiohttp.ClientTimeout(sock_read=0.5)  # it is 10 s outside of tests
+    timeout = aiohttp.ClientTimeout(sock_read=0.2)  # it is 10 s outside of tests
     assert sources.SILENCE["client_kwargs"]["timeout"].sock_read == 10
     monkeypatch.setitem(sources.SILENCE, "client_kwargs", {"timeout": timeout})
     url = f"{server.url}/shard-*.parquet"

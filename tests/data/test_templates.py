@@ -283,6 +283,13 @@ def shipped(name: str) -> str:
     return (TEMPLATES / f"{name}.jinja").read_text()
 
 
+@functools.cache
+def own_texts(name: str, corpus: str) -> list[str | None]:
+    """All conversations by the model's own template."""
+    model, tokenizer = MODELS[name], tokenizer_of(name, corpus)
+    return [render(tokenizer, chat, **model.variables) for chat in conversations(corpus)]
+
+
 class Encoded(NamedTuple):
     chat: Chat
     own: str  # the text by the model's own template
@@ -295,8 +302,7 @@ def encoded(name: str, corpus: str) -> list[Encoded]:
     """What lacuna gets from the shipped template, for all conversations that the model's own can render."""
     model, tokenizer = MODELS[name], tokenizer_of(name, corpus)
     rows = []
-    for chat in conversations(corpus):
-        own = render(tokenizer, chat, **model.variables)
+    for chat, own in zip(conversations(corpus), own_texts(name, corpus), strict=True):
         if own is None:
             continue
         out = tokenizer.apply_chat_template(
@@ -330,7 +336,7 @@ def turns(name: str, corpus: str, text: str, ids: list[int]) -> list[str]:
     return [normalizer.normalize_str(turn) if normalizer else turn for turn in found]
 
 
-@pytest.fixture(params=["shipped", "assets"])
+@pytest.fixture(params=["shipped", pytest.param("assets", marks=pytest.mark.slow)])
 def corpus(request):
     if request.param == "assets" and ASSETS is None:
         pytest.skip("LACUNA_ASSETS is not set")
@@ -347,8 +353,7 @@ models = pytest.mark.parametrize("name", MODELS)
 def test_the_text_is_byte_for_byte_that_of_the_models_own_template(name, corpus):
     model, tokenizer = MODELS[name], tokenizer_of(name, corpus)
     rendered = 0
-    for chat in conversations(corpus):
-        own = render(tokenizer, chat, **model.variables)
+    for chat, own in zip(conversations(corpus), own_texts(name, corpus), strict=True):
         assert render(tokenizer, chat, shipped(model.shipped), **model.variables) == own, chat
         rendered += own is not None
     assert rendered >= 300

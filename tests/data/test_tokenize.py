@@ -1,6 +1,7 @@
 """Text to ids: every way in which tokenizers differ, on tokenizers made on the spot."""
 
 import copy
+import functools
 import json
 import os
 import pickle
@@ -77,6 +78,7 @@ kinds = pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
 assets = pytest.mark.parametrize("name", ["smollm2", "qwen3"])
 
 
+@functools.cache
 def asset(name: str):
     if "LACUNA_ASSETS" not in os.environ:
         pytest.skip("LACUNA_ASSETS is not set")
