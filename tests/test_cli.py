@@ -122,6 +122,7 @@ def test_the_single_thread_that_torchrun_sets_is_replaced(environment, cores):
 def launch(environment, monkeypatch, cores):
     """Launch in this environment, on 8 cores and with this many GPUs; the command that it became, if any."""
     cores(range(8))
+    monkeypatch.setattr(cli, "leave", sys.exit)
 
     def launch(devices: int = 0, **variables) -> list[str] | None:
         environment.update(variables)
