@@ -6,7 +6,7 @@ import signal
 
 os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")  # read at import: no request to the Hub for local files
 # Read at import, too, and by the server that processes.py forks from, which any test may start: with models this small,
-# threads only wait for one another, and the suite takes twice the time.
+# threads mostly wait for one another: four files of the suite took twice the time with two of them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from pathlib import Path

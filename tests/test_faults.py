@@ -264,16 +264,16 @@ def test_restarts_of_torchrun_resume_by_themselves_and_a_signal_to_a_launcher_sa
     folder, steps = tmp_path / "runs" / "hit", 90
     words = [*words[3:], *SMALL, "--train.steps", str(steps), "--name", "hit"]
     with processes.Run(tmp_path, *words, faults=TWO_DEVICES) as launcher:
-        launcher.until(lambda: last_step(folder) >= 5)
+        launcher.until(lambda: last_step(folder) >= 5, timeout=120)
         saved = checkpoint_after_a_signal(folder, launcher, 75, steps)
 
     options = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "2", "-m", "lacuna"]
     faults = {"variables": ({"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},)}
     with processes.Run(tmp_path, *options, *words, module="torch.distributed.run", faults=faults) as launcher:
-        launcher.until(lambda: last_step(folder) >= saved + 15)
+        launcher.until(lambda: last_step(folder) >= saved + 15, timeout=120)
         os.kill(ranks_of(launcher)[1], signal.SIGKILL)
-        launcher.until(lambda: launcher.output.count("Going on after step") == 2)
-        launcher.until(lambda: last_step(folder) >= saved + 25)
+        launcher.until(lambda: launcher.output.count("Going on after step") == 2, timeout=120)
+        launcher.until(lambda: last_step(folder) >= saved + 25, timeout=120)
         saved_again = checkpoint_after_a_signal(folder, launcher, 1, steps)  # torchrun's own status is 1
     first, second = map(int, re.findall(r"Going on after step (\d+)", launcher.output))
     assert first == saved
