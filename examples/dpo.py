@@ -33,8 +33,8 @@ class Keys(BaseModel):
     """What [recipe] may hold."""
 
     model_config = ConfigDict(extra="forbid")
-    loss: Literal["dpo", "ipo", "simpo", "orpo"] = "dpo"
-    beta: float = Field(0.1, gt=0)  # how much a reward weighs; of orpo, how much its odds do. SimPO's authors take 2
+    loss: Literal["dpo", "dpo_norm", "ipo", "simpo", "orpo"] = "dpo"
+    beta: float = Field(0.1, gt=0)  # how much a reward weighs; of orpo, how much its odds do. SimPO: 2, dpo_norm: 5
     margin: float = Field(1.0, ge=0)  # simpo: by how much a chosen answer should be ahead
 
 
@@ -44,6 +44,11 @@ class Keys(BaseModel):
 def dpo(chosen, rejected, keys: Keys) -> torch.Tensor:
     """Direct preference optimization, arXiv 2305.18290. Scores are log p of the answer over the reference's."""
     return -F.logsigmoid(keys.beta * (chosen - rejected))
+
+
+def dpo_norm(chosen, rejected, keys: Keys) -> torch.Tensor:
+    """dpo of scores a token, as for Tülu 3, arXiv 2411.15124, which takes beta 5."""
+    return dpo(chosen, rejected, keys)
 
 
 def ipo(chosen, rejected, keys: Keys) -> torch.Tensor:
@@ -62,8 +67,8 @@ def orpo(chosen, rejected, keys: Keys) -> torch.Tensor:
     return -chosen - keys.beta * F.logsigmoid(odds)
 
 
-LOSSES = {"dpo": dpo, "ipo": ipo, "simpo": simpo, "orpo": orpo}
-HAVE_REFERENCE = ["dpo", "ipo"]
+LOSSES = {"dpo": dpo, "dpo_norm": dpo_norm, "ipo": ipo, "simpo": simpo, "orpo": orpo}
+HAVE_REFERENCE = ["dpo", "dpo_norm", "ipo"]
 
 
 # ---- from the rows of a batch to their loss

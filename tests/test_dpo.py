@@ -99,6 +99,8 @@ def test_a_run_begins_at_ln_2_reports_its_facts_learns_its_pairs_and_goes_on_bit
     assert figures(again) == figures(path)[3:]
     assert (again / "hf/model.safetensors").read_bytes() == (path / "hf/model.safetensors").read_bytes()
     assert [line for line in lines(again) if "eval_loss" in line][-1]["eval_loss"] == evaluations[1]["eval_loss"]
+    with pytest.raises(ConfigError, match=r"cannot go on with another recipe \(was \{\}\)"):
+        train(*words, "--name", "again", "--recipe", '{"beta": 0.2}')
 
 
 def test_held_out_figures_are_means_over_pairs_of_a_float64_loop(model_folder, pairs, tmp_path):

@@ -24,7 +24,7 @@ RECIPE = str(EXAMPLES / "dpo.py")
 ONE = Ranks(0, 1, torch.device("cpu"), None)
 SEQ_LEN = 96
 FACTS = ["reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy", "tokens_chosen", "tokens_rejected"]
-BETA = {"dpo": 0.1, "ipo": 0.3, "simpo": 2.0, "orpo": 0.4}
+BETA = {"dpo": 0.1, "dpo_norm": 5.0, "ipo": 0.3, "simpo": 2.0, "orpo": 0.4}
 MARGIN = 0.7
 
 
@@ -150,6 +150,11 @@ def dpo(c, r, c0, r0, nc, nr, beta):
     return -torch.log(torch.sigmoid(beta * (c - c0) - beta * (r - r0)))
 
 
+def dpo_norm(c, r, c0, r0, nc, nr, beta):
+    """Lambert et al. 2024 (arXiv 2411.15124), equation 6."""
+    return -torch.log(torch.sigmoid(beta * (c - c0) / nc - beta * (r - r0) / nr))
+
+
 def ipo(c, r, c0, r0, nc, nr, beta):
     """Azar et al. 2023 (arXiv 2310.12036), equation 17, of means over tokens, as its authors told TRL."""
     return ((c - c0) / nc - (r - r0) / nr - 1 / (2 * beta)) ** 2
@@ -167,7 +172,7 @@ def orpo(c, r, c0, r0, nc, nr, beta):
     return -c / nc - beta * torch.log(torch.sigmoid(torch.log(ratio)))
 
 
-LOSSES = {"dpo": dpo, "ipo": ipo, "simpo": simpo, "orpo": orpo}
+LOSSES = {"dpo": dpo, "dpo_norm": dpo_norm, "ipo": ipo, "simpo": simpo, "orpo": orpo}
 
 
 def reference(policy, base, pairs: list[Pair], loss: str) -> tuple[torch.Tensor, dict[str, float]]:
@@ -182,7 +187,7 @@ def reference(policy, base, pairs: list[Pair], loss: str) -> tuple[torch.Tensor,
             c0, _ = log_probability(base, pair.chosen)
             r0, _ = log_probability(base, pair.rejected)
         total = total + LOSSES[loss](c, r, c0, r0, nc, nr, beta)
-        against_base = loss in ("dpo", "ipo")
+        against_base = loss in ("dpo", "dpo_norm", "ipo")
         chosen = beta * (c - c0 if against_base else c / nc).item()
         rejected = beta * (r - r0 if against_base else r / nr).item()
         sums["reward_chosen"] += chosen

@@ -78,7 +78,7 @@ def read_state(checkpoint: Path | None, config: Config) -> dict:
 
 def flat(config: dict) -> dict:
     """A config by its keys as they are written on a command line: section.key."""
-    keys = {name: value for name, value in config.items() if not isinstance(value, dict)}
+    keys = {name: value for name, value in config.items() if name == "recipe" or not isinstance(value, dict)}
     for section in config.keys() - keys.keys():
         keys |= {f"{section}.{key}": value for key, value in config[section].items()}
     return keys

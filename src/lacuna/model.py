@@ -77,7 +77,7 @@ def build_model(config: Config, ranks: Ranks, tokenizer, checkpoint: Path | None
 
 
 def assemble(config: Config, ranks: Ranks, tokenizer, frozen: bool = False) -> Trainee:
-    """The recipe, on the meta device: nothing is allocated yet."""
+    """The builder, on the meta device: nothing is allocated yet."""
     on_gpu = ranks.device.type == "cuda"
     dtype = getattr(torch, config.model.dtype or ("bfloat16" if on_gpu else "float32"))
     compiled = on_gpu if config.train.compile is None else config.train.compile
