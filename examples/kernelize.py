@@ -2,7 +2,7 @@
 
 transformers marks layers by name (RMSNorm and SiLU in the tested architectures). The package `kernels` (uv sync --extra
 kernels) puts a kernel's forward in their place; weights and their names stay. lacuna calls kernelize(model) with the
-empty model, on the meta device, before it does anything else to it. README.md shows what is in such a folder.
+empty model, on the meta device, before it does anything else to it. docs/changing.md shows what is in such a folder.
 """
 
 from pathlib import Path

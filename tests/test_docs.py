@@ -1,0 +1,56 @@
+"""What the documents name is there: files, headings, keys of the config."""
+
+import re
+from pathlib import Path
+
+import pytest
+from conftest import REPO
+
+from lacuna.config import Config, Source
+
+DOCUMENTS = [*REPO.glob("*.md"), *REPO.glob("docs/*.md"), *REPO.glob("examples/*.md"), *REPO.glob("benchmarks/*.md")]
+# of RESULTS.md and NOTES.md the commands are those of their day
+NO_KEYS = {"log.txt", "model.tie_weights", "optim.name"}  # a file, a method, a key that a reader adds
+OF_TODAY = [file for file in DOCUMENTS if file.parent.name != "benchmarks"]
+
+
+def name(file: Path) -> str:
+    return str(file.relative_to(REPO))
+
+
+def headings(file: Path) -> set[str]:
+    """The anchors of a document, as GitHub makes them."""
+    anchors = set()
+    for heading in re.findall(r"(?m)^#+ (.*)$", file.read_text()):
+        plain = re.sub(r"[^\w\- ]", "", heading.lower())
+        anchors.add(plain.replace(" ", "-"))
+    return anchors
+
+
+@pytest.mark.parametrize("file", DOCUMENTS, ids=name)
+def test_every_link_to_a_file_or_a_heading_leads_somewhere(file):
+    for link in re.findall(r"\]\(([^)\s]+)\)", file.read_text()):
+        if "://" in link:
+            continue
+        path, _, anchor = link.partition("#")
+        target = (file.parent / path).resolve() if path else file
+        assert target.exists(), f"{name(file)}: {link}"
+        if anchor:
+            assert anchor in headings(target), f"{name(file)}: {link}"
+
+
+@pytest.mark.parametrize("file", OF_TODAY, ids=name)
+def test_every_key_that_is_named_is_one(file):
+    sections = {section: field.annotation for section, field in Config.model_fields.items()}
+    sections = {section: kind.model_fields for section, kind in sections.items() if hasattr(kind, "model_fields")}
+    named = re.findall(rf"(?:`|--)({'|'.join(sections)})\.([a-z_]+)\b", file.read_text())
+    for section, key in named:
+        assert key in sections[section] or f"{section}.{key}" in NO_KEYS, f"{name(file)}: {section}.{key}"
+    for key in re.findall(r"`(?:data|eval)\.sources\.([a-z_]+)", file.read_text()):
+        assert key in Source.model_fields, f"{name(file)}: sources.{key}"
+
+
+def test_every_command_names_files_that_are_there():
+    for file in OF_TODAY:
+        for path in re.findall(r"(?:configs|examples|benchmarks)/[\w./-]+\.(?:toml|py|sh|md|jsonl)", file.read_text()):
+            assert (REPO / path).exists() or (file.parent / path).exists(), f"{name(file)}: {path}"
