@@ -10,8 +10,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import tomli_w
 
-from lacuna.config import Config, ConfigError, Section, Source, load_config, to_toml
+from lacuna.config import Config, ConfigError, Section, Source, load_config
 
 pytestmark = pytest.mark.slow  # no torch: left out of the second set of versions in CI
 
@@ -366,6 +367,12 @@ def test_a_config_of_a_run_of_before_says_of_each_line_what_to_do(load):
 
 
 # What is written can be read
+
+
+def to_toml(config: Config) -> str:
+    """As train.run writes it."""
+    return tomli_w.dumps(config.model_dump(exclude_none=True))
+
 
 EVERYTHING = """
 name = "all.of-it_1"

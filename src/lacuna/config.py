@@ -87,6 +87,7 @@ class Source(Section):
     streaming: bool = key(False, "read while training instead of tokenising all of it first")
     weight: float | None = key(None, "share of the tokens; default: all data once an epoch", ge=1e-9, le=1e9)
     column: str = key("text", "pt: column that holds the text")
+    fields: dict[str, str] = key({}, 'columns by the names that lacuna reads: {instruction = "question"}')
 
 
 SOURCE = "; ".join(f"{name} ({field.description})" for name, field in Source.model_fields.items())
@@ -277,8 +278,3 @@ def sentence(problem: dict) -> str:
     if not place:
         return message
     return f"{'.'.join(place)}: {message}, not {problem['input']!r:.100}"
-
-
-def to_toml(config: Config) -> str:
-    """The config as TOML, enough to repeat the run. What is None is left out."""
-    return tomli_w.dumps(config.model_dump(exclude_none=True))

@@ -5,12 +5,13 @@ import runpy
 import time
 from pathlib import Path
 
+import tomli_w
 import torch
 import torch.distributed as dist
 from filelock import FileLock
 
 from lacuna.checkpoint import Checkpoints, check_base, export, find_checkpoint, in_order, match_eos, read_state
-from lacuna.config import Config, ConfigError, NonFinite, Preempted, blame, log, to_toml
+from lacuna.config import Config, ConfigError, NonFinite, Preempted, blame, log
 from lacuna.data.batch import PackedBatch
 from lacuna.data.conversations import make_encoder
 from lacuna.data.loader import Loader, RowDataset
@@ -37,7 +38,8 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
         checkpoint = find_checkpoint(config, folder, ranks.rank)
         state = read_state(checkpoint, config)
         if ranks.rank == 0:
-            (folder / "config.toml").write_text(to_toml(config))
+            whole = config.model_dump(exclude_none=True)  # what repeats the run
+            (folder / "config.toml").write_text(tomli_w.dumps(whole))
     tokenizer = load_tokenizer(config.model)
     recipe = {"make_encoder": make_encoder, "make_objective": lambda *_: None}
     if config.task.endswith(".py"):

@@ -9,12 +9,16 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
 import pytest
 import zstandard
 from transformers import AutoTokenizer
 
-from lacuna.config import ConfigError, Source
+from lacuna.config import ConfigError, Source, load_config
 from lacuna.data import sources
+from lacuna.data.conversations import make_encoder
 from lacuna.data.loader import RowDataset
 from lacuna.data.sources import Cursor
 from lacuna.data.tokenize import TextEncoder
@@ -444,3 +448,39 @@ def test_there_are_no_more_streams_than_shards_or_documents_of_any_source(tmp_pa
     for given, streams in (([shards], 5), ([few, shards], 3), ([few], 1), ([many], 64)):
         config = make_config(tmp_path, *given)
         assert RowDataset(config, config.data.sources, numbers, rank=0, ranks=1).num_streams == streams
+
+
+# Columns under other names
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".csv"])
+def test_columns_are_read_under_the_names_that_a_source_gives_them(tmp_path, tokenizer, suffix, streaming):
+    """GSM8K's rows as instruction and output, beside what the same rows give under lacuna's own names."""
+    rows = {"question": ["1 + 1?", "2 + 2?"], "answer": ["2", "It is 4."], "topic": ["a", "b"]}
+    own = dict(zip(("instruction", "output", "topic"), rows.values(), strict=True))
+    documents = []
+    for number, columns in enumerate((rows, own)):
+        path = tmp_path / f"{number}{suffix}"
+        table = pa.table(columns)
+        if suffix == ".parquet":
+            pa.parquet.write_table(table, path)
+        elif suffix == ".csv":
+            pa.csv.write_csv(table, path)
+        else:
+            path.write_text("".join(json.dumps(row) + "\n" for row in table.to_pylist()))
+        fields = {"instruction": "question", "output": "answer"} if columns is rows else {}
+        words = ["--data.sources", json.dumps([{"path": str(path), "streaming": streaming, "fields": fields}])]
+        config = load_config(None, [*words, "--train.steps", "1", "--train.seq_len", "64"], "sft")
+        [source] = config.data.sources
+        encoder = make_encoder(config, tokenizer)
+        found = list(sources.open_dataset(source, encoder))
+        documents.append([ids.tolist() for ids, _ in encoder.documents(found, source, range(2))])
+    assert documents[0] == documents[1] and all(documents[0])
+
+
+def test_a_field_that_no_column_has_is_one_sentence(tmp_path, tokenizer):
+    path = write(tmp_path / "a.jsonl", ["a"])
+    with pytest.raises(ConfigError, match=r"a\.jsonl.*quest") as caught:
+        read_texts(tmp_path, tokenizer, path=path, fields={"text": "quest"})
+    assert "\n" not in str(caught.value)

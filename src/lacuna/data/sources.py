@@ -186,11 +186,13 @@ def open_dataset(source: Source, encoder: Encoder) -> datasets.Dataset | dataset
     if builder == "text" or {file.suffix for file in path.glob("*")} & set(BUILDERS) == {".txt"}:
         options["sample_by"] = "document"
     try:
-        if builder == "parquet":
+        if builder == "parquet" and not source.fields:
             # the schema first: then only columns that are needed are read from disk or network
             schema = datasets.load_dataset(**files, split="train", streaming=True, **remote)
             options["columns"] = encoder.columns(schema.column_names, source)
         dataset = datasets.load_dataset(**files, **options)
+        if source.fields:
+            dataset = dataset.rename_columns({column: name for name, column in source.fields.items()})
         names = dataset.column_names or list(next(iter(dataset), {}))
     except ConfigError:
         raise
