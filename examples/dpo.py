@@ -11,6 +11,7 @@ Rows have `chosen` and `rejected`: texts, turns, or whole conversations; and bes
 
 import functools
 import itertools
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -21,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from lacuna.config import Config, ConfigError, blame
 from lacuna.data.batch import IGNORE, SECOND, PackedBatch, Tokens, reveal
 from lacuna.data.conversations import NOTHING, ChatEncoder, as_turns, read_turn
+from lacuna.data.tokenize import digest
 from lacuna.lora import LoRALinear
 from lacuna.model import Trainee, assemble, materialise
 from lacuna.weights import weight_folder
@@ -63,8 +65,11 @@ def simpo(chosen, rejected, keys: Keys) -> torch.Tensor:
 
 def orpo(chosen, rejected, keys: Keys) -> torch.Tensor:
     """Odds-ratio preference optimization, arXiv 2403.07691: SFT and, times beta, odds. Scores as simpo's."""
-    odds = chosen - rejected - torch.log1p(-chosen.exp()) + torch.log1p(-rejected.exp())
-    return -chosen - keys.beta * F.logsigmoid(odds)
+    certain = -1e-6  # of a probability of 1 the odds are infinite, and have no derivative
+    odds = [
+        score.clamp(max=certain) - torch.log(-torch.expm1(score.clamp(max=certain))) for score in (chosen, rejected)
+    ]
+    return -chosen - keys.beta * F.logsigmoid(odds[0] - odds[1])
 
 
 LOSSES = {"dpo": dpo, "dpo_norm": dpo_norm, "ipo": ipo, "simpo": simpo, "orpo": orpo}
@@ -105,9 +110,10 @@ def frozen_copy(config: Config, ranks, tokenizer):
 def without_adapters(trainee: Trainee, batch: PackedBatch) -> torch.Tensor:
     """-log p of the labels by the model that the adapters began with."""
     LoRALinear.active = False
-    losses = trainee.head(batch)()[1]
-    LoRALinear.active = True
-    return losses
+    try:
+        return trainee.head(batch)()[1]
+    finally:
+        LoRALinear.active = True
 
 
 def objective(keys: Keys, reference, trainee: Trainee, batch: PackedBatch) -> tuple[torch.Tensor, dict]:
@@ -203,7 +209,7 @@ class PairEncoder:
         return self.chats.fit(np.concatenate([first, second + SECOND]), trained)
 
     def fingerprint(self):
-        return self.chats.fingerprint() + "-pairs"
+        return digest(self.chats.fingerprint(), Path(__file__).read_text())
 
 
 def make_encoder(config: Config, tokenizer) -> PairEncoder:

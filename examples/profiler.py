@@ -36,7 +36,7 @@ def profile(model):
     trace.start()
 
     def before_forward(decoder, inputs):
-        if decoder.training:
+        if torch.is_grad_enabled():  # no evaluation, no reference model
             trace.step()
 
     model.get_decoder().register_forward_pre_hook(before_forward)

@@ -99,6 +99,11 @@ def test_a_run_begins_at_ln_2_reports_its_facts_learns_its_pairs_and_goes_on_bit
     assert figures(again) == figures(path)[3:]
     assert (again / "hf/model.safetensors").read_bytes() == (path / "hf/model.safetensors").read_bytes()
     assert [line for line in lines(again) if "eval_loss" in line][-1]["eval_loss"] == evaluations[1]["eval_loss"]
+    sure = train(*words, "--name", "sure", "--train.steps", "3")
+    base = Path(words[words.index("--model.name") + 1])
+    shutil.copy(sure / "hf/model.safetensors", base / "model.safetensors")
+    with pytest.raises(ConfigError, match="has other weights than when this run began"):
+        train(*words, "--name", "again", "--train.steps", "7", "--checkpoint.resume_changed", "true")
     with pytest.raises(ConfigError, match=r"cannot go on with another recipe \(was \{\}\)"):
         train(*words, "--name", "again", "--recipe", '{"beta": 0.2}')
 

@@ -392,7 +392,7 @@ def spoil_weights(folder: Path):
 BROKEN = {  # what breaks, with what words: what the sentence must hold
     "the config file": (lambda f: (f / "run.toml").write_bytes(b"\xff"), [], ["run.toml", "UnicodeDecodeError"]),
     "a value": (None, ["--data.sources", "[{"], ["the command line", "data.sources"]),
-    "the folder": (lambda f: (f / "runs").write_text(""), [], ["which another run may be using", "Not a directory"]),
+    "the folder": (lambda f: (f / "runs").write_text(""), [], ["Wait, or set another name", "Not a directory"]),
     "the model's config": (spoil_config, [], ["model", "hidden_size", "expected int"]),
     "the model": (None, ["--model.overrides", '{"num_key_value_heads": 0}'], ["model.overrides", "division"]),
     "the weights": (spoil_weights, [], ["model"]),

@@ -423,3 +423,21 @@ def test_a_pair_is_two_documents_side_by_side():
     whole = first.chosen.ids + first.rejected.ids
     assert batch.input_ids[: len(whole)].tolist() == whole
     assert batch.position_ids[: len(whole)].tolist() == [*range(len(first.chosen.ids)), *range(len(first.rejected.ids))]
+
+
+@pytest.mark.parametrize("log_p", [0.0, -2e-8, -1e-7, -1e-4])
+def test_odds_of_an_answer_that_is_certain_have_a_derivative(log_p):
+    recipe = runpy.run_path(RECIPE)
+    keys = recipe["Keys"](loss="orpo", beta=0.1)
+    for sides in ([log_p, -2.0], [-2.0, log_p]):
+        scores = torch.tensor(sides, requires_grad=True)
+        loss = recipe["orpo"](*scores, keys)
+        loss.backward()
+        assert loss.isfinite() and scores.grad.isfinite().all()
+        if log_p == -1e-4:
+            exact = torch.tensor(sides, dtype=torch.float64, requires_grad=True)
+            odds = exact - torch.log1p(-exact.exp())
+            want = -exact[0] - 0.1 * torch.log(torch.sigmoid(odds[0] - odds[1]))
+            want.backward()
+            assert loss.item() == pytest.approx(want.item(), rel=1e-4)
+            assert scores.grad.tolist() == pytest.approx(exact.grad.tolist(), rel=1e-3)

@@ -66,7 +66,7 @@ def parse(argv: list[str]) -> tuple[str, Config | None, list[str]]:
     if words and not words[0].startswith("-"):
         path = words.pop(0)
     else:
-        path = f"configs/{command}.toml"
+        path = f"configs/{Path(command).stem}.toml"
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one GPU is more than enough for this one
         if not (Path(path).exists() or {"-h", "--help"} & set(words)):
             raise ConfigError(f"no config given, and no {path} here: give one, or run in a clone of lacuna")

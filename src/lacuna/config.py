@@ -87,7 +87,7 @@ class Source(Section):
     streaming: bool = key(False, "read while training instead of tokenising all of it first")
     weight: float | None = key(None, "share of the tokens; default: all data once an epoch", ge=1e-9, le=1e9)
     column: str = key("text", "pt: column that holds the text")
-    fields: dict[str, str] = key({}, 'columns by the names that lacuna reads: {instruction = "question"}')
+    fields: dict[str, str] = key({}, 'renamed columns: {instruction = "question"}')
 
 
 SOURCE = "; ".join(f"{name} ({field.description})" for name, field in Source.model_fields.items())
@@ -178,7 +178,7 @@ class Config(Section):
             if broken:
                 raise ValueError(message)
         try:
-            tomli_w.dumps(self.model.overrides | self.recipe)
+            tomli_w.dumps({"a": self.model.overrides, "b": self.recipe})
         except TypeError:
             raise ValueError("model.overrides or recipe holds a null, which TOML has not: leave it out") from None
         rate = 3e-4 if self.task == "pt" else 2e-5
@@ -207,7 +207,7 @@ def contradictions(config: Config) -> list[tuple]:
         (streams and len(weights) > 1 and not all(weights), "data.sources: a mixture that streams needs weights"),
         (train.global_batch_size % train.micro_batch_size, uneven_batch(train)),
         (config.lora.rank and config.model.from_scratch, "lora.rank adapts a model that is there, not from_scratch"),
-        (config.task.endswith(".py") and not config.optim.lr, "optim.lr: a recipe has no default, so give one"),
+        (config.task.endswith(".py") and not config.optim.lr, "optim.lr: a recipe has no default"),
         (config.task == "pt" and data.chat_template, "data.chat_template belongs to lacuna sft: text has no template"),
         (config.optim.decay_steps and config.optim.schedule != "wsd", 'optim.decay_steps needs optim.schedule = "wsd"'),
         (flash_in_float32, f'model.attention = "{config.model.attention}" needs model.dtype = "bfloat16"; or "sdpa"'),

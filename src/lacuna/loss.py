@@ -14,7 +14,7 @@ LOGITS = 2**29  # elements of one chunk's logits: 1 GiB in bf16; larger chunks g
 def head_loss(hidden, weight, batch: PackedBatch, compiled: bool, weights=None) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum of weights * -log p of the batch's labels, nats, float32 scalar, and -log p of each, float32 [T].
 
-    hidden is [T, H], weight [V, H]; weights [T], of trained labels alone, are 1 by default. The sum has the gradient.
+    hidden is [T, H], weight [V, H]; weights [T] of trained labels are 1 by default. The sum has the gradient.
     """
     if weights is None:
         weights = (batch.labels != IGNORE).float()
@@ -71,7 +71,7 @@ class ChunkedLoss(torch.autograd.Function):
 
 
 def chunk_loss(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Of logits [C, V]: the weighted sum of losses, the losses [C], in float32, and the gradient of the sum [C, V]."""
+    """Of logits [C, V]: the weighted sum of losses, the losses [C], in float32, and the sum's gradient [C, V]."""
     exact = logits.float()
     trained = labels != IGNORE
     target = torch.where(trained, labels, 0)[:, None]  # [C, 1]

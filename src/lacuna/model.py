@@ -47,7 +47,7 @@ class Trainee(nn.Module):
         self.objective = None  # a recipe's, called in place of the sum of losses
 
     def forward(self, batch: PackedBatch) -> tuple[torch.Tensor, dict]:
-        """The sum of the batch's losses, nats, and what else a recipe reports: sums by name, over the same units."""
+        """The sum of the batch's losses, nats, and a recipe's figures by name: sums over the same units."""
         if self.objective:
             return self.objective(self, batch)
         return self.head(batch)()[0], {}

@@ -30,7 +30,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
     preemption = preemption or Preemption()
     ranks = start(config.dist, config.train)
     folder = Path(config.out) / config.name
-    with blame(f"out: {folder}, which another run may be using, or the state.json to go on from"):
+    with blame(f"out: {folder} (in use? Wait, or set another name), or the state.json to go on from"):
         start_logging(folder, ranks.rank)
         lock = FileLock(folder / ".lock")  # released when this process ends, however it ends
         if ranks.rank == 0:
@@ -45,7 +45,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
     if config.task.endswith(".py"):
         with blame(f"the recipe {config.task}"):
             recipe |= runpy.run_path(config.task)
-    with blame(f"data.chat_template {config.data.chat_template or 'of the tokenizer'!s:.80}"):
+    with blame(f"{config.task}: data.chat_template {config.data.chat_template or 'of the tokenizer'!s:.80}"):
         encoder = recipe["make_encoder"](config, tokenizer)
 
     # Data comes before the model, so that it is read ahead while the model is built.
@@ -62,10 +62,11 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
 
     # Model, optimizer, checkpoints, and where the run reports to.
     with blame(f"model.name {config.model.name} with model.overrides {config.model.overrides}"):
-        if config.lora.rank:
+        if not config.model.from_scratch and (config.lora.rank or config.task.endswith(".py")):
             fixed["base"] = check_base(config.model.name, state)
         trainee = build_model(config, ranks, tokenizer, checkpoint)
-        trainee.objective = recipe["make_objective"](config, ranks, tokenizer)
+        with blame(f"the recipe {config.task}"):
+            trainee.objective = recipe["make_objective"](config, ranks, tokenizer)
         model = trainee.model
         parameters = trained(model)
         optimizer = AdamW(model, model.get_decoder().layers, config.optim, trainee.plan.compiled)
@@ -104,7 +105,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
 
         # 3. Clip and step, unless something is not finite: then the device updates nothing, now or later.
         norm = gradient_norm(list(parameters.values()), ranks.mesh)
-        sums |= sum_over_ranks([part | {"stop_asked": preemption.asked} for part in parts], ranks.device)
+        sums = sum_over_ranks([part | {"stop_asked": preemption.asked} for part in parts], ranks.device) | sums
         failed |= ~(norm + sums["loss"]).isfinite()
         lr = learning_rate(config.optim, step - 1, steps)
         checkpoints.wait_for_copy()
@@ -146,7 +147,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
         newest = [checkpoint, *in_order(folder / "checkpoints")][-1]
         export(newest, folder / "hf")
     report.close()
-    log.info("The model is in %s: for from_pretrained, --model.name of another run, examples/chat.py", folder / "hf")
+    log.info("The model is in %s: for from_pretrained, --model.name, examples/chat.py", folder / "hf")
     if dist.is_initialized():
         dist.destroy_process_group()
     return folder
@@ -180,7 +181,7 @@ def accumulate_gradients(trainee: Trainee, batches: list[PackedBatch], units, ra
         # of the whole global batch: so gradients add up to the mean over all of its units
         loss = loss / units
         loss.backward()
-        parts.append({"loss": loss.detach(), **figures})
+        parts.append({**figures, "loss": loss.detach()})
     return parts
 
 
@@ -196,7 +197,8 @@ def evaluate(trainee: Trainee, config: Config, dataset: RowDataset, ranks: Ranks
         [batch] = loader.step()
         size = count_bytes(tokenizer, batch.labels.view(-1, config.train.seq_len).cpu().numpy())
         loss, figures = trainee(batch)
-        parts.append({"loss": loss.double(), "units": batch.counts["units"], "bytes": size, **figures})
+        counts = {"units": batch.counts["units"], "bytes": size}
+        parts.append({**figures, **counts, "loss": loss.double()})
     trainee.train()
     loader.close()
     sums = {name: total.item() for name, total in sum_over_ranks(parts, ranks.device).items()}

@@ -468,3 +468,20 @@ def test_every_pair_is_in_one_row_whole_and_once_an_epoch(streaming, tmp_path, t
     loader.close()
     assert found == wanted
     assert 100 < sum(wanted.values()) <= 120
+
+
+def test_a_recipe_that_is_changed_makes_the_token_cache_anew(tokenizer, tmp_path):
+    code = Path(RECIPE).read_text()
+    prints = []
+    for name, text in (
+        ("same", code),
+        ("copy", code),
+        ("other", code.replace('["chosen", "rejected"]', '["rejected", "chosen"]')),
+    ):
+        file = tmp_path / f"{name}.py"
+        file.write_text(text)
+        words = ["--data.sources", '[{"path": "x"}]', "--train.steps", "1", "--optim.lr", "1"]
+        config = load_config(None, words, str(file))
+        prints.append(runpy.run_path(str(file))["make_encoder"](config, tokenizer).fingerprint())
+    assert code.count('["chosen", "rejected"]') == 1
+    assert prints[0] == prints[1] != prints[2]

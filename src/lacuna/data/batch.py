@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 IGNORE = -100  # a label that trains nothing, as in torch and transformers
-SECOND = 2**30  # added to an id of the second of two documents that stay side by side in a row, as if they were one
+SECOND = 2**30  # added to ids of the second of two documents that stay side by side, as one
 
 
 class Tokens(NamedTuple):

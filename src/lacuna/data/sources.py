@@ -128,15 +128,13 @@ class StreamSource:
                 raise ConfigError(f"data.sources {self.source.path}: stream {stream} finds no text")
             order = np.random.default_rng([*self.seed, epoch]).permutation(self.num_shards)[stream::num_streams]
             for place, shard in enumerate(order[cursor.shard :].tolist(), cursor.shard):
-                notes = Counter()
                 for begin, numbers, rows in self.read_shard(shard, cursor):
                     encoded = self.encoder.documents(as_rows(rows), self.source, numbers)
                     documents = [tokens.ids for tokens in encoded if len(tokens.ids)]
-                    notes.update(tokens.note for tokens in encoded)
+                    warn(f"{self.source.path}, shard {shard}", Counter(tokens.note for tokens in encoded))
                     for i, ids in enumerate(documents[begin.taken :], begin.taken):
                         yield Document(ids, len(ids), begin, i, epoch + place / len(order))
                         last_epoch = epoch
-                warn(f"{self.source.path}, shard {shard}", notes)
                 cursor = Cursor(epoch, shard=place + 1)
             cursor = Cursor(epoch + 1)
 
