@@ -24,7 +24,7 @@ RECIPE = str(EXAMPLES / "dpo.py")
 ONE = Ranks(0, 1, torch.device("cpu"), None)
 SEQ_LEN = 96
 FACTS = ["reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy", "tokens_chosen", "tokens_rejected"]
-BETA = {"dpo": 0.1, "dpo_norm": 5.0, "ipo": 0.3, "simpo": 2.0, "orpo": 0.4}
+BETA = {"dpo": 0.1, "dpo_norm": 0.5, "ipo": 0.3, "simpo": 2.0, "orpo": 0.4}
 MARGIN = 0.7
 
 
