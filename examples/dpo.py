@@ -94,8 +94,8 @@ def read_keys(config: Config) -> Keys:
     try:
         return Keys(**config.recipe)
     except ValidationError as error:
-        problems = [f"recipe.{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()]
-        raise ConfigError("\n".join(problems)) from None
+        problems = "; ".join(f"recipe.{problem['loc'][0]}: {problem['msg']}" for problem in error.errors())
+        raise ConfigError(f"{problems}. There are {', '.join(Keys.model_fields)}") from None
 
 
 def frozen_copy(config: Config, ranks, tokenizer):
@@ -179,7 +179,7 @@ class PairEncoder:
     def __init__(self, tokenizer, config: Config):
         if config.data.overlong == "truncate":
             raise ConfigError('data.overlong: a pair is not cut: "drop" or "error"')
-        self.keys = read_keys(config)
+        read_keys(config)  # refused before data is read
         self.chats = ChatEncoder(tokenizer, config)
         self.eos = self.chats.eos
         self.adapt = self.chats.adapt

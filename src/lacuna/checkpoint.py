@@ -238,7 +238,7 @@ def match_eos(config: Config, model: PreTrainedModel, tokenizer):
 
 
 def check_base(name: str, state: dict) -> str:
-    """The fingerprint of the weights that adapters belong to; ConfigError where a checkpoint's state has another."""
+    """The fingerprint of the weights that a run begins with; ConfigError where its state has another."""
     found = fingerprint(weight_folder(name))
     if state.get("base", found) != found:
         raise ConfigError(f"model.name {name} has other weights than when this run began")

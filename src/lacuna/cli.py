@@ -18,7 +18,7 @@ USAGE = """usage: lacuna pt [CONFIG.toml] [--section.key VALUE ...]    train on 
        lacuna RECIPE.py CONFIG.toml …                       train by a recipe, such as examples/dpo.py
        lacuna export CHECKPOINT FOLDER                      make a Hugging Face folder of it
 
-`lacuna pt --help` shows every key. Without a config, configs/pt.toml or configs/sft.toml is used."""
+`lacuna pt --help` shows every key. Without a config, configs/pt.toml (sft.toml, dpo.toml) is used."""
 
 
 def main():

@@ -207,7 +207,7 @@ def contradictions(config: Config) -> list[tuple]:
         (streams and len(weights) > 1 and not all(weights), "data.sources: a mixture that streams needs weights"),
         (train.global_batch_size % train.micro_batch_size, uneven_batch(train)),
         (config.lora.rank and config.model.from_scratch, "lora.rank adapts a model that is there, not from_scratch"),
-        (config.task.endswith(".py") and not config.optim.lr, "optim.lr: a recipe has no default"),
+        (config.task.endswith(".py") and not config.optim.lr, "optim.lr: a recipe has no default: give one"),
         (config.task == "pt" and data.chat_template, "data.chat_template belongs to lacuna sft: text has no template"),
         (config.optim.decay_steps and config.optim.schedule != "wsd", 'optim.decay_steps needs optim.schedule = "wsd"'),
         (flash_in_float32, f'model.attention = "{config.model.attention}" needs model.dtype = "bfloat16"; or "sdpa"'),

@@ -39,7 +39,7 @@ def flop(model: PreTrainedModel) -> tuple[int, int]:
 class Pending(NamedTuple):
     """A step whose figures are on their way to the host."""
 
-    facts: dict  # what the host knew at once: step, lr, epoch, data_seconds, and figures' names
+    facts: dict  # known at once: step, lr, epoch, data_seconds, figures' names
     names: list[str]  # of the sums
     values: torch.Tensor  # float64 [names]
     done: torch.cuda.Event | None  # when the values are there; None on a CPU: at once

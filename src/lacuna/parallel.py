@@ -61,7 +61,7 @@ def shard_model(model: nn.Module, layers: list[nn.Module], ranks: Ranks, dtype: 
     size = sum(p.numel() for p in model.parameters()) * dtype.itemsize
     whole = {p for p in model.parameters() if not p.requires_grad and size < memory / 5}
     if whole:
-        log.info("The frozen weights, below a fifth of the GPU, are whole on every rank, and never gathered")
+        log.info("The frozen weights, below a fifth of the GPU, are whole on every rank")
     mesh = ranks.mesh if ranks.mesh["dp_replicate"].size() > 1 else ranks.mesh["dp_shard"]
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     # A large model's layers are freed again after their forward. One that takes less than a twentieth of the GPU stays

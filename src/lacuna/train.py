@@ -38,8 +38,8 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
         checkpoint = find_checkpoint(config, folder, ranks.rank)
         state = read_state(checkpoint, config)
         if ranks.rank == 0:
-            whole = config.model_dump(exclude_none=True)  # what repeats the run
-            (folder / "config.toml").write_text(tomli_w.dumps(whole))
+            keys = config.model_dump(exclude_none=True)  # to repeat the run
+            (folder / "config.toml").write_text(tomli_w.dumps(keys))
     tokenizer = load_tokenizer(config.model)
     recipe = {"make_encoder": make_encoder, "make_objective": lambda *_: None}
     if config.task.endswith(".py"):
@@ -157,13 +157,13 @@ def open_rows(config: Config, encoder, ranks: Ranks, state) -> tuple[RowDataset,
     """The rows to train on, from a Loader's state on, and those held out, if any: a share of the same, or others."""
     fraction = config.eval.fraction or 0.0
     where = {"rank": ranks.rank, "ranks": ranks.world}
-    whole = {"epochs": config.train.epochs, "share": (fraction, 1.0), "state": state}
-    dataset = RowDataset(config, config.data.sources, encoder, **where, **whole)
+    goes_on = {"epochs": config.train.epochs, "share": (fraction, 1.0), "state": state}
+    dataset = RowDataset(config, config.data.sources, encoder, **where, **goes_on)
     sources = config.data.sources if fraction else config.eval.sources
     if not sources:
         return dataset, None
-    part = {"epochs": 1, "share": (0.0, fraction or 1.0), "limit": config.eval.rows}
-    return dataset, RowDataset(config, sources, encoder, **where, **part)
+    held_out = {"epochs": 1, "share": (0.0, fraction or 1.0), "limit": config.eval.rows}
+    return dataset, RowDataset(config, sources, encoder, **where, **held_out)
 
 
 def is_due(step: int, every: int | None, steps: int) -> bool:

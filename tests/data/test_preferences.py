@@ -281,36 +281,36 @@ def test_a_tokenizer_without_a_template_is_enough_for_plain_text(tokenizer):
     refused(lambda: documents(make(tokenizer), {"prompt": TALK, "chosen": GOOD, "rejected": BAD}), "data.chat_template")
 
 
+def count_dropped(found, wanted: list, seq_len: int) -> int:
+    """Every pair that fits is what is wanted, and every other one is dropped: how many of these?"""
+    dropped = 0
+    for tokens, want in zip(found, wanted, strict=True):
+        if len(want.chosen.ids) + len(want.rejected.ids) <= seq_len:
+            assert taken_apart(tokens.ids) == want
+        else:
+            assert tokens.note.startswith("dropped")
+            dropped += 1
+    return dropped
+
+
 @needs_assets
 def test_llama_factorys_demo_is_read_whole(tokenizer):
     encoder = make(tokenizer, "--train.seq_len", "8192")
     rows = json.loads((PREFERENCE / "lf_dpo_en_demo.json").read_text())
     roles = {"system": "system", "human": "user", "gpt": "assistant"}
-    dropped = 0
-    for row, tokens in zip(rows, documents(encoder, *rows), strict=True):
+    wanted = []
+    for row in rows:
         turns = [*row["conversations"], row["chosen"], row["rejected"]]
         *prompt, chosen, rejected = [{"role": roles[turn["from"]], "content": turn["value"]} for turn in turns]
-        want = chats(tokenizer, prompt, [chosen], [rejected])
-        if len(want.chosen.ids) + len(want.rejected.ids) <= 8192:
-            assert taken_apart(tokens.ids) == want
-        else:
-            assert tokens.note.startswith("dropped")
-            dropped += 1
-    assert dropped < 10
+        wanted.append(chats(tokenizer, prompt, [chosen], [rejected]))
+    assert count_dropped(documents(encoder, *rows), wanted, 8192) < 10
 
 
 @needs_assets
 def test_the_gsm8k_pairs_are_read_whole(tokenizer, encoder):
     rows = [json.loads(line) for line in (PREFERENCE / "gsm8k_pairs_model_vs_model.jsonl").read_text().splitlines()]
-    dropped = 0
-    for row, tokens in zip(rows, documents(encoder, *rows), strict=True):
-        want = texts(tokenizer, row["prompt"], row["chosen"], row["rejected"])
-        if len(want.chosen.ids) + len(want.rejected.ids) <= 1024:
-            assert taken_apart(tokens.ids) == want
-        else:
-            assert tokens.note.startswith("dropped")
-            dropped += 1
-    assert dropped < 50
+    wanted = [texts(tokenizer, row["prompt"], row["chosen"], row["rejected"]) for row in rows]
+    assert count_dropped(documents(encoder, *rows), wanted, 1024) < 50
 
 
 # ---- what is dropped
