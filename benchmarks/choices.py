@@ -100,7 +100,8 @@ def run_arm(name: str, seed: int, size: Size, tokens: int, data: Path, out: Path
     trained = time.perf_counter()
     losses = measure_groups(folder / "hf", held_out(config, ARMS[name].data, size, data))
     end = time.perf_counter()
-    result = {"arm": name, "seed": seed, "steps": config.train.steps, "tokens": tokens, "losses": losses}
+    slots = config.train.steps * config.train.global_batch_size * config.train.seq_len
+    result = {"arm": name, "seed": seed, "steps": config.train.steps, "slots": slots, "losses": losses}
     result |= {"train_seconds": round(trained - begin, 1), "measure_seconds": round(end - trained, 1)}
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if "grad_norm" in line]

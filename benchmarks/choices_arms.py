@@ -62,9 +62,11 @@ def head_gradient_in_bf16():
 def bf16_head_loss(hidden, weight, batch: PackedBatch, compiled: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """As lacuna's `head_loss`, of hidden [T, H] and weight [V, H]."""
     head = weight.bfloat16()  # one tensor for all chunks: what they send back meets here, before it becomes float32
+    # no logits outlive their chunk; nothing is random, and to keep the generator's state would wait for the GPU
+    options = {"use_reentrant": False, "preserve_rng_state": False}
     losses = []
     for chunk, labels in zip(hidden.bfloat16().split(HEAD_CHUNK), batch.labels.split(HEAD_CHUNK), strict=True):
-        losses.append(checkpoint(chunk_loss, chunk, head, labels, use_reentrant=False))
+        losses.append(checkpoint(chunk_loss, chunk, head, labels, **options))
     losses = torch.cat(losses)  # [T]
     return losses.sum(), losses
 
@@ -146,20 +148,24 @@ START = "long"  # chats begin with what this arm of the same seed has learned
 class Experiment(NamedTuple):
     title: str
     pairs: list[tuple[str, str]]  # lacuna's arm, and the other one
+    behind: bool = False  # documents are shown behind another one, too
 
 
 EXPERIMENTS = {
     "boundary": Experiment(
         "The first token of a document is not predicted from the document before / it is",
         [("short", "short-boundary"), ("long", "long-boundary")],
+        behind=True,
     ),
     "across": Experiment(
         "Attention inside documents / across them",
         [("short", "short-across"), ("long", "long-across")],
+        behind=True,
     ),
     "cut": Experiment(
         "Best fit / concatenate and cut",
         [("short", "short-cut"), ("long", "long-cut")],
+        behind=True,
     ),
     "head": Experiment(
         "The head's weight gradient is summed in float32 / in bf16",

@@ -22,7 +22,7 @@ CHAT = {
     "short answers": ["short answers"],
     "long answers": ["long answers"],
 }
-MEASURES = {"long": ALONE | BEHIND, "short": ALONE | BEHIND, "chat": CHAT}
+MEASURES = {"long": ALONE, "short": ALONE, "chat": CHAT}
 
 # Student's t for 95% on both sides, by the number of differences: beyond ten the last one is near enough.
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
@@ -65,7 +65,8 @@ def differences(results: list[dict], experiment: str) -> list[Difference]:
         seeds = sorted(seed for name, seed in runs if name == ours and (theirs, seed) in runs)
         if not seeds:
             continue
-        for measure, groups in MEASURES[ARMS[ours].data].items():
+        measures = MEASURES[ARMS[ours].data] | (BEHIND if EXPERIMENTS[experiment].behind else {})
+        for measure, groups in measures.items():
             tokens = sum(runs[ours, seeds[0]][group][1] for group in groups)
             ours_by_seed = [per_token(runs[ours, seed], groups) for seed in seeds]
             theirs_by_seed = [per_token(runs[theirs, seed], groups) for seed in seeds]
@@ -129,15 +130,22 @@ def draw(results: list[dict], folder: Path):
 def draw_rows(rows: list[Difference]):
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.5, 0.6 + 0.27 * len(rows)))
-    axes = figure.subplots()
-    axes.axvline(0, color="#808080", linewidth=1)
-    for place, row in enumerate(rows):
-        axes.plot(row.values, [place] * len(row.values), "o", color="#3b82f6", markersize=4, alpha=0.7)
-        axes.plot([mean(row.values)], [place], "|", color="#ef4444", markersize=14, markeredgewidth=2)
-    axes.set_yticks(range(len(rows)), [f"{row.arms[1]}: {row.measure}" for row in rows])
-    axes.invert_yaxis()
-    axes.grid(axis="x", color="#808080", alpha=0.25)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.set_xlabel("held-out loss, nats a token: without lacuna's choice minus with it (right: the choice helps)")
+    # first tokens are few, and may differ by nats where all others differ by hundredths: they have an axis of their own
+    panels = [[row for row in rows if row.measure.startswith("first") == first] for first in (False, True)]
+    panels = [panel for panel in panels if panel]
+    heights = [len(panel) + 1 for panel in panels]
+    figure = Figure(figsize=(6.5, 0.3 * sum(heights) + 0.5), layout="constrained")
+    all_axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, panel in zip(all_axes, panels, strict=True):
+        axes.axvline(0, color="#808080", linewidth=1)
+        for place, row in enumerate(panel):
+            axes.plot(row.values, [place] * len(row.values), "o", color="#3b82f6", markersize=4, alpha=0.7)
+            axes.plot([mean(row.values)], [place], "|", color="#ef4444", markersize=14, markeredgewidth=2)
+        axes.set_yticks(range(len(panel)), [f"{row.arms[1]}: {row.measure}" for row in panel])
+        axes.set_ylim(len(panel) - 0.5, -0.5)
+        axes.locator_params(axis="x", nbins=6)
+        axes.grid(axis="x", color="#808080", alpha=0.25)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+    label = "nats a token, without lacuna's choice minus with it: right of 0 the choice helps"
+    figure.supxlabel(label, fontsize=9, color="#808080")
     return figure
