@@ -286,12 +286,16 @@ def read_results(out: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
+def folder(text: str) -> Path:
+    return Path(text).absolute()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["data", "run", "arm", "table"], help="arm: one run, in this process")
-    parser.add_argument("--data", type=Path, help="folder of texts and chats")
-    parser.add_argument("--packages", type=Path, help="data: where the two packages are unpacked")
-    parser.add_argument("--out", type=Path, help="folder of results")
+    parser.add_argument("--data", type=folder, help="folder of texts and chats")
+    parser.add_argument("--packages", type=folder, help="data: where the two packages are unpacked")
+    parser.add_argument("--out", type=folder, help="folder of results")
     parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, help="run: these experiments; default: all")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--gpus", type=int, default=1)
@@ -301,7 +305,7 @@ def main():
     parser.add_argument("--tiny", action="store_true", help="a tiny model in short rows")
     parser.add_argument("--arm", choices=ARMS)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--pictures", type=Path, help="table: folder of SVG files; needs matplotlib")
+    parser.add_argument("--pictures", type=folder, help="table: folder of SVG files; needs matplotlib")
     arguments = parser.parse_args()
     size = TINY if arguments.tiny else FULL
     if arguments.command == "data":

@@ -271,6 +271,9 @@ def test_the_pool_runs_what_has_no_result_and_stops_at_the_budget(tmp_path, monk
     assert choices.run_all(arguments) == 0  # nothing is run again
     arguments = types.SimpleNamespace(**common, only=["cut", "head"], budget=1.0)
     assert choices.run_all(arguments) == 1
+    arguments = types.SimpleNamespace(**common, only=["boundary"], budget=0.0)
+    assert choices.run_all(arguments) == 2
+    assert not (out / "logs" / "long-boundary-0.txt").exists()  # it did not even begin
     done = sorted(result["arm"] for result in choices.read_results(out))
     assert done == ["long", "long-cut", "short", "short-cut"]
 
