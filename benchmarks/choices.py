@@ -229,12 +229,11 @@ def run_all(arguments) -> int:
     print(f"{len(waiting)} of {len(tasks)} runs to do", flush=True)
     slots = [Slot(gpu) for _ in range(arguments.jobs) for gpu in range(arguments.gpus)]
     begin = time.monotonic()
-    longest = 0.0  # seconds that a run took
+    seconds = 0.0  # that the last run took
     while True:
         for slot in slots:
             if slot.process and slot.process.poll() is not None:
                 seconds = time.monotonic() - slot.begin
-                longest = max(longest, seconds)
                 elapsed = time.monotonic() - begin
                 print(f"{elapsed:6.0f} s: {slot.name}, seed {slot.seed}: {seconds:.0f} s", flush=True)
                 if slot.process.returncode:
@@ -243,7 +242,7 @@ def run_all(arguments) -> int:
         left = arguments.budget - (time.monotonic() - begin)
         for slot in slots:
             task = next_task(waiting, out)
-            if slot.process is None and task and left > longest:
+            if slot.process is None and task and left > seconds:
                 waiting.remove(task)
                 slot.start(*task, arguments, log=out / "logs" / f"{task[0]}-{task[1]}.txt")
         running = [slot for slot in slots if slot.process]
