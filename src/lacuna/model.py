@@ -55,7 +55,12 @@ class Trainee(nn.Module):
     def head(self, batch: PackedBatch):
         """`head_loss` over a batch, as a function of its labels' weights."""
         weight = self.model.get_output_embeddings().weight
-        return functools.partial(head_loss, self.hidden(batch), weight, batch, self.plan.compiled)
+        config = self.model.config
+        factor = getattr(config, "logit_scale", None) or 1.0
+        scaling = getattr(config, "logits_scaling", None) or 1.0
+        factor *= scaling if config.model_type == "hyperclovax" else 1 / scaling  # others divide
+        arithmetic = {"factor": factor, "cap": getattr(config, "final_logit_softcapping", None)}
+        return functools.partial(head_loss, self.hidden(batch), weight, batch, self.plan.compiled, **arithmetic)
 
     def hidden(self, batch: PackedBatch) -> torch.Tensor:
         """The decoder's last hidden states [T, H]."""
@@ -169,13 +174,10 @@ def refuse_unfit(model: PreTrainedModel, seq_len: int):
     longest = getattr(config, "original_max_position_embeddings", None) or getattr(config, "max_position_embeddings", 0)
     if seq_len > longest and ("'longrope'" in ropes or "'dynamic'" in ropes):
         leaks.append(f"rotations by the longest document of a batch: set train.seq_len to {longest}")
-    keys = ["final_logit_softcapping", "attn_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"]
-    keys += ["logit_scale", "logits_scaling", "lm_head_multiplier", "logits_mup_width_multiplier"]
-    wrong = [key for key in keys if getattr(config, key, None) not in (None, 1.0)]
     inside = {*model.get_decoder().parameters(), model.get_output_embeddings().weight}
     problems = {
         f"cannot keep packed documents apart ({', '.join(leaks)})": leaks,
-        f"has {', '.join(wrong)}, which lacuna does not compute": wrong,
+        "has attn_logit_softcapping, which lacuna does not compute": getattr(config, "attn_logit_softcapping", None),
         "has more in its head than one matrix": set(model.parameters()) - inside,
         "is a mixture of experts, whose balancing loss lacuna does not compute": any(p.ndim == 3 for p in inside),
         "attends to later tokens, too": not all(getattr(module, "is_causal", True) for module in model.modules()),
