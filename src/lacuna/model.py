@@ -124,6 +124,8 @@ def materialise(trainee: Trainee, device: torch.device, seed: int, folder: Path 
     model = trainee.model
     trainee.to_empty(device=device)
     model.tie_weights(recompute_mapping=False)  # to_empty gives each module a tensor of its own
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True  # what `initialise` puts in their place is not
     recompute_buffers(model)
     if folder is not None:
         load_weights(model, folder)
@@ -269,5 +271,6 @@ def fill_by_transformers(model: PreTrainedModel, module: nn.Module, name: str, t
     for tensor in tensors:
         tensor.fill_(float("nan") if tensor.is_floating_point() else 0)
     model._init_weights(module)
+    model._init_weights(model.get_submodule(name.rpartition(".")[0]))  # it may differ, as GPT-2's
     if any(tensor.isnan().any() for tensor in tensors):
         raise ConfigError(f"{type(model).__name__} does not say how to initialise {name}")
