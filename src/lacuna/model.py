@@ -270,7 +270,8 @@ def fill_by_transformers(model: PreTrainedModel, module: nn.Module, name: str, t
     """Call the model's own initialisation of a module; ConfigError where it leaves one of these tensors out."""
     for tensor in tensors:
         tensor.fill_(float("nan") if tensor.is_floating_point() else 0)
-    model._init_weights(module)
-    model._init_weights(model.get_submodule(name.rpartition(".")[0]))  # it may differ, as GPT-2's
+    parent = model.get_submodule(name.rpartition(".")[0])
+    for part in (module, parent):  # a parent may do it otherwise, as GPT-2's does
+        getattr(part, "_init_weights", model._init_weights)(part)
     if any(tensor.isnan().any() for tensor in tensors):
         raise ConfigError(f"{type(model).__name__} does not say how to initialise {name}")
