@@ -75,6 +75,13 @@ def test_what_only_files_or_a_first_batch_can_tell_is_a_sentence_too(name):
     assert models.row(name, runs=False)["class"] == "refused"
 
 
+def test_from_scratch_each_weight_is_written_once(tmp_path):
+    """By its own seed: not again where a sibling's parent initialises them all, as GPT-2's attention its `c_proj`."""
+    models.make_folder("gpt2", tmp_path)
+    model = models.build(tmp_path, "--model.from_scratch", "true").model
+    assert {parameter._version for parameter in model.parameters()} == {1}
+
+
 def test_a_model_that_does_not_mark_its_layers_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("lacuna.model.GradientCheckpointingLayer", models.PackedBatch)
     models.make_folder("llama", tmp_path)
