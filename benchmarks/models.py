@@ -250,7 +250,6 @@ VARIANTS = {
     "seed_oss+default-dropout": ("seed_oss", dict(attention_dropout=0.1, residual_dropout=0.1)),
     "gpt2+default-dropout": ("gpt2", dict(resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1)),
     "gpt_bigcode+default-dropout": ("gpt_bigcode", dict(resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1)),
-    "opt+default-dropout": ("opt", dict(MORE["opt"], dropout=0.1)),
     "deepseek_v2+dense": ("deepseek_v2", dict(MLA, first_k_dense_replace=4, num_experts_per_tok=None)),
     "deepseek_v3+dense": ("deepseek_v3", dict(MLA, first_k_dense_replace=4)),
     "deepseek_v3+yarn": ("deepseek_v3", dict(MLA, rope_parameters=YARN | {"mscale": 1.0, "mscale_all_dim": 1.0})),
