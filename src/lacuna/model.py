@@ -119,6 +119,8 @@ def assemble(config: Config, ranks: Ranks, tokenizer, frozen: bool = False) -> T
     # what goes out has the dtype of what came in, unless model.dtype says otherwise
     if config.model.from_scratch or config.model.dtype or model.config.dtype is None:
         model.config.dtype = dtype
+    elif model.config.dtype != dtype:
+        log.info("hf/ will be rounded to %s, as the model that came in; model.dtype says otherwise", model.config.dtype)
     return trainee
 
 

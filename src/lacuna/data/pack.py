@@ -1,8 +1,11 @@
-"""Best-fit-decreasing packing of document pieces into rows of fixed length (arXiv 2404.10830).
+"""Best-fit packing of document pieces into rows of fixed length: nothing is cut that fits (arXiv 2404.10830).
 
-Long pieces go first, each into the fullest row with room. Pieces of one length go together, and the rows with room are
-found through the bits of one integer, so the cost is a few integer operations for each piece.
+The paper takes the longest first. Rows then hold documents of one length, and so of one kind: on short documents of
+three kinds the held-out loss was .06 nats higher than with documents as they are drawn (docs/choices.md). So only long
+pieces are sorted, which fill rows badly when they come last.
 """
+
+import bisect
 
 import numpy as np
 
@@ -17,33 +20,25 @@ def split_documents(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.n
 
 
 def best_fit(lengths: np.ndarray, seq_len: int) -> list[np.ndarray]:
-    """Assign pieces of lengths [m], each in 1..seq_len, to rows of seq_len slots: the indices of each row's pieces."""
-    order = np.argsort(-lengths, kind="stable")
-    distinct, counts = np.unique(-lengths, return_counts=True)
-    free_rows = [[] for _ in range(seq_len + 1)]  # rows by free slots; only rows that may take one more piece
-    free_bits = 0  # bit f is set where free_rows[f] is not empty
-    used = []  # pieces in each row
-    row_of = []  # row of each piece, in `order`
-    for length, count in zip((-distinct).tolist(), counts.tolist(), strict=True):
-        while count:
-            fits = free_bits >> length
-            if fits:
-                free = length + (fits & -fits).bit_length() - 1
-                row = free_rows[free].pop()
-                if not free_rows[free]:
-                    free_bits ^= 1 << free
-            else:
-                free, row = seq_len, len(used)
-                used.append(0)
-            # what is left of the fullest fitting row is the fullest again: it takes all it can of this length
-            taken = min(count, free // length)
-            row_of += [row] * taken
-            count -= taken
-            used[row] += taken
-            free -= taken * length
-            if free:
-                free_rows[free].append(row)
-                free_bits |= 1 << free
-    row_of = np.asarray(row_of, dtype=np.int64)
-    by_row = order[np.argsort(row_of, kind="stable")]
-    return np.split(by_row, np.cumsum(used)[:-1]) if used else []
+    """Assign pieces of lengths [m], each in 1..seq_len, to rows of seq_len slots: the indices of each row's pieces.
+
+    Each goes into the fullest row with room: first those over a quarter of a row, the longest first, then the others in
+    their order. All sorted would fill .9999 of 131,072 log-normal documents' slots; this fills .999, and nothing sorted
+    .996 (2,048 slots).
+    """
+    long = np.where(lengths > seq_len // 4, lengths, 0)
+    rows = []
+    rooms = []  # free slots and number of each row that has some, in order
+    for piece in np.argsort(-long, kind="stable").tolist():
+        length = lengths[piece].item()
+        place = bisect.bisect_left(rooms, (length, 0))
+        if place < len(rooms):
+            free, row = rooms.pop(place)
+        else:
+            free = seq_len
+            row = len(rows)
+            rows.append([])
+        rows[row].append(piece)
+        if free > length:
+            bisect.insort(rooms, (free - length, row))
+    return [np.asarray(row) for row in rows]
