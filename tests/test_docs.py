@@ -1,6 +1,7 @@
 """What the documents name is there: files, headings, keys of the config."""
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -55,3 +56,8 @@ def test_every_command_names_files_that_are_there():
     for file in OF_TODAY:
         for path in re.findall(r"(?:configs|examples|benchmarks)/[\w./-]+\.(?:toml|py|sh|md|jsonl)", file.read_text()):
             assert (REPO / path).exists() or (file.parent / path).exists(), f"{name(file)}: {path}"
+
+
+def test_the_page_of_all_keys_is_what_its_script_makes_now():
+    made = runpy.run_path(str(REPO / "docs/keys.py"))["page"]()
+    assert (REPO / "docs/keys.md").read_text() == made, "uv run python docs/keys.py > docs/keys.md"
