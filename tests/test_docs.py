@@ -61,3 +61,10 @@ def test_every_command_names_files_that_are_there():
 def test_the_page_of_all_keys_is_what_its_script_makes_now():
     made = runpy.run_path(str(REPO / "docs/keys.py"))["page"]()
     assert (REPO / "docs/keys.md").read_text() == made, "uv run python docs/keys.py > docs/keys.md"
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_the_picture_is_what_its_script_draws_now(theme):
+    script = runpy.run_path(str(REPO / "docs/way.py"))
+    drawn = script["draw"](script["THEMES"][theme])
+    assert (REPO / f"docs/way-{theme}.svg").read_text() == drawn, "uv run python docs/way.py"
