@@ -12,6 +12,7 @@ import pytest
 from conftest import EXAMPLES
 from transformers import PreTrainedModel
 
+import count_lines
 from lacuna import cli
 from lacuna.config import ConfigError
 
@@ -33,26 +34,20 @@ def environment(monkeypatch):
 # count_lines
 
 
-@pytest.fixture
-def package(tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "cli.py"))
-    return tmp_path
-
-
-def count(capsys) -> tuple[int, str]:
+def count(package: Path, capsys) -> tuple[int, str]:
     with pytest.raises(SystemExit) as end:
-        cli.count_lines()
+        count_lines.main(package)
     return int(end.value.code or 0), capsys.readouterr().out
 
 
-def test_count_lines_counts_code_comments_docstrings_and_blanks_of_every_file(package, capsys):
-    (package / "cli.py").write_text('"""Two\nlines."""\n\n# comment\n\nx = 1  # code\n')
-    (package / "no_newline_at_end.py").write_text("a = 1\nb = 2")
-    (package / "empty.py").write_text("")
-    (package / "data" / "deep").mkdir(parents=True)
-    (package / "data" / "deep" / "inner.py").write_text("\n" * 1234)
-    (package / "notes.md").write_text("not\ncounted\n")
-    code, out = count(capsys)
+def test_count_lines_counts_code_comments_docstrings_and_blanks_of_every_file(tmp_path, capsys):
+    (tmp_path / "cli.py").write_text('"""Two\nlines."""\n\n# comment\n\nx = 1  # code\n')
+    (tmp_path / "no_newline_at_end.py").write_text("a = 1\nb = 2")
+    (tmp_path / "empty.py").write_text("")
+    (tmp_path / "data" / "deep").mkdir(parents=True)
+    (tmp_path / "data" / "deep" / "inner.py").write_text("\n" * 1234)
+    (tmp_path / "notes.md").write_text("not\ncounted\n")
+    code, out = count(tmp_path, capsys)
     rows = {line.split()[-1]: line.split()[0] for line in out.splitlines()[:-1]}
     assert code == 0
     assert rows == {"cli.py": "6", "no_newline_at_end.py": "2", "empty.py": "0", "data/deep/inner.py": "1,234"}
@@ -60,17 +55,17 @@ def test_count_lines_counts_code_comments_docstrings_and_blanks_of_every_file(pa
 
 
 @pytest.mark.parametrize(("lines", "code"), [(2999, 0), (3000, 1), (3001, 1)])
-def test_count_lines_fails_from_3000_on(package, capsys, lines, code):
-    (package / "cli.py").write_text("\n" * 1000)
-    (package / "other.py").write_text("# comment\n" * (lines - 1000))
-    assert count(capsys)[0] == code
+def test_count_lines_fails_from_3000_on(tmp_path, capsys, lines, code):
+    (tmp_path / "cli.py").write_text("\n" * 1000)
+    (tmp_path / "other.py").write_text("# comment\n" * (lines - 1000))
+    assert count(tmp_path, capsys)[0] == code
 
 
 def test_lacuna_itself_stays_below_3000_lines():
     package = Path(cli.__file__).parent
     lines = sum(len(file.read_bytes().split(b"\n")) - 1 for file in package.rglob("*.py"))
     result = subprocess.run(
-        [sys.executable, "-c", "from lacuna.cli import count_lines; count_lines()"], capture_output=True, text=True
+        [sys.executable, "-c", "import count_lines; count_lines.main()"], capture_output=True, text=True
     )
     assert result.returncode == 0
     assert result.stdout.splitlines()[-1].split()[0] == f"{lines:,}"

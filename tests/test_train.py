@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 import types
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from conftest import EXAMPLES, pack, random_documents
 from processes import finish
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lacuna import train as train_module
@@ -240,14 +242,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(model_folder,
         return parts
 
     monkeypatch.setattr(train_module, "accumulate_gradients", poisoned)
-    with pytest.raises(NonFinite, match="step 3: a gradient is not finite"):
+    with pytest.raises(NonFinite, match=r"step 3: loss \d.*, gradient norm (inf|nan): not finite"):
         run(load_config(None, options(folder, texts, tmp_path, "--train.steps", "6")))
     assert all(torch.equal(v, states[0][k]) for k, v in kept[0].state_dict().items())
     assert [m["step"] for m in train_lines(tmp_path / "runs" / "run")] == [1, 2]
     monkeypatch.setattr(
         train_module, "accumulate_gradients", lambda *a: [{"loss": float("nan")} for _ in accumulate_gradients(*a)]
     )
-    with pytest.raises(NonFinite, match="step 1: the loss is not finite"):
+    with pytest.raises(NonFinite, match=r"step 1: loss nan, .*not finite"):
         run(load_config(None, options(folder, texts, tmp_path, "--train.steps", "6")))
 
 
@@ -261,7 +263,7 @@ def test_the_command_says_in_one_line_which_step_was_not_finite(model_folder, te
     argv = options(folder, texts, tmp_path, "--train.steps", "2")
     done = finish(tmp_path, "pt", *no_config(tmp_path), *argv)
     assert done.status == 1 and "Traceback" not in done.output
-    assert "lacuna: step 1: the loss is not finite" in done.output.splitlines()[-1]
+    assert "lacuna: step 1: loss nan" in done.output.splitlines()[-1]
 
 
 def test_norm_weights_move_at_a_learning_rate_of_1e_5(model_folder, texts, tmp_path):
@@ -308,6 +310,39 @@ def test_the_run_folder_is_complete_and_its_config_repeats_the_run(model_folder,
     assert "step 3/3" in (path / "log.txt").read_text()
     again = run(load_config(str(path / "config.toml"), ["--name", "again"]))
     assert [m["loss"] for m in train_lines(again)] == [m["loss"] for m in train_lines(path)]
+
+
+def test_a_line_has_the_mean_loss_since_the_last_one_and_fits_80_columns(model_folder, texts, tmp_path):
+    argv = options(model_folder("llama"), texts, tmp_path, "--train.steps", "7")
+    single = [m["loss"] for m in train_lines(run(load_config(None, argv)))]
+    path = run(load_config(None, [*argv, "--name", "means", "--log.every", "3"]))
+    lines = {m["step"]: m["loss"] for m in train_lines(path)}
+    assert lines == pytest.approx({1: single[0], 3: sum(single[1:3]) / 2, 6: sum(single[3:6]) / 3, 7: single[6]})
+    said = [line for line in (path / "log.txt").read_text().splitlines() if re.search(r"step \d+/7 ", line)]
+    assert len(said) == 4 and max(map(len, said)) <= 80
+    assert f"loss {lines[6]:.4f}" in said[2]
+
+
+@pytest.mark.parametrize(
+    ("stored", "keys", "expected"),
+    [
+        ("bfloat16", {}, "BF16"),
+        ("bfloat16", {"--model.dtype": "float32"}, "F32"),
+        ("float32", {"--model.dtype": "bfloat16"}, "BF16"),
+        ("bfloat16", {"--model.from_scratch": "true"}, "F32"),  # as it was computed, here on a CPU
+        (None, {}, "F32"),
+    ],
+)
+def test_hf_keeps_the_dtype_of_the_model_that_came_in(model_folder, texts, tmp_path, stored, keys, expected):
+    folder = model_folder("llama")
+    described = json.loads((folder / "config.json").read_text()) | {"dtype": stored}
+    (folder / "config.json").write_text(json.dumps(described))
+    words = [word for pair in keys.items() for word in pair]
+    path = run(load_config(None, options(folder, texts, tmp_path, "--train.steps", "1", *words)))
+    with safe_open(path / "hf" / "model.safetensors", "pt") as weights:
+        assert {weights.get_slice(name).get_dtype() for name in weights.keys()} == {expected}  # noqa: SIM118
+    with safe_open(path / "checkpoints" / "step_1" / "rank_00000.safetensors", "pt") as weights:
+        assert {weights.get_slice(name).get_dtype() for name in weights.keys()} == {"F32"}  # noqa: SIM118
 
 
 def test_mfu_counts_weights_and_attention_inside_documents(model_folder):

@@ -1,4 +1,4 @@
-"""The `lacuna` command and `count_lines`. No torch before it is needed: `--help` answers in under a second."""
+"""The `lacuna` command. No torch before it is needed: `--help` answers in under a second."""
 
 import gc
 import os
@@ -125,13 +125,3 @@ def set_threads(processes: int):
     os.environ.setdefault("RAYON_NUM_THREADS", threads)  # the tokenizers' threads
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")  # no request to the Hub for reading a local file
-
-
-def count_lines():
-    """Print the physical lines of every file of the package; exit 1 at 3,000 or more."""
-    package = Path(__file__).parent
-    lines = {file: len(file.read_text().splitlines()) for file in sorted(package.rglob("*.py"))}
-    for file, count in lines.items():
-        print(f"{count:6,}  {file.relative_to(package)}")
-    print(f"{sum(lines.values()):6,}  in all, of 3,000")
-    sys.exit(sum(lines.values()) >= 3000)

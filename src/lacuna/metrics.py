@@ -52,11 +52,12 @@ class Report:
         self.config, self.ranks = config, ranks
         self.steps = steps
         self.flop_per_token, self.flop_per_pair = flop(model)
-        name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else ""
-        self.peak = next((peak for key, peak in PEAKS.items() if key in name), None)
+        self.device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
+        self.peak = next((peak for key, peak in PEAKS.items() if key in self.device), None)
         self.totals = {key: state[key] for key in ("tokens", "trained_tokens")}  # since the run began
         self.stop_asked = False  # by a signal on any rank
         self.pending = []
+        self.first = None  # line: its step, and when it was written
         self.file = open_metrics(folder, state["step"]) if ranks.rank == 0 else None
         self.trackers = [open_tracker(name, config) for name in config.log.trackers if ranks.rank == 0]
 
@@ -85,39 +86,44 @@ class Report:
         number = step.facts["step"]
         self.stop_asked |= sums["stop_asked"] > 0
         if not math.isfinite(sums["loss"] + sums["grad_norm"]):
-            what = "a gradient" if math.isfinite(sums["loss"]) else "the loss"
-            raise NonFinite(f"step {number}: {what} is not finite; it updated nothing. Lower optim.lr, or see the data")
+            what = f"loss {sums['loss']:g}, gradient norm {sums['grad_norm']:g}: not finite"
+            raise NonFinite(f"step {number}: {what}; it updated nothing. Lower optim.lr, or see the data")
         for key in self.totals:
             self.totals[key] += int(sums[key])
-        self.interval.update(steps=1, tokens=sums["tokens"], pairs=sums["pairs"], data=step.facts["data_seconds"])
+        self.interval.update(sums | {"steps": 1, "data_seconds": step.facts["data_seconds"]})
         if number % self.config.log.every == 0 or number in (1, self.steps):
             self.report_interval(step.facts, sums)
 
     def report_interval(self, facts: dict, sums: dict):
-        """One line: loss and norm of this step, speed and fill of the interval that ends with it."""
+        """One line: means over the interval that ends with this step, its speed and fill, and this step's norm."""
         interval = self.interval
         # On a GPU too: the host has just waited for this step. Where it is the slower one it has not, and is late by up
         # to two steps, but for a line at an evaluation or a checkpoint.
         seconds = time.perf_counter() - self.since
-        slots = interval["steps"] * self.config.train.global_batch_size * self.config.train.seq_len
+        count = interval["steps"]
+        slots = count * self.config.train.global_batch_size * self.config.train.seq_len
         speed = interval["tokens"] / seconds
         world = self.ranks.world
-        metrics = {"step": facts["step"], "loss": sums["loss"], "grad_norm": sums["grad_norm"], "lr": facts["lr"]}
+        loss = interval["loss"] / count
+        metrics = {"step": facts["step"], "loss": loss, "grad_norm": sums["grad_norm"], "lr": facts["lr"]}
         metrics |= self.totals | {"epoch": round(facts["epoch"], 4), "packing_efficiency": interval["tokens"] / slots}
         work = slots * self.flop_per_token + interval["pairs"] * self.flop_per_pair
         mfu = work / seconds / world / self.peak if self.peak else None
         metrics |= {"tokens_per_second": speed, "tokens_per_second_per_device": speed / world, "mfu": mfu}
-        metrics |= {"step_seconds": seconds / interval["steps"], "data_seconds": interval["data"] / interval["steps"]}
+        metrics |= {"step_seconds": seconds / count, "data_seconds": interval["data_seconds"] / count}
         checksum = f"{int(sums['checksum']):016x}"
         metrics |= {"peak_memory_gib": peak_memory(self.ranks.device), "batch_checksum": checksum}
-        own = {name: sums[name] / max(sums["units"], 1) for name in facts["figures"]}  # a recipe's
+        own = {name: interval[name] / max(interval["units"], 1) for name in facts["figures"]}  # a recipe's
         self.start_clock()
         self.write(metrics | own)
-        left = timedelta(seconds=round((self.steps - facts["step"]) * metrics["step_seconds"]))
-        learned = f"loss {sums['loss']:.4f} | grad norm {sums['grad_norm']:.2f}"
-        share = f" | mfu {mfu:.1%}" if mfu else ""
-        rates = f"{speed:,.0f} tokens/s{share} | {metrics['peak_memory_gib']:.1f} GiB"
-        log.info(f"step {facts['step']}/{self.steps} | {learned} | {rates} | {left} left")
+        # as fast as since the first line, evaluations included; what was before it, such as compilation, is over
+        self.first = self.first or (facts["step"], self.since)
+        done = facts["step"] - self.first[0]
+        pace = (self.since - self.first[1]) / done if done else metrics["step_seconds"]
+        left = timedelta(seconds=round((self.steps - facts["step"]) * pace))
+        share = f"  mfu {mfu:.0%}" if mfu else ""
+        learned = f"loss {loss:.4f}  norm {sums['grad_norm']:.2f}"
+        log.info(f"step {facts['step']}/{self.steps}  {learned}  {speed:,.0f} tok/s{share}  {left}")
         if own:
             log.info(in_words(facts["step"], own))
 

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lacuna.attention import boundaries, choose_backend
-from lacuna.config import Config, ConfigError, ModelConfig, blame
+from lacuna.config import Config, ConfigError, ModelConfig, blame, log
 from lacuna.data.batch import PackedBatch
 from lacuna.lora import BEGINNINGS, add_adapters
 from lacuna.loss import head_loss
@@ -70,6 +70,7 @@ def build_model(config: Config, ranks: Ranks, tokenizer, checkpoint: Path | None
     folder = checkpoint
     if config.lora.rank or (folder is None and not config.model.from_scratch):
         folder = weight_folder(config.model.name)
+    log.info("weights %s", folder or "are random")
     materialise(trainee, ranks.device, config.seed, folder)
     if config.lora.rank and checkpoint:
         read_tensors(trained(trainee.model), checkpoint)
@@ -108,7 +109,9 @@ def assemble(config: Config, ranks: Ranks, tokenizer, frozen: bool = False) -> T
     trainee = Trainee(model, plan)
     if ranks.mesh is not None:
         shard_model(trainee, layers, ranks, dtype)
-    model.config.dtype = dtype
+    # what goes out has the dtype of what came in, unless model.dtype says otherwise
+    if config.model.from_scratch or config.model.dtype or model.config.dtype is None:
+        model.config.dtype = dtype
     return trainee
 
 
@@ -141,8 +144,10 @@ def empty_model(config: ModelConfig, tokenizer, dtype: torch.dtype) -> PreTraine
     # before the model is built: transformers would fetch and run a kernel that a config names as its attention
     hf_config._attn_implementation = "lacuna"
     where = f"model.name {config.name} cannot be built with lacuna's attention and model.overrides {config.overrides}"
+    stored = hf_config.dtype
     with blame(where), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, **trust)
+    model.config.dtype = stored
     if len(tokenizer) > hf_config.vocab_size:
         sizes = f"the tokenizer has {len(tokenizer)} tokens, the model {hf_config.vocab_size}"
         raise ConfigError(f"{sizes}: set model.tokenizer, or train from_scratch with model.overrides.vocab_size")

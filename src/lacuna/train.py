@@ -80,9 +80,11 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
         checkpoints = Checkpoints(config, ranks, folder, tensors, model, tokenizer)
         report = Report(config, ranks, folder, steps, model, state)
     count = f"{model.num_parameters(only_trainable=True):,} of {model.num_parameters():,} parameters are trained"
-    what = f"{count}, {trainee.plan.backend} attention, {trainee.plan.dtype}"
-    length = f"{steps} steps of {config.train.global_batch_size} rows x {config.train.seq_len} tokens"
-    log.info("%s: %s, %d rank(s), %s", config.model.name, what, ranks.world, length)
+    log.info("model   %s: %s", config.model.name, count)
+    log.info("device  %d x %s: %s, %s attention", ranks.world, report.device, trainee.plan.dtype, trainee.plan.backend)
+    log.info("length  %d steps of %d rows x %d tokens", steps, config.train.global_batch_size, config.train.seq_len)
+    log.info("rate    %g, %s, %d steps of warmup", config.optim.lr, config.optim.schedule, config.optim.warmup_steps)
+    log.info("run     %s: a checkpoint every %d steps and at the end", folder, config.checkpoint.every)
     if checkpoint is None:
         report.write({"step": 0, "documents": dataset.notes})
     if held_out and is_due(state["step"], config.eval.every, steps):
@@ -147,7 +149,9 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
         newest = [checkpoint, *in_order(folder / "checkpoints")][-1]
         export(newest, folder / "hf")
     report.close()
-    log.info("The model is in %s: for from_pretrained, --model.name, examples/chat.py", folder / "hf")
+    log.info("curves: uv run --with plotly benchmarks/report.py %s", folder)
+    log.info("talk:   uv run python examples/chat.py %s", folder)
+    log.info("The model is in %s/hf: for from_pretrained and --model.name", folder)
     if dist.is_initialized():
         dist.destroy_process_group()
     return folder
@@ -159,11 +163,14 @@ def open_rows(config: Config, encoder, ranks: Ranks, state) -> tuple[RowDataset,
     where = {"rank": ranks.rank, "ranks": ranks.world}
     goes_on = {"epochs": config.train.epochs, "share": (fraction, 1.0), "state": state}
     dataset = RowDataset(config, config.data.sources, encoder, **where, **goes_on)
+    log.info("data    %s", ", ".join(dataset.inventory))
     sources = config.data.sources if fraction else config.eval.sources
     if not sources:
         return dataset, None
     held_out = {"epochs": 1, "share": (0.0, fraction or 1.0), "limit": config.eval.rows}
-    return dataset, RowDataset(config, sources, encoder, **where, **held_out)
+    held_out = RowDataset(config, sources, encoder, **where, **held_out)
+    log.info("held out %s", ", ".join(held_out.inventory))
+    return dataset, held_out
 
 
 def is_due(step: int, every: int | None, steps: int) -> bool:
