@@ -174,7 +174,7 @@ def by_document(values: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
 
 
 class PairEncoder:
-    """An Encoder, see lacuna/data/tokenize.py: each answer is read as a prompt and a completion are in SFT."""
+    """An encoder, as lacuna/data/tokenize.py has one: each answer is read as a prompt and a completion are in SFT."""
 
     def __init__(self, tokenizer, config: Config):
         if config.data.overlong == "truncate":

@@ -32,7 +32,8 @@ def load(tmp_path):
     def load(toml: str = BASE, *argv: str) -> Config:
         path = tmp_path / "config.toml"
         path.write_text(toml, encoding="utf-8")
-        return load_config(str(path), list(argv))
+        task = re.match(r'\s*task = "(.+)"', toml)
+        return load_config(str(path), list(argv), task[1] if task else "pt")
 
     return load
 
@@ -87,7 +88,7 @@ def test_every_kind_of_value_can_be_given_on_the_command_line(load):
             "--model.overrides",
             '{"hidden_size": 64, "tie_word_embeddings": false, "rms_norm_eps": 1e-6, "act": "gelu"}',
         ),
-        *("--optim.betas", "[0.8, 0.9]", "--log.trackers", '["wandb"]', "--train.compile", "true"),
+        *("--optim.betas", "[0.8, 0.9]", "--train.compile", "true"),
         *("--model.from_scratch", "true", "--train.activation_checkpointing", "full", "--model.tokenizer", "other"),
     )
     assert [source.path for source in config.data.sources] == ["a.jsonl", "b.jsonl"]
@@ -99,7 +100,6 @@ def test_every_kind_of_value_can_be_given_on_the_command_line(load):
         "act": "gelu",
     }
     assert config.model.overrides["tie_word_embeddings"] is False
-    assert (config.optim.betas, config.log.trackers, config.train.compile) == ([0.8, 0.9], ["wandb"], True)
     assert (config.model.from_scratch, config.train.activation_checkpointing) == (True, "full")
 
 
@@ -285,7 +285,6 @@ def test_a_contradiction_is_one_sentence_that_names_keys_and_cure_and_the_cure_w
         (["--model.attention", "flash"], "model.attention"),
         (["--name", "a/b"], "name"),
         (["--seed", "-1"], "seed"),
-        (["--log.trackers", '["wandbx"]'], "log.trackers"),
         (["--train.activation_checkpointing", "0"], "train.activation_checkpointing"),
         (["--train.activation_checkpointing", "maybe"], "train.activation_checkpointing"),
         (["--train.compile", "maybe"], "train.compile"),
@@ -375,6 +374,7 @@ def to_toml(config: Config) -> str:
 
 
 EVERYTHING = """
+task = "mine.py"
 name = "all.of-it_1"
 seed = 7
 out = "runs/ä b"
@@ -419,7 +419,7 @@ loss = "ipo"
 beta = 0.1
 
 [log]
-trackers = ["wandb", "trackio"]
+every = 7
 
 [[eval.sources]]
 path = "held.txt"
@@ -523,6 +523,31 @@ def test_an_unknown_command_is_named_and_shows_the_usage(tmp_path):
     assert result.stderr.startswith("lacuna: unknown command train\n")
     assert "Traceback" not in result.stderr
     assert "usage: lacuna" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("learning_rate", "optim.lr"),
+        ("optim.learning_rate", "optim.lr"),
+        ("base_model", "model.name"),
+        ("sequence_len", "train.seq_len"),
+        ("max_length", "train.seq_len"),
+        ("num_epochs", "train.epochs"),
+        ("max_steps", "train.steps"),
+        ("gradient_accumulation_steps", "train.global_batch_size"),
+        ("warmup_ratio", "optim.warmup_steps"),
+        ("val_set_size", "eval.fraction"),
+        ("output_dir", "out"),
+        ("lora_r", "lora.rank"),
+    ],
+)
+def test_the_names_of_other_trainers_answer_with_lacunas(load, theirs, ours):
+    assert refusal(load, BASE, f"--{theirs}", "1") == f"unknown key {theirs}: did you mean {ours}?"
+
+
+def test_a_recipes_keys_are_not_ignored_where_there_is_no_recipe(load):
+    assert refusal(load, BASE + "[recipe]\nbeta = 0.1\n") == "recipe: lacuna pt and sft have none: lacuna RECIPE.py"
 
 
 def test_the_task_decides_the_learning_rate_and_must_be_the_files(tmp_path):

@@ -3,8 +3,6 @@
 import json
 import math
 import re
-import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -361,21 +359,6 @@ def test_mfu_counts_weights_and_attention_inside_documents(model_folder):
     half_attention = 6 * layers * heads * head_dim * n * n  # the plain model computes the masked half too
     expected = counter.get_total_flops() - half_attention + 6 * norms * n
     assert n * per_token + n * n * per_pair == pytest.approx(expected, rel=0.02)
-
-
-def test_trackers_get_the_metrics_of_the_run(model_folder, texts, tmp_path, monkeypatch):
-    """wandb and trackio share this interface; neither is a development dependency."""
-    seen = []
-    tracker = types.ModuleType("wandb")
-    tracker.init = lambda project, name, config: seen.append((name, config["train"]["steps"]))
-    tracker.log = seen.append
-    tracker.finish = lambda: seen.append("end")
-    monkeypatch.setitem(sys.modules, "wandb", tracker)
-    argv = options(model_folder("llama"), texts, tmp_path, "--train.steps", "2", "--log.trackers", '["wandb"]')
-    path = run(load_config(None, argv))
-    first, *_, last, end = seen
-    assert first == ("run", 2) and end == "end"
-    assert last["loss"] == train_lines(path)[-1]["loss"] and last["step"] == 2
 
 
 # ---- the command

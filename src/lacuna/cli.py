@@ -38,6 +38,7 @@ def main():
         if command == "export":
             with blame(f"lacuna export {' '.join(words)}"):
                 import_module("lacuna.checkpoint").export(*map(Path, words))
+            print(f"The model is in {words[1]}")
         leave(0)
     except Preempted as error:
         leave(REQUEUE, str(error))
@@ -56,7 +57,7 @@ def main():
 def parse(argv: list[str]) -> tuple[str, Config | None, list[str]]:
     """The command, its config (export has none), and its words; exits if they ask for help."""
     command, *words = argv or ["--help"]
-    if command in ("-h", "--help"):
+    if command in ("-h", "--help") or argv == ["export", "--help"]:
         print(USAGE, flush=True)
         sys.exit(0)
     if (command, len(words)) == ("export", 2):
@@ -77,6 +78,8 @@ def leave(status: int, sentence: str = ""):
     """Exit, saying why."""
     rank = os.environ.get("RANK")
     name = f"lacuna (rank {rank})" if rank else "lacuna"
+    if sentence:
+        log.debug(sentence)  # to log.txt, where a run has one by now
     with suppress(OSError, AttributeError):  # the terminal may be gone, or never have been there
         sys.stderr.write(f"{name}: {sentence}\n" if sentence else "")
         sys.stdout.flush()

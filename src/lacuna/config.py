@@ -65,12 +65,12 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    name: str = key("examples/tiny", "Hub id, or folder with config.json (and *.safetensors)", max_length=500)
+    name: str = key("examples/tiny", "Hub id, or folder with config.json (base_model)", max_length=500)
     from_scratch: bool = key(False, "initialise the weights instead of reading them")
     overrides: dict[str, Any] = key({}, "fields of the model's config to replace")
     tokenizer: str | None = key(None, "Hub id or folder; default: the model's own")
     patch: str | None = key(None, "file.py:function, called with the empty model before all else")
-    dtype: Literal["bfloat16", "float32"] | None = key(None, "of computation, and then of hf/; default: bfloat16 on GPUs")
+    dtype: Literal["bfloat16", "float32"] | None = key(None, "of computation, then of hf/ too; default: bf16 on GPUs")
     attention: Literal["varlen", "fa4", "sdpa"] | None = key(None, "default: fa4, varlen or sdpa, what runs")
     trust_remote_code: bool = key(False, "run Python code that comes with the model")
 
@@ -103,11 +103,11 @@ class DataConfig(Section):
 
 
 class TrainConfig(Section):
-    seq_len: int = key(1024, "slots a row, tokens", ge=8, le=2**24)
+    seq_len: int = key(1024, "slots a row, tokens (sequence_len) (max_length)", ge=8, le=2**24)
     micro_batch_size: int = key(8, "rows a device takes through the model at once", ge=1, le=2**16)
-    global_batch_size: int = key(8, "rows an optimizer step, over all devices", ge=1, le=2**24)
-    steps: int | None = key(None, "optimizer steps (this or train.epochs)", ge=1, le=10**9)
-    epochs: int | None = key(None, "passes over map-style data (this or train.steps)", ge=1)
+    global_batch_size: int = key(8, "rows a step over all devices (gradient_accumulation_steps)", ge=1, le=2**24)
+    steps: int | None = key(None, "optimizer steps, or give train.epochs (max_steps)", ge=1, le=10**9)
+    epochs: int | None = key(None, "passes over map-style data, or give train.steps (num_epochs)", ge=1)
     compile: bool | None = key(None, "torch.compile each layer; default: on a GPU")
     activation_checkpointing: Literal["none", "full", "selective"] = key("none", "recompute all, or what is cheap")
     max_grad_norm: float = key(1.0, "gradients are scaled down to this global L2 norm", gt=0)
@@ -115,18 +115,18 @@ class TrainConfig(Section):
 
 
 class OptimConfig(Section):
-    lr: float | None = key(None, "peak learning rate; default: 3e-4 for pt, 2e-5 for sft, 2e-4 with LoRA", gt=0, le=100)
+    lr: float | None = key(None, "peak (learning_rate); default: pt 3e-4, sft 2e-5, LoRA 2e-4", gt=0, le=100)
     weight_decay: float = key(0.1, "of matrices; embeddings, norms and biases have none", ge=0)
     betas: list[Rate] = key([0.9, 0.95], "AdamW's two decay rates", min_length=2, max_length=2)
     eps: float = key(1e-8, "AdamW's epsilon", gt=0, le=1)
     schedule: Literal["constant", "linear", "cosine", "wsd"] = key("cosine", "wsd: constant, then linear")
-    warmup_steps: int = key(0, "steps of linear warmup from 0", ge=0)
+    warmup_steps: int = key(0, "steps of linear warmup from 0 (warmup_ratio)", ge=0)
     decay_steps: int | None = key(None, "wsd: steps of decay at the end; default: a tenth", ge=1)
     min_lr_ratio: float = key(0.1, "last learning rate over the peak", ge=0, le=1)
 
 
 class LoraConfig(Section):
-    rank: int | None = key(None, "of adapters; default: none, all weights are trained", ge=1, le=4096)
+    rank: int | None = key(None, "of adapters (lora_r); default: all weights are trained", ge=1, le=4096)
     alpha: float | None = key(None, "adapters count alpha / rank times; default: 2 x rank", gt=0)
     targets: list[str] = key([], "linear layers, such as q_proj; default: all of the decoder's")
 
@@ -146,12 +146,11 @@ class CheckpointConfig(Section):
 
 class LogConfig(Section):
     every: int = key(10, "steps between two lines of metrics", ge=1)
-    trackers: list[Literal["wandb", "trackio"]] = key([], "where else metrics go")
 
 
 class EvalConfig(Section):
     sources: Annotated[list[Source], OneOrSeveral] = key([], "held-out data, same keys as data.sources")
-    fraction: float | None = key(None, "or this share of data.sources' documents", gt=0, lt=1)
+    fraction: float | None = key(None, "or this share of data.sources' documents (val_set_size)", gt=0, lt=1)
     every: int | None = key(None, "steps between evaluations; default: only at start and end", ge=1)
     rows: int = key(512, "rows evaluated at most", ge=1)
 
@@ -160,7 +159,7 @@ class Config(Section):
     task: str = key("pt", "pt: text; sft: conversations; file.py: a recipe", pattern=r"^(pt|sft|.+\.py)$")
     name: str = key("run", "everything lands in out/name", pattern=r"^\.*[\w-][\w.-]*$", max_length=200)
     seed: int = key(0, "of the order of data and of initial weights", ge=0, lt=2**32)
-    out: str = key("runs", "folder of runs")
+    out: str = key("runs", "folder of runs (output_dir)")
     model: ModelConfig = key(ModelConfig(), "what is trained")
     data: DataConfig = key(DataConfig(), "on what")
     train: TrainConfig = key(TrainConfig(), "how much at a time, how long")
@@ -207,6 +206,7 @@ def contradictions(config: Config) -> list[tuple]:
         (streams and len(weights) > 1 and not all(weights), "data.sources: a mixture that streams needs weights"),
         (train.global_batch_size % train.micro_batch_size, uneven_batch(train)),
         (config.lora.rank and config.model.from_scratch, "lora.rank adapts a model that is there, not from_scratch"),
+        (config.recipe and not config.task.endswith(".py"), "recipe: lacuna pt and sft have none: lacuna RECIPE.py"),
         (config.task.endswith(".py") and not config.optim.lr, "optim.lr: a recipe has no default: give one"),
         (config.task == "pt" and data.chat_template, "data.chat_template belongs to lacuna sft: text has no template"),
         (config.optim.decay_steps and config.optim.schedule != "wsd", 'optim.decay_steps needs optim.schedule = "wsd"'),
@@ -236,12 +236,15 @@ class Parser(ArgumentParser):
 
 def unknown_key(wrong: str) -> str:
     """A sentence for a key that does not exist, with the nearest one that does."""
-    known = []
+    known = {}
     for name, field in Config.model_fields.items():
         inner = getattr(field.annotation, "model_fields", {})
-        known += [name, *(f"{name}.{k}" for k in inner)]
-        known += [f"{name}.sources.{k}" for k in Source.model_fields if "sources" in inner]
-    near = [k for k in known if k.split(".")[-1] == wrong.split(".")[-1]]
+        known[name] = field.description
+        known |= {f"{name}.{k}": f.description for k, f in inner.items()}
+        known |= {f"{name}.sources.{k}": f.description for k, f in Source.model_fields.items() if "sources" in inner}
+    last = wrong.split(".")[-1]
+    # descriptions hold in brackets what others call a key
+    near = [k for k, meaning in known.items() if last == k.split(".")[-1] or f"({last})" in meaning]
     near += difflib.get_close_matches(wrong, known, 1, cutoff=0.65)
     cure = f"did you mean {near[0]}?" if near else "take it out, or see `lacuna pt --help` for all keys"
     return f"unknown key {wrong}: {cure}"
@@ -250,7 +253,7 @@ def unknown_key(wrong: str) -> str:
 def load_config(path: str | None, argv: list[str], task: str = "pt") -> Config:
     """The config from a TOML file and a command line's words; exits if they ask for help."""
     parser = Parser(usage=f"lacuna {task} [CONFIG.toml] [--section.key VALUE ...]", allow_abbrev=False)
-    with blame("the command line"):
+    with blame("the command line (--section.key VALUE; a list is JSON)"):
         given = CliSettingsSource(Config, None, argv, root_parser=parser, parse_args_method=Parser.parse_args)()
     if {"steps", "epochs"} & set(given.get("train", {})):
         # they exclude each other: one on the command line takes back the file's
@@ -274,7 +277,7 @@ def sentence(problem: dict) -> str:
     place = [str(part) for part in problem["loc"]]
     if problem["type"] == "extra_forbidden":
         return unknown_key(".".join(part for part in place if not part.isdigit()))
-    message = problem["msg"].removeprefix("Value error, ")
+    message = re.sub(r"^Value error, | or instance of \w+", "", problem["msg"])
     if not place:
         return message
     return f"{'.'.join(place)}: {message}, not {problem['input']!r:.100}"

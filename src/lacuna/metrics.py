@@ -1,4 +1,4 @@
-"""What a run reports, and to whom: the terminal, log.txt, metrics.jsonl, and trackers if asked."""
+"""What a run reports, and to whom: the terminal, log.txt, metrics.jsonl; examples/track.py sends that to others."""
 
 import json
 import logging
@@ -15,7 +15,7 @@ import datasets
 import torch
 from transformers import PreTrainedModel
 
-from lacuna.config import Config, NonFinite, blame, log
+from lacuna.config import Config, NonFinite, log
 from lacuna.parallel import Ranks
 
 # Dense bf16 peaks, FLOP/s, from the vendors' datasheets; the first name that the device's name contains counts.
@@ -59,7 +59,6 @@ class Report:
         self.pending = []
         self.first = None  # line: its step, and when it was written
         self.file = open_metrics(folder, state["step"]) if ranks.rank == 0 else None
-        self.trackers = [open_tracker(name, config) for name in config.log.trackers if ranks.rank == 0]
 
     def start_clock(self):
         """Begin a new interval between two lines: what was before, such as an evaluation, is not measured."""
@@ -133,15 +132,9 @@ class Report:
         self.start_clock()
 
     def write(self, metrics: dict):
-        """One line of metrics.jsonl, and the same to the trackers."""
+        """One line of metrics.jsonl."""
         if self.file:
             self.file.write(json.dumps(metrics) + "\n")
-        for tracker in self.trackers:
-            tracker.log({key: value for key, value in metrics.items() if isinstance(value, int | float)})
-
-    def close(self):
-        for tracker in self.trackers:
-            tracker.finish()
 
 
 def in_words(step: int, figures: dict) -> str:
@@ -185,11 +178,3 @@ def peak_memory(device: torch.device) -> float:
     peak = torch.cuda.max_memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     return peak / 2**30
-
-
-def open_tracker(name: str, config: Config):
-    """wandb or trackio, which share one interface: each an extra of lacuna."""
-    with blame(f"log.trackers: {name} (pip install 'lacuna[{name}]')"):
-        module = __import__(name)
-        module.init(project="lacuna", name=config.name, config=config.model_dump())
-        return module

@@ -37,9 +37,6 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
             lock.acquire(timeout=60)  # the ranks of a run that is just being ended may still be there
         checkpoint = find_checkpoint(config, folder, ranks.rank)
         state = read_state(checkpoint, config)
-        if ranks.rank == 0:
-            keys = config.model_dump(exclude_none=True)  # to repeat the run
-            (folder / "config.toml").write_text(tomli_w.dumps(keys))
     tokenizer = load_tokenizer(config.model)
     recipe = {"make_encoder": make_encoder, "make_objective": lambda *_: None}
     if config.task.endswith(".py"):
@@ -79,6 +76,10 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
             log.info("Going on after step %d, from %s", state["step"], checkpoint)
         checkpoints = Checkpoints(config, ranks, folder, tensors, model, tokenizer)
         report = Report(config, ranks, folder, steps, model, state)
+        if ranks.rank == 0:
+            # to repeat the run: not before it can begin, or a failed start would change a finished run's
+            keys = config.model_dump(exclude_none=True)
+            (folder / "config.toml").write_text(tomli_w.dumps(keys))
     count = f"{model.num_parameters(only_trainable=True):,} of {model.num_parameters():,} parameters are trained"
     log.info("model   %s: %s", config.model.name, count)
     log.info("device  %d x %s: %s, %s attention", ranks.world, report.device, trainee.plan.dtype, trainee.plan.backend)
@@ -136,7 +137,6 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
         preemption.can_save = True
         if report.stop_asked:
             checkpoints.finish()
-            report.close()
             # all leave together: Slurm ends the others of one that has left
             sum_over_ranks([{"left": 1}], ranks.device)["left"].item()
             raise Preempted(f"stopped by a signal after step {step} of {steps}; the same command goes on from there")
@@ -148,7 +148,6 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
     if ranks.rank == 0:
         newest = [checkpoint, *in_order(folder / "checkpoints")][-1]
         export(newest, folder / "hf")
-    report.close()
     log.info("curves: uv run --with plotly benchmarks/report.py %s", folder)
     log.info("talk:   uv run python examples/chat.py %s", folder)
     log.info("The model is in %s/hf: for from_pretrained and --model.name", folder)

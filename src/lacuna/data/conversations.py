@@ -13,7 +13,7 @@ from tokenizers.processors import ByteLevel
 
 from lacuna.config import Config, ConfigError, Source, blame, log
 from lacuna.data.batch import Tokens, hide
-from lacuna.data.tokenize import Encoder, TextEncoder, adds_bos, digest
+from lacuna.data.tokenize import TextEncoder, adds_bos, digest
 
 FORMATS = {  # recognised by these columns
     "messages": ["messages"],
@@ -42,12 +42,12 @@ NOTHING = np.zeros(0, dtype=np.int32)
 RENDERING = Lock()  # transformers keeps the mask that it is making in the template: one at a time
 
 
-def make_encoder(config: Config, tokenizer) -> Encoder:
+def make_encoder(config: Config, tokenizer) -> "ChatEncoder | TextEncoder":
     return ChatEncoder(tokenizer, config) if config.task == "sft" else TextEncoder(tokenizer)
 
 
 class ChatEncoder:
-    """The Encoder of conversations: what the assistant says is trained."""
+    """Makes documents of conversations: what the assistant says is trained. Its methods are TextEncoder's."""
 
     def __init__(self, tokenizer, config: Config):
         self.tokenizer = copy.deepcopy(tokenizer)
@@ -201,7 +201,7 @@ class ChatEncoder:
 
 
 def recognise(columns: list[str], source: Source) -> str:
-    if {"chosen", "rejected"} <= set(columns):
+    if "rejected" in columns:
         raise ConfigError(f"data.sources {source.path} holds preference pairs: see examples/dpo.py")
     for row_format, required in FORMATS.items():
         if set(required) <= set(columns):

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from filelock import FileLock
 
 from lacuna.config import ConfigError, Source, log
-from lacuna.data.tokenize import Encoder, digest
+from lacuna.data.tokenize import digest
 
 READ_CHUNK = 128  # documents tokenised in one call: enough for the tokenizer to use every core
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".ndjson": "json", ".json": "json", ".txt": "text", ".csv": "csv"}
@@ -56,7 +56,7 @@ class Document(NamedTuple):
 class MapSource:
     """Tokenised documents by index, each once an epoch: a share of all, in a seeded order; the rest is held out."""
 
-    def __init__(self, sources: list[Source], encoder: Encoder, seed: list[int], *, cache: str, share: tuple):
+    def __init__(self, sources: list[Source], encoder, seed: list[int], *, cache: str, share: tuple):
         whole = datasets.concatenate_datasets([tokenise(source, encoder, cache) for source in sources])
         self.tokens = whole.select_columns(["ids"]).with_format("numpy")
         self.lengths = pc.list_value_length(whole.data["ids"]).to_numpy()
@@ -84,7 +84,7 @@ class MapSource:
         return self.tokens[key]["ids"]
 
 
-def tokenise(source: Source, encoder: Encoder, cache: str) -> datasets.Dataset:
+def tokenise(source: Source, encoder, cache: str) -> datasets.Dataset:
     """A map-style source as Tokens, made once: the cache's key holds data, columns, tokenizer and code."""
     dataset = open_dataset(source, encoder)
     name = digest(dataset._fingerprint, source.column, encoder.fingerprint())
@@ -112,7 +112,7 @@ def warn(where: str, notes: Counter):
 class StreamSource:
     """Documents that are read and tokenised as the run goes. A virtual stream has whole shards to itself."""
 
-    def __init__(self, source: Source, encoder: Encoder, seed: list[int]):
+    def __init__(self, source: Source, encoder, seed: list[int]):
         self.source, self.encoder, self.seed = source, encoder, seed
         self.dataset = open_dataset(source, encoder)
         self.most_streams = self.num_shards = self.dataset.num_shards
@@ -169,7 +169,7 @@ def without_nulls(value):
     return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
-def open_dataset(source: Source, encoder: Encoder) -> datasets.Dataset | datasets.IterableDataset:
+def open_dataset(source: Source, encoder) -> datasets.Dataset | datasets.IterableDataset:
     """The dataset that a source names, with the columns that are read; ConfigError where it cannot be opened."""
     path = Path(source.path)
     endings = [ending.lower() for ending in path.suffixes if ending.lower() not in COMPRESSED]

@@ -4,7 +4,6 @@ import copy
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from transformers import AutoTokenizer
@@ -14,26 +13,14 @@ from lacuna.data import batch
 from lacuna.data.batch import Tokens
 
 
-class Encoder(Protocol):
-    """What makes documents of rows, of training and evaluation at the same time."""
+class TextEncoder:
+    """Makes documents of rows: of plain text, past huggingface.co/blog/qgallouedec/gotchas-in-tokenizer-behavior.
+
+    An encoder of anything else, such as ChatEncoder or a recipe's, has its `eos`, and its methods from `columns` on;
+    training and evaluation call them at the same time.
+    """
 
     eos: int  # ends documents or turns, and fills what is left of a row
-
-    def columns(self, columns: list[str], source: Source) -> list[str]:
-        """Those columns that it reads; ConfigError where it can read none."""
-
-    def documents(self, rows: list[dict], source: Source, numbers: Sequence[int]) -> list[Tokens]:
-        """The document of each row; ConfigError with the row's number where it has no right shape."""
-
-    def fingerprint(self) -> str:
-        """Changes with anything that could change a token or a mask, and so makes the token cache anew."""
-
-    def adapt(self, tokenizer):
-        """Make the model's own tokenizer end documents, or turns, as in training."""
-
-
-class TextEncoder:
-    """The Encoder of plain text, past huggingface.co/blog/qgallouedec/gotchas-in-tokenizer-behavior."""
 
     def __init__(self, tokenizer):
         if tokenizer.eos_token_id is None:
@@ -53,11 +40,13 @@ class TextEncoder:
         return [np.asarray(ids and [*self.bos, *ids, self.eos], dtype=np.int32) for ids in tokens]
 
     def columns(self, columns: list[str], source: Source) -> list[str]:
+        """Those columns that it reads; ConfigError where it can read none."""
         if source.column not in columns:
             raise ConfigError(f"data.sources {source.path} has no column {source.column!r}, only {', '.join(columns)}")
         return [source.column]
 
     def documents(self, rows: list[dict], source: Source, numbers: Sequence[int]) -> list[Tokens]:
+        """The document of each row; ConfigError with the row's number where it has no right shape."""
         values = [row.get(source.column) for row in rows]
         for number, value in zip(numbers, values, strict=True):
             if not isinstance(value, str | None):
@@ -67,10 +56,11 @@ class TextEncoder:
         return [Tokens(ids, "" if len(ids) else "dropped: no text") for ids in documents]
 
     def fingerprint(self) -> str:
+        """Changes with anything that could change a token or a mask, and so makes the token cache anew."""
         return digest(self.backend.to_str(), self.bos, self.eos, Path(__file__).read_text())
 
     def adapt(self, tokenizer):
-        """Nothing to do: its EOS ends documents already."""
+        """Make the model's own tokenizer end documents, or turns, as in training: here it does so already."""
 
 
 def digest(*parts) -> str:
@@ -81,7 +71,7 @@ def digest(*parts) -> str:
 def load_tokenizer(model: ModelConfig):
     """The tokenizer of `model.tokenizer`, or else of `model.name`."""
     name = model.tokenizer or model.name
-    with blame(f"model.tokenizer: no tokenizer in {name}"):
+    with blame(f"model.name or model.tokenizer {name}: no tokenizer there"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=model.trust_remote_code)
     if not tokenizer.is_fast:
         raise ConfigError(f"model.tokenizer {name} is a slow one, in Python: use one of the tokenizers library")
