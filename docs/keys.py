@@ -14,7 +14,7 @@ HEAD = """\
 
 Made by [`docs/keys.py`](keys.py) from [`config.py`](../src/lacuna/config.py): change that one. A key is written under \
 its section in TOML, or as an option, which wins: `--train.seq_len 2048`. Lists and tables are JSON there. \
-`uv run lacuna pt --help` prints the same.
+`uv run lacuna pt --help` prints the same. In brackets is what others call a key.
 
 ## What to set first
 
