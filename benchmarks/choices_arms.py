@@ -4,6 +4,7 @@ Where the config has a key for the choice, the arm sets it. Else the arm replace
 of its own, before the run begins.
 """
 
+import bisect
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -54,13 +55,36 @@ def rows_in_order(sizes: np.ndarray, seq_len: int) -> list[np.ndarray]:
     return np.split(np.arange(len(sizes)), np.flatnonzero(np.diff(row)) + 1)
 
 
+def pack_as_drawn():
+    """Best fit, too, but in the order in which documents are drawn, and not the longest first."""
+    lacuna.data.loader.best_fit = best_fit_as_drawn
+
+
+def best_fit_as_drawn(sizes: np.ndarray, seq_len: int) -> list[np.ndarray]:
+    """As lacuna's `best_fit`: each piece goes into the fullest row with room."""
+    rows = []
+    rooms = []  # free slots and number of every row that has some, in order
+    for piece, size in enumerate(sizes.tolist()):
+        place = bisect.bisect_left(rooms, (size, 0))
+        if place < len(rooms):
+            free, row = rooms.pop(place)
+        else:
+            free = seq_len
+            row = len(rows)
+            rows.append([])
+        rows[row].append(piece)
+        if free > size:
+            bisect.insort(rooms, (free - size, row))
+    return [np.asarray(row) for row in rows]
+
+
 def head_gradient_in_bf16():
     """The head is plain torch, chunk by chunk; autograd adds the chunks' gradients of its weight up in bf16."""
     lacuna.model.head_loss = bf16_head_loss
 
 
-def bf16_head_loss(hidden, weight, batch: PackedBatch, compiled: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """As lacuna's `head_loss`, of hidden [T, H] and weight [V, H]."""
+def bf16_head_loss(hidden, weight, batch: PackedBatch, compiled: bool, **arithmetic) -> tuple[torch.Tensor, ...]:
+    """As lacuna's `head_loss`, of hidden [T, H] and weight [V, H]; a Llama has no more arithmetic."""
     head = weight.bfloat16()  # one tensor for all chunks: what they send back meets here, before it becomes float32
     # no logits outlive their chunk; nothing is random, and to keep the generator's state would wait for the GPU
     options = {"use_reentrant": False, "preserve_rng_state": False}
@@ -132,6 +156,8 @@ ARMS = {
     "long-across": Arm("long", replace=attend_across),
     "short-cut": Arm("short", replace=concatenate_and_cut),
     "long-cut": Arm("long", replace=concatenate_and_cut),
+    "short-drawn": Arm("short", replace=pack_as_drawn),
+    "long-drawn": Arm("long", replace=pack_as_drawn),
     "chat": Arm("chat"),
     "chat-means": Arm("chat", replace=mean_of_means),
     "long-head": Arm("long", replace=head_gradient_in_bf16),
@@ -166,6 +192,10 @@ EXPERIMENTS = {
         "Best fit / concatenate and cut",
         [("short", "short-cut"), ("long", "long-cut")],
         behind=True,
+    ),
+    "drawn": Experiment(
+        "Best fit of the longest first / of documents as they are drawn",
+        [("short", "short-drawn"), ("long", "long-drawn")],
     ),
     "head": Experiment(
         "The head's weight gradient is summed in float32 / in bf16",

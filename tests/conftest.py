@@ -46,7 +46,8 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(EXAMPLES / "tiny")
 
 
-# Each with its own trap: tied and untied heads, biases, head_dim apart from hidden / heads, sliding windows.
+# Each with its own trap: tied and untied heads, biases, head_dim apart from hidden / heads, sliding windows, and logits
+# that are divided or soft-capped.
 SMALL = {
     "num_hidden_layers": 2,
     "hidden_size": 64,
@@ -64,6 +65,8 @@ ARCHITECTURES = {
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {"tie_word_embeddings": True, "head_dim": 32},
     "mistral": {"sliding_window": 24, "tie_word_embeddings": False, "head_dim": 32},
+    "granite": {"tie_word_embeddings": True, "logits_scaling": 0.25, "embedding_multiplier": 3.0},
+    "gemma2": {"tie_word_embeddings": True, "final_logit_softcapping": 2.0, "attn_logit_softcapping": None},
 }
 
 

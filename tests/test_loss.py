@@ -1,5 +1,7 @@
 """The head without full logits equals the one with them, in loss and in both gradients."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -94,3 +96,71 @@ def test_every_label_may_have_a_weight_of_its_own_and_its_loss_is_told(device, d
     assert (losses.double().cpu() - exact).norm() <= tolerance * exact.norm()
     for a, b in zip(got, want, strict=True):
         assert (a.grad.double().cpu() - b.grad).norm() <= tolerance * b.grad.norm()
+
+
+# What models do to their logits: nothing, Command R, hyperclovax, Gemma; and both at once, in this order.
+ARITHMETIC = [(1.0, None), (1 / 16, None), (3.0, None), (1.0, 2.0), (3.0, 2.0), (0.1, 5.0)]
+
+
+def position_by_position(hidden, weight, labels, weights, factor, cap):
+    """In float64: the loss of each position, and the gradients of their weighted sum, by the chain rule."""
+    losses = torch.zeros(len(labels), dtype=torch.float64)
+    grad_hidden = torch.zeros_like(hidden)
+    grad_weight = torch.zeros_like(weight)
+    for place in range(len(labels)):
+        label = labels[place]
+        if label == -100:
+            continue
+        logits = factor * (weight @ hidden[place])  # [V]
+        slope = torch.full_like(logits, factor)
+        if cap is not None:
+            slope = slope / torch.cosh(logits / cap) ** 2
+            logits = cap * torch.tanh(logits / cap)
+        p = torch.exp(logits) / torch.exp(logits).sum()
+        losses[place] = -torch.log(p[label])
+        p[label] -= 1
+        grad = weights[place] * p * slope  # [V]
+        grad_hidden[place] = grad @ weight
+        grad_weight += torch.outer(grad, hidden[place])
+    return losses, grad_hidden, grad_weight
+
+
+@pytest.mark.parametrize(("factor", "cap"), ARITHMETIC)
+@pytest.mark.parametrize(("device", "dtype", "compiled"), [("cpu", torch.float32, True), *CASES])
+def test_logits_are_multiplied_and_then_capped_as_in_a_loop_over_positions(
+    device, dtype, compiled, factor, cap, monkeypatch
+):
+    monkeypatch.setattr(loss_module, "LOGITS", 1000 * 40)  # chunks of 32 positions, the last one not full
+    if device == "cpu":  # the graphs of a compiled run, without waiting for a C++ compiler
+        compiler = functools.partial(torch.compile, backend="aot_eager", dynamic=False)
+        monkeypatch.setattr(loss_module, "compiled_chunk", compiler(loss_module.chunk_loss))
+    hidden, weight, labels = example(device, dtype, 0.6)
+    weights = torch.randn(192, device=device) * (labels != -100)  # of either sign
+    got = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    total, losses = head_loss(*got, labelled(labels), compiled, weights, factor=factor, cap=cap)
+    (total / 7).backward()
+    weights = weights.double().cpu()
+    leaves = (hidden.double().cpu(), weight.double().cpu())
+    want, *grads = position_by_position(*leaves, labels.cpu(), weights, factor, cap)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    assert (losses.double().cpu() - want).norm() <= tolerance * want.norm()
+    assert abs(total.item() - want @ weights) <= tolerance * want.norm() * weights.norm()
+    for mine, its in zip(got, grads, strict=True):
+        assert (7 * mine.grad.double().cpu() - its).norm() <= tolerance * its.norm()
+
+
+def test_a_model_without_them_pays_nothing():
+    """No operation is left of a factor of 1 and a cap of None in what is compiled."""
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    tensors = torch.randn(8, 1000), torch.arange(8), torch.ones(8)
+    for options in ({}, {"factor": 1.0, "cap": None}, {"factor": 0.5, "cap": None}, {"factor": 0.5, "cap": 2.0}):
+        torch._dynamo.reset()
+        torch.compile(loss_module.chunk_loss, backend=keep, dynamic=False)(*tensors, **options)
+    sizes = [len(graph.graph.nodes) for graph in graphs]
+    assert "tanh" not in graphs[0].code
+    assert sizes == [sizes[0], sizes[0], sizes[0] + 2, sizes[0] + 2 + 7]

@@ -257,7 +257,8 @@ def test_packed_pairs_have_the_loss_facts_and_gradients_of_a_float64_loop_over_p
     assert_equals_the_loop(model_folder("qwen3"), loss)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral"])  # a head of its own; a window shorter than the answers
+# a head of its own; a window shorter than the answers; logits that are divided; logits that are soft-capped
+@pytest.mark.parametrize("name", ["llama", "mistral", "granite", "gemma2"])
 def test_so_they_have_in_other_architectures(name, model_folder):
     assert_equals_the_loop(model_folder(name), "dpo")
 

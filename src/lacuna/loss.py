@@ -4,6 +4,8 @@ The loss is summed here and divided in train.py by the trained tokens of the who
 micro-batches and ranks changes a gradient.
 """
 
+import functools
+
 import torch
 
 from lacuna.data.batch import IGNORE, PackedBatch
@@ -11,26 +13,27 @@ from lacuna.data.batch import IGNORE, PackedBatch
 LOGITS = 2**29  # elements of one chunk's logits: 1 GiB in bf16; larger chunks gain nothing on an H200
 
 
-def head_loss(hidden, weight, batch: PackedBatch, compiled: bool, weights=None) -> tuple[torch.Tensor, torch.Tensor]:
+def head_loss(hidden, weight, batch: PackedBatch, compiled: bool, weights=None, **arithmetic):
     """Sum of weights * -log p of the batch's labels, nats, float32 scalar, and -log p of each, float32 [T].
 
     hidden is [T, H], weight [V, H]; weights [T] of trained labels are 1 by default. The sum has the gradient.
+    Arithmetic is what else a model does to its logits: `factor` and `cap` of chunk_loss.
     """
     if weights is None:
         weights = (batch.labels != IGNORE).float()
     # asked here: inside the forward of an autograd function gradients are always off
     with_grads = torch.is_grad_enabled()
     trained_tokens = batch.counts["trained_tokens"]
-    return ChunkedLoss.apply(hidden, weight, batch.labels, weights, trained_tokens, compiled, with_grads)
+    chunk_step = functools.partial(compiled_chunk if compiled else chunk_loss, **arithmetic)
+    return ChunkedLoss.apply(hidden, weight, batch.labels, weights, trained_tokens, chunk_step, with_grads)
 
 
 class ChunkedLoss(torch.autograd.Function):
     """Computes gradients together with the loss, chunk by chunk, so that no logits outlive their chunk."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, weights, trained_tokens, compiled, with_grads):
+    def forward(ctx, hidden, weight, labels, weights, trained_tokens, chunk_step, with_grads):
         chunk_size = 2 ** ((LOGITS // weight.shape[0]).bit_length() - 1)  # a power of two
-        chunk_step = compiled_chunk if compiled else chunk_loss
         head = weight.to(hidden.dtype)
         total = torch.zeros((), device=hidden.device, dtype=torch.float32)
         losses = torch.zeros(len(labels), device=hidden.device, dtype=torch.float32)
@@ -70,15 +73,23 @@ class ChunkedLoss(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None, None, None, None
 
 
-def chunk_loss(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Of logits [C, V]: the weighted sum of losses, the losses [C], in float32, and the sum's gradient [C, V]."""
+def chunk_loss(logits, labels, weights, factor=1.0, cap=None) -> tuple[torch.Tensor, ...]:
+    """Of cap * tanh(factor * logits / cap), [C, V]: the weighted sum of losses, the losses, its gradient by logits."""
     exact = logits.float()
+    if factor != 1.0:
+        exact = exact * factor
+    if cap is not None:
+        exact = cap * torch.tanh(exact / cap)
     trained = labels != IGNORE
     target = torch.where(trained, labels, 0)[:, None]  # [C, 1]
     log_norm = exact.logsumexp(1, keepdim=True)  # [C, 1]
     losses = (log_norm - exact.gather(1, target))[:, 0] * trained
     hit = torch.arange(logits.shape[1], device=logits.device) == target  # [C, V]
     grad = ((exact - log_norm).exp() - hit.float()) * weights[:, None]
+    if cap is not None:
+        grad = grad * (1 - (exact / cap).square())
+    if factor != 1.0:
+        grad = grad * factor
     return (losses * weights).sum(), losses, grad.to(logits.dtype)
 
 

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lacuna.attention import boundaries, choose_backend
 from lacuna.config import Config, ConfigError, ModelConfig, blame, log
@@ -40,9 +41,10 @@ class Plan(NamedTuple):
 class Trainee(nn.Module):
     """A transformers model with its loss: what is sharded, called and trained."""
 
-    def __init__(self, model: PreTrainedModel, plan: Plan):
+    def __init__(self, model: PreTrainedModel, layers: list[nn.Module], plan: Plan):
         super().__init__()
         self.model = model
+        self.layers = layers  # of the decoder, in order
         self.plan = plan
         self.objective = None  # a recipe's, called in place of the sum of losses
 
@@ -55,7 +57,12 @@ class Trainee(nn.Module):
     def head(self, batch: PackedBatch):
         """`head_loss` over a batch, as a function of its labels' weights."""
         weight = self.model.get_output_embeddings().weight
-        return functools.partial(head_loss, self.hidden(batch), weight, batch, self.plan.compiled)
+        config = self.model.config
+        factor = getattr(config, "logit_scale", None) or 1.0
+        scaling = getattr(config, "logits_scaling", None) or 1.0
+        factor *= scaling if config.model_type == "hyperclovax" else 1 / scaling  # others divide
+        arithmetic = {"factor": factor, "cap": getattr(config, "final_logit_softcapping", None)}
+        return functools.partial(head_loss, self.hidden(batch), weight, batch, self.plan.compiled, **arithmetic)
 
     def hidden(self, batch: PackedBatch) -> torch.Tensor:
         """The decoder's last hidden states [T, H]."""
@@ -87,8 +94,8 @@ def assemble(config: Config, ranks: Ranks, tokenizer, frozen: bool = False) -> T
     # what is frozen is held as it computes
     model = empty_model(config.model, tokenizer, dtype if frozen or config.lora.rank else torch.float32)
     model.requires_grad_(not frozen)
-    refuse_unfit(model, config.train.seq_len)
-    layers = list(model.get_decoder().layers)
+    layers = [module for module in model.get_decoder().modules() if isinstance(module, GradientCheckpointingLayer)]
+    refuse_unfit(model, layers, config.train.seq_len)
     # a patch replaces modules, so it comes first
     if config.model.patch:
         file, _, function = config.model.patch.rpartition(":")
@@ -106,7 +113,7 @@ def assemble(config: Config, ranks: Ranks, tokenizer, frozen: bool = False) -> T
     for layer in layers if compiled else []:
         layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)
     # last, because FSDP2's hooks would break the graphs
-    trainee = Trainee(model, plan)
+    trainee = Trainee(model, layers, plan)
     if ranks.mesh is not None:
         shard_model(trainee, layers, ranks, dtype)
     # what goes out has the dtype of what came in, unless model.dtype says otherwise
@@ -120,6 +127,8 @@ def materialise(trainee: Trainee, device: torch.device, seed: int, folder: Path 
     model = trainee.model
     trainee.to_empty(device=device)
     model.tie_weights(recompute_mapping=False)  # to_empty gives each module a tensor of its own
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True  # what `initialise` puts in their place is not
     recompute_buffers(model)
     if folder is not None:
         load_weights(model, folder)
@@ -162,7 +171,7 @@ def override(hf_config: PretrainedConfig, config: ModelConfig) -> PretrainedConf
     return type(hf_config).from_dict(fields | copy.deepcopy(config.overrides))
 
 
-def refuse_unfit(model: PreTrainedModel, seq_len: int):
+def refuse_unfit(model: PreTrainedModel, layers: list[nn.Module], seq_len: int):
     """Refuse, by name and with the reason, what would not be exact."""
     config = model.config
     leaks = sorted(set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"})
@@ -174,19 +183,17 @@ def refuse_unfit(model: PreTrainedModel, seq_len: int):
     longest = getattr(config, "original_max_position_embeddings", None) or getattr(config, "max_position_embeddings", 0)
     if seq_len > longest and ("'longrope'" in ropes or "'dynamic'" in ropes):
         leaks.append(f"rotations by the longest document of a batch: set train.seq_len to {longest}")
-    keys = ["final_logit_softcapping", "attn_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"]
-    keys += ["logit_scale", "logits_scaling", "lm_head_multiplier", "logits_mup_width_multiplier"]
-    wrong = [key for key in keys if getattr(config, key, None) not in (None, 1.0)]
     inside = {*model.get_decoder().parameters(), model.get_output_embeddings().weight}
+    experts = any(p.ndim == 3 for p in inside) or config.model_type == "dbrx"  # which has them in one matrix
     problems = {
         f"cannot keep packed documents apart ({', '.join(leaks)})": leaks,
-        f"has {', '.join(wrong)}, which lacuna does not compute": wrong,
+        "has attn_logit_softcapping, which lacuna does not compute": getattr(config, "attn_logit_softcapping", None),
         "has more in its head than one matrix": set(model.parameters()) - inside,
-        "is a mixture of experts, whose balancing loss lacuna does not compute": any(p.ndim == 3 for p in inside),
+        "is a mixture of experts, whose balancing loss lacuna does not compute": experts,
         "attends to later tokens, too": not all(getattr(module, "is_causal", True) for module in model.modules()),
         "is quantized: take a copy without quantization_config": getattr(config, "quantization_config", None),
         "must have model.overrides.attention_dropout = 0.0": getattr(config, "attention_dropout", 0.0),
-        "has its layers elsewhere than in `layers`": not hasattr(model.get_decoder(), "layers"),
+        "does not mark its layers as GradientCheckpointingLayer": not layers,
     }
     for problem, there in problems.items():
         if there:
@@ -268,6 +275,8 @@ def fill_by_transformers(model: PreTrainedModel, module: nn.Module, name: str, t
     """Call the model's own initialisation of a module; ConfigError where it leaves one of these tensors out."""
     for tensor in tensors:
         tensor.fill_(float("nan") if tensor.is_floating_point() else 0)
-    model._init_weights(module)
+    parent = model.get_submodule(name.rpartition(".")[0])
+    for part in (module, parent):  # a parent may do it otherwise, as GPT-2's does
+        getattr(part, "_init_weights", model._init_weights)(part)
     if any(tensor.isnan().any() for tensor in tensors):
         raise ConfigError(f"{type(model).__name__} does not say how to initialise {name}")

@@ -66,7 +66,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
             trainee.objective = recipe["make_objective"](config, ranks, tokenizer)
         model = trainee.model
         parameters = trained(model)
-        optimizer = AdamW(model, model.get_decoder().layers, config.optim, trainee.plan.compiled)
+        optimizer = AdamW(model, trainee.layers, config.optim, trainee.plan.compiled)
         encoder.adapt(tokenizer)
         match_eos(config, model, tokenizer)
     tensors = (parameters if config.lora.rank else held(model)) | optimizer.tensors(parameters)
