@@ -30,7 +30,9 @@ def headings(file: Path) -> set[str]:
 
 @pytest.mark.parametrize("file", DOCUMENTS, ids=name)
 def test_every_link_to_a_file_or_a_heading_leads_somewhere(file):
-    for link in re.findall(r"\]\(([^)\s]+)\)", file.read_text()):
+    text = file.read_text()
+    pictures = re.findall(r'\bsrc(?:set)?="([^"]+)"', text)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text) + pictures:
         if "://" in link:
             continue
         path, _, anchor = link.partition("#")
