@@ -1,6 +1,7 @@
 """What the documents name is there: files, headings, keys of the config."""
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,9 @@ def headings(file: Path) -> set[str]:
 
 @pytest.mark.parametrize("file", DOCUMENTS, ids=name)
 def test_every_link_to_a_file_or_a_heading_leads_somewhere(file):
-    for link in re.findall(r"\]\(([^)\s]+)\)", file.read_text()):
+    text = file.read_text()
+    pictures = re.findall(r'\bsrc(?:set)?="([^"]+)"', text)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text) + pictures:
         if "://" in link:
             continue
         path, _, anchor = link.partition("#")
@@ -55,3 +58,15 @@ def test_every_command_names_files_that_are_there():
     for file in OF_TODAY:
         for path in re.findall(r"(?:configs|examples|benchmarks)/[\w./-]+\.(?:toml|py|sh|md|jsonl)", file.read_text()):
             assert (REPO / path).exists() or (file.parent / path).exists(), f"{name(file)}: {path}"
+
+
+def test_the_page_of_all_keys_is_what_its_script_makes_now():
+    made = runpy.run_path(str(REPO / "docs/keys.py"))["page"]()
+    assert (REPO / "docs/keys.md").read_text() == made, "uv run python docs/keys.py > docs/keys.md"
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_the_picture_is_what_its_script_draws_now(theme):
+    script = runpy.run_path(str(REPO / "docs/way.py"))
+    drawn = script["draw"](script["THEMES"][theme])
+    assert (REPO / f"docs/way-{theme}.svg").read_text() == drawn, "uv run python docs/way.py"
