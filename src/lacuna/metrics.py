@@ -142,7 +142,7 @@ def in_words(step: int, figures: dict) -> str:
 
 
 def open_metrics(folder: Path, step: int):
-    """metrics.jsonl up to a step that a run goes on from, to be added to; an evaluation there comes again."""
+    """metrics.jsonl up to a step that a run goes on from, to be added to."""
     file = folder / "metrics.jsonl"
     kept = ""
     for line in file.read_text().splitlines(keepends=True) if step and file.exists() else []:
