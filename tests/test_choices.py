@@ -88,8 +88,9 @@ def test_concatenated_and_cut_rows_are_the_documents_end_to_end(tmp_path, tokeni
     arms.concatenate_and_cut()
     dataset = RowDataset(config, config.data.sources, TextEncoder(tokenizer), rank=0, ranks=1, epochs=1)
     stream = lacuna.data.loader.Stream(dataset, 0, None)
-    drawn = [document.key for _, document in stream.draw_documents()]
-    drawn = [drawn[i] for i in np.random.default_rng([config.seed, 0, 0]).permutation(len(drawn))]  # by `draw_window`
+    documents = stream.draw_documents()
+    order = np.random.default_rng([config.seed, 0, 0]).permutation(len(documents))  # as a window is shuffled
+    drawn = [documents[i][1].key for i in order]
     lengths = dataset.sources[0].lengths
     wanted = [(document, at) for document in drawn for at in range(lengths[document])]
 

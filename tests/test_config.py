@@ -547,7 +547,7 @@ def test_the_names_of_other_trainers_answer_with_lacunas(load, theirs, ours):
 
 
 def test_a_recipes_keys_are_not_ignored_where_there_is_no_recipe(load):
-    assert refusal(load, BASE + "[recipe]\nbeta = 0.1\n") == "recipe: lacuna pt and sft have none: lacuna RECIPE.py"
+    assert refusal(load, BASE + "[recipe]\nbeta = 0.1\n") == "recipe: these keys are for lacuna RECIPE.py"
 
 
 def test_the_task_decides_the_learning_rate_and_must_be_the_files(tmp_path):

@@ -142,7 +142,8 @@ def test_logits_are_multiplied_and_then_capped_as_in_a_loop_over_positions(
     weights = weights.double().cpu()
     leaves = (hidden.double().cpu(), weight.double().cpu())
     want, *grads = position_by_position(*leaves, labels.cpu(), weights, factor, cap)
-    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    # a product in bf16 is rounded before it is multiplied: 1.07% was seen on an H200 with a factor of 3
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2 * max(1, factor)
     assert (losses.double().cpu() - want).norm() <= tolerance * want.norm()
     assert abs(total.item() - want @ weights) <= tolerance * want.norm() * weights.norm()
     for mine, its in zip(got, grads, strict=True):

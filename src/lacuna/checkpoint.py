@@ -205,7 +205,7 @@ class Checkpoints:
             if isinstance(tensor, DTensor):
                 _, begin = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
             offsets[name] = {"saved_offsets": begin}
-        save_file(shares, file, {"DCP_SHARDING_INFO": json.dumps(offsets)})  # two entries would come in any order
+        save_file(shares, file, {"DCP_SHARDING_INFO": json.dumps(offsets)})  # one: two would come in any order
         sync(file)
 
 
@@ -246,7 +246,7 @@ def check_base(name: str, state: dict) -> str:
 
 
 def export(checkpoint: Path, out: Path):
-    """Make a plain Hugging Face folder of a checkpoint, in its config's dtype; of a LoRA run with an adapter/ in it."""
+    """Make a Hugging Face folder of a checkpoint, in its config's dtype; of LoRA with an adapter/ in it."""
     state = state_of(checkpoint)
     config = state["config"]
     dtype = getattr(torch, json.loads((checkpoint / "config.json").read_text())["dtype"])

@@ -97,8 +97,9 @@ def launch(words: list[str]):
     if "RANK" in os.environ:
         set_threads(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     elif "SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_NTASKS", "1") != "1":  # an sbatch script is no step
-        raise ConfigError("each task of this srun would be a run of its own, without RANK: see configs/slurm.sh")
+        raise ConfigError("each task of this srun is a run of its own, without RANK: see configs/slurm.sh")
     else:
+        print("loading torch and transformers", file=sys.stderr)
         set_threads(max(1, gpus))
         if gpus > 1:
             become_torchrun(gpus, words)

@@ -1,4 +1,4 @@
-"""Every knob of a run, from a TOML file and `--section.key value`, which wins. No torch, so that --help is quick."""
+"""Every key of a run, from TOML and `--section.key value`, which wins. No torch: --help is quick."""
 
 import difflib
 import errno
@@ -70,7 +70,7 @@ class ModelConfig(Section):
     overrides: dict[str, Any] = key({}, "fields of the model's config to replace")
     tokenizer: str | None = key(None, "Hub id or folder; default: the model's own")
     patch: str | None = key(None, "file.py:function, called with the empty model before all else")
-    dtype: Literal["bfloat16", "float32"] | None = key(None, "of computation, then of hf/ too; default: bf16 on GPUs")
+    dtype: Literal["bfloat16", "float32"] | None = key(None, "of computation, and then of hf/; default: bf16 on GPUs")
     attention: Literal["varlen", "fa4", "sdpa"] | None = key(None, "default: fa4, varlen or sdpa, what runs")
     trust_remote_code: bool = key(False, "run Python code that comes with the model")
 
@@ -179,7 +179,7 @@ class Config(Section):
         try:
             tomli_w.dumps({"a": self.model.overrides, "b": self.recipe})
         except TypeError:
-            raise ValueError("model.overrides or recipe holds a null, which TOML has not: leave it out") from None
+            raise ValueError("model.overrides or recipe holds a null, which TOML has not") from None
         rate = 3e-4 if self.task == "pt" else 2e-5
         if self.lora.rank:
             rate = 2e-4  # ten times full fine-tuning's
@@ -206,7 +206,7 @@ def contradictions(config: Config) -> list[tuple]:
         (streams and len(weights) > 1 and not all(weights), "data.sources: a mixture that streams needs weights"),
         (train.global_batch_size % train.micro_batch_size, uneven_batch(train)),
         (config.lora.rank and config.model.from_scratch, "lora.rank adapts a model that is there, not from_scratch"),
-        (config.recipe and not config.task.endswith(".py"), "recipe: lacuna pt and sft have none: lacuna RECIPE.py"),
+        (config.recipe and not config.task.endswith(".py"), "recipe: these keys are for lacuna RECIPE.py"),
         (config.task.endswith(".py") and not config.optim.lr, "optim.lr: a recipe has no default: give one"),
         (config.task == "pt" and data.chat_template, "data.chat_template belongs to lacuna sft: text has no template"),
         (config.optim.decay_steps and config.optim.schedule != "wsd", 'optim.decay_steps needs optim.schedule = "wsd"'),

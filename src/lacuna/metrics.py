@@ -1,4 +1,4 @@
-"""What a run reports, and to whom: the terminal, log.txt, metrics.jsonl; examples/track.py sends that to others."""
+"""What a run reports: on the terminal, in log.txt, and in metrics.jsonl, which examples/track.py sends on."""
 
 import json
 import logging
@@ -54,7 +54,7 @@ class Report:
         self.flop_per_token, self.flop_per_pair = flop(model)
         self.device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
         self.peak = next((peak for key, peak in PEAKS.items() if key in self.device), None)
-        self.totals = {key: state[key] for key in ("tokens", "trained_tokens")}  # since the run began
+        self.totals = {key: state[key] for key in ("tokens", "trained_tokens")}
         self.stop_asked = False  # by a signal on any rank
         self.pending = []
         self.first = None  # line: its step, and when it was written
@@ -94,7 +94,7 @@ class Report:
             self.report_interval(step.facts, sums)
 
     def report_interval(self, facts: dict, sums: dict):
-        """One line: means over the interval that ends with this step, its speed and fill, and this step's norm."""
+        """One line: means since the last one, speed and fill, and this step's norm."""
         interval = self.interval
         # On a GPU too: the host has just waited for this step. Where it is the slower one it has not, and is late by up
         # to two steps, but for a line at an evaluation or a checkpoint.
@@ -142,11 +142,11 @@ def in_words(step: int, figures: dict) -> str:
 
 
 def open_metrics(folder: Path, step: int):
-    """metrics.jsonl up to a step that a run goes on from, to be added to; it evaluates again there if it is due."""
+    """metrics.jsonl up to a step that a run goes on from, to be added to."""
     file = folder / "metrics.jsonl"
     kept = ""
     for line in file.read_text().splitlines(keepends=True) if step and file.exists() else []:
-        metrics = json.loads(line) if line.endswith("\n") else {"step": math.inf}  # the last one may be cut off
+        metrics = json.loads(line) if line.endswith("\n") else {"step": math.inf}  # cut off
         if metrics["step"] < step or (metrics["step"] == step and "eval_loss" not in metrics):
             kept += line
     new = folder / ".metrics.jsonl"
@@ -156,11 +156,11 @@ def open_metrics(folder: Path, step: int):
 
 
 def start_logging(folder: Path, rank: int):
-    """Rank 0 logs to stderr and, with the tracebacks of what ends it, to log.txt; other ranks warnings to stderr."""
+    """Rank 0 logs to stderr, and with tracebacks to log.txt; other ranks warnings to stderr."""
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     log.setLevel(logging.DEBUG)
-    logging.raiseExceptions = False  # on a full disk it would print a traceback a line; metrics.jsonl ends the run
+    logging.raiseExceptions = False  # of a full disk; metrics.jsonl ends the run then
     log.propagate = False  # other libraries print their own: on the root logger their lines would stand twice
     log.handlers = [logging.StreamHandler()]
     log.handlers[0].setLevel(logging.INFO if rank == 0 else logging.WARNING)

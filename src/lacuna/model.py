@@ -120,7 +120,7 @@ def assemble(config: Config, ranks: Ranks, tokenizer, frozen: bool = False) -> T
     if config.model.from_scratch or config.model.dtype or model.config.dtype is None:
         model.config.dtype = dtype
     elif model.config.dtype != dtype:
-        log.info("hf/ will be rounded to %s, as the model that came in; model.dtype says otherwise", model.config.dtype)
+        log.info("hf/ will be %s, as what came in: rounded, but for model.dtype", model.config.dtype)
     return trainee
 
 
@@ -154,9 +154,8 @@ def empty_model(config: ModelConfig, tokenizer, dtype: torch.dtype) -> PreTraine
             setattr(hf_config, key, getattr(tokenizer, key))
     # before the model is built: transformers would fetch and run a kernel that a config names as its attention
     hf_config._attn_implementation = "lacuna"
-    where = f"model.name {config.name} cannot be built with lacuna's attention and model.overrides {config.overrides}"
     stored = hf_config.dtype
-    with blame(where), torch.device("meta"):
+    with blame(f"model.name {config.name} cannot be built so, with {config.overrides}"), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, **trust)
     model.config.dtype = stored
     if len(tokenizer) > hf_config.vocab_size:
@@ -166,7 +165,7 @@ def empty_model(config: ModelConfig, tokenizer, dtype: torch.dtype) -> PreTraine
 
 
 def override(hf_config: PretrainedConfig, config: ModelConfig) -> PretrainedConfig:
-    """The config with model.overrides, made anew of its file: so that what follows from other fields still does."""
+    """The config with model.overrides, made anew of its file: what follows from other fields still does."""
     fields, _ = hf_config.get_config_dict(config.name)
     if {"num_hidden_layers", "sliding_window", "use_sliding_window", "max_window_layers"} & config.overrides.keys():
         fields.pop("layer_types", None)  # which layers have a window
@@ -186,7 +185,7 @@ def refuse_unfit(model: PreTrainedModel, layers: list[nn.Module], seq_len: int):
     if seq_len > longest and ("'longrope'" in ropes or "'dynamic'" in ropes):
         leaks.append(f"rotations by the longest document of a batch: set train.seq_len to {longest}")
     inside = {*model.get_decoder().parameters(), model.get_output_embeddings().weight}
-    experts = any(p.ndim == 3 for p in inside) or config.model_type == "dbrx"  # which has them in one matrix
+    experts = any(p.ndim == 3 for p in inside) or config.model_type == "dbrx"  # its: one matrix
     problems = {
         f"cannot keep packed documents apart ({', '.join(leaks)})": leaks,
         "has attn_logit_softcapping, which lacuna does not compute": getattr(config, "attn_logit_softcapping", None),
@@ -238,7 +237,7 @@ def checkpoint_activations(layers: list[nn.Module], how: str):
 
 @torch.no_grad()
 def initialise(model: PreTrainedModel, seed: int, adapters_only: bool):
-    """Weights as transformers, or LoRA, begins with them, the same on any number of ranks: a seed for each name."""
+    """Weights as transformers, or LoRA, begins with them, on any number of ranks: a seed for each name."""
     done = set()
     for name, module in model.named_modules():
         begin = BEGINNINGS.get(name.rpartition(".")[2])

@@ -15,7 +15,7 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 class AdamW:
-    """Adam with decoupled weight decay (arXiv 1711.05101) on float32 parameters; gradients are clipped on the way."""
+    """Adam with decoupled weight decay (arXiv 1711.05101) on float32 parameters, with clipping."""
 
     def __init__(self, model: nn.Module, layers: list[nn.Module], config: OptimConfig, compiled: bool):
         self.config = config
@@ -34,7 +34,7 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, lr: float, scale: torch.Tensor, failed: torch.Tensor):
-        """Update every parameter by its gradient times `scale`; change nothing at all where `failed` is true."""
+        """Update by gradients times `scale`; nothing at all where `failed` is true."""
         beta1, beta2 = self.config.betas
         self.count += ~failed
         lr = torch.full_like(self.count, lr)

@@ -78,13 +78,12 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
         report = Report(config, ranks, folder, steps, model, state)
         if ranks.rank == 0:
             # to repeat the run: not before it can begin, or a failed start would change a finished run's
-            keys = config.model_dump(exclude_none=True)
-            (folder / "config.toml").write_text(tomli_w.dumps(keys))
+            (folder / "config.toml").write_text(tomli_w.dumps(config.model_dump(exclude_none=True)))
     count = f"{model.num_parameters(only_trainable=True):,} of {model.num_parameters():,} parameters are trained"
     log.info("model   %s: %s", config.model.name, count)
     log.info("device  %d x %s: %s, %s attention", ranks.world, report.device, trainee.plan.dtype, trainee.plan.backend)
-    log.info("length  %d steps of %d rows x %d tokens", steps, config.train.global_batch_size, config.train.seq_len)
-    log.info("rate    %g, %s, %d steps of warmup", config.optim.lr, config.optim.schedule, config.optim.warmup_steps)
+    length = f"{steps} steps of {config.train.global_batch_size} rows x {config.train.seq_len} tokens"
+    log.info("length  %s, lr %g, %s", length, config.optim.lr, config.optim.schedule)
     log.info("run     %s: a checkpoint every %d steps and at the end", folder, config.checkpoint.every)
     if checkpoint is None:
         report.write({"step": 0, "documents": dataset.notes})
@@ -148,9 +147,8 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
     if ranks.rank == 0:
         newest = [checkpoint, *in_order(folder / "checkpoints")][-1]
         export(newest, folder / "hf")
-    log.info("curves: uv run --with plotly benchmarks/report.py %s", folder)
-    log.info("talk:   uv run python examples/chat.py %s", folder)
-    log.info("The model is in %s/hf: for from_pretrained and --model.name", folder)
+    log.info("Its curves: uv run --with plotly==7.1.0 benchmarks/report.py %s", folder)
+    log.info("The model is in %s/hf. To talk to it: uv run python examples/chat.py %s", folder, folder)
     if dist.is_initialized():
         dist.destroy_process_group()
     return folder

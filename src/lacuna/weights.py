@@ -43,7 +43,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that count: of a checkpoint, or else as transformers finds them. Others are ignored."""
+    """The safetensors files that count: of a checkpoint, or else as transformers finds them."""
     index = folder / INDEX
     if (folder / "state.json").exists():
         written = json.loads((folder / "state.json").read_text()).get("files")

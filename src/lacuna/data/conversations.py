@@ -147,11 +147,11 @@ class ChatEncoder:
                     continue
                 word = f"Zq{len(places)}xK"  # letters and digits: JSON and HTML leave them as they are
                 places[word] = f"message {number} ({message['role']}), {key}"
-                at = text.rfind(" ", text.rfind("</think>") + 1) + 1 or len(text)  # of the last word, behind thoughts
+                at = text.rfind(" ", text.rfind("</think>") + 1) + 1 or len(text)  # of the last word
                 message[key] = text[:at] + word + message[key][at:]
         text = self.render(copies, template, tools, tokenize=False)
         if self.own and template == self.template and self.render(copies, self.own, tools, tokenize=False) != text:
-            raise ValueError("the model's own chat template renders it otherwise than lacuna's: set data.chat_template")
+            raise ValueError("the model's own chat template renders something else: set data.chat_template")
         left_out = [place for word, place in places.items() if word not in text]
         for number, message in enumerate(messages):
             # as templates ask, message.tool_calls or message['tools']: the word alone may stand in their prose
@@ -275,10 +275,10 @@ def read_turn(turn: dict) -> dict:
         raise ValueError(f"content of a turn is {type(content).__name__}, not text")
     turn["content"] = content
     if any(thoughts):
-        turn["reasoning_content"] = "\n".join(dict.fromkeys(thoughts))  # under several names it is often the same
+        turn["reasoning_content"] = "\n".join(dict.fromkeys(thoughts))  # often the same twice
     for call in turn.get("tool_calls", []):
         function = call.get("function", call)
-        function["arguments"] = decoded(function.get("arguments") or "{}")  # else a template would quote them twice
+        function["arguments"] = decoded(function.get("arguments") or "{}")  # or templates quote them twice
     return turn
 
 

@@ -71,8 +71,7 @@ class Stream:
         """The pieces of each row of the next window."""
         documents = self.draw_documents()
         rng = np.random.default_rng([self.data.seed, self.number, self.state.window])
-        # those that a stream reads one after another are often alike
-        documents = [documents[i] for i in rng.permutation(len(documents))]
+        documents = [documents[i] for i in rng.permutation(len(documents))]  # neighbours in a file are alike
         lengths = np.asarray([document.length for _, document in documents])
         which, starts, sizes = split_documents(lengths, self.data.seq_len)
         spans = zip(which.tolist(), starts.tolist(), (starts + sizes).tolist(), strict=True)
@@ -103,7 +102,7 @@ class Stream:
 
 
 class RowDataset:
-    """Rows p = rank, rank + ranks, … of the run: so many epochs, at most `limit`; then rows that train nothing."""
+    """Rows rank, rank + ranks, … of the run: `epochs` of them, at most `limit`; then rows that train nothing."""
 
     def __init__(
         self, config: Config, sources, encoder, *, rank, ranks, epochs=None, limit=math.inf, share=(0, 1), state=None
@@ -111,7 +110,7 @@ class RowDataset:
         self.seed = config.seed
         self.seq_len = config.train.seq_len
         self.batch_rows = config.train.global_batch_size
-        self.packing = {"filler": encoder.eos, "mask_boundary": config.data.mask_boundary}  # for `assemble`
+        self.packing = {"filler": encoder.eos, "mask_boundary": config.data.mask_boundary}
         self.rank, self.ranks = rank, ranks
         self.epochs, self.limit = epochs or math.inf, limit
         self.state = state or {"rows": 0, "streams": {}}  # see Loader
@@ -124,8 +123,8 @@ class RowDataset:
                 self.sources.append(StreamSource(group[0], encoder, [self.seed, i]))
             else:
                 self.sources.append(MapSource(group, encoder, [self.seed, i], cache=config.data.cache, share=share))
-        self.inventory = [source.inventory for source in self.sources]  # what a run that goes on must find again
-        self.notes = sum((source.notes for source in self.sources), Counter())  # how many documents became what
+        self.inventory = [source.inventory for source in self.sources]
+        self.notes = sum((source.notes for source in self.sources), Counter())
         most = [source.most_streams for source in self.sources]
         self.map_style = not any(source.streaming for source in sources)
         # At most about an epoch: rows are shuffled inside a window, and documents must not wait long.
@@ -153,7 +152,7 @@ class RowDataset:
 
 
 class Loader:
-    """The micro-batches of one rank, made ahead by a thread: a process in its place was no faster (RESULTS.md)."""
+    """One rank's micro-batches, made ahead by a thread: a process was no faster (RESULTS.md)."""
 
     def __init__(self, config: Config, dataset: RowDataset, device, training: bool = True):
         self.dataset, self.device = dataset, device
@@ -188,7 +187,7 @@ class Loader:
 
 
 def merge_states(states: list[dict]) -> dict:
-    """One state of those of all ranks: of each stream the latest window, since a reader skips ahead inside it."""
+    """One state of all ranks': of each stream the latest window, inside which a reader skips ahead."""
     latest = {}
     for state in states:
         for number, stream in state["streams"].items():

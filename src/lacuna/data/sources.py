@@ -1,4 +1,4 @@
-"""Map-style and streaming datasets: `read` yields the documents of a virtual stream, `load` the token ids of one."""
+"""Map-style and streaming datasets: `read` yields the documents of a virtual stream, `load` one's token ids."""
 
 import itertools
 from collections import Counter
@@ -54,7 +54,7 @@ class Document(NamedTuple):
 
 
 class MapSource:
-    """Tokenised documents by index, each once an epoch: a share of all, in a seeded order; the rest is held out."""
+    """Tokenised documents by index, each once an epoch, in a seeded order: a share of all."""
 
     def __init__(self, sources: list[Source], encoder, seed: list[int], *, cache: str, share: tuple):
         whole = datasets.concatenate_datasets([tokenise(source, encoder, cache) for source in sources])
@@ -120,7 +120,7 @@ class StreamSource:
         self.notes = Counter()  # nothing is known before it is read
 
     def read(self, stream: int, num_streams: int, cursor: Cursor) -> Iterator[Document]:
-        """The documents of one virtual stream from a cursor on, by shards in an order of each epoch's own; endless."""
+        """The documents of one virtual stream from a cursor on, in an order of shards of each epoch's own; endless."""
         last_epoch = cursor.epoch  # with text; the first may have begun behind its last document
         # From coarse to fine: epochs, shards, chunks, documents; the cursor says where each of them begins.
         for epoch in itertools.count(cursor.epoch):
@@ -170,7 +170,7 @@ def without_nulls(value):
 
 
 def open_dataset(source: Source, encoder) -> datasets.Dataset | datasets.IterableDataset:
-    """The dataset that a source names, with the columns that are read; ConfigError where it cannot be opened."""
+    """A source's dataset, with the columns that are read; ConfigError where it cannot be opened."""
     path = Path(source.path)
     endings = [ending.lower() for ending in path.suffixes if ending.lower() not in COMPRESSED]
     builder = BUILDERS.get(endings[-1]) if endings and not path.is_dir() else None

@@ -1,4 +1,4 @@
-"""Text to token ids `[BOS] text EOS`: BOS where the tokenizer adds one, EOS always; specials in the text stay text."""
+"""Text to token ids `[BOS] text EOS`: BOS where the tokenizer adds one, EOS always; specials stay text."""
 
 import copy
 import hashlib
@@ -14,10 +14,9 @@ from lacuna.data.batch import Tokens
 
 
 class TextEncoder:
-    """Makes documents of rows: of plain text, past huggingface.co/blog/qgallouedec/gotchas-in-tokenizer-behavior.
+    """Plain text to documents, past huggingface.co/blog/qgallouedec/gotchas-in-tokenizer-behavior.
 
-    An encoder of anything else, such as ChatEncoder or a recipe's, has its `eos`, and its methods from `columns` on;
-    training and evaluation call them at the same time.
+    Other encoders have its `eos`, and its methods from `columns` on; training and evaluation call them at one time.
     """
 
     eos: int  # ends documents or turns, and fills what is left of a row
