@@ -2,7 +2,8 @@
 
 It follows runs/NAME/metrics.jsonl, of a run that goes on or is over, in a process of its own: so no server and no
 network can stop a run. It ends when nobody has trained there for a minute. Started again, or beside a run that was
-stopped and goes on, it adds to the same curves, and sends every line once. Project, entity and offline mode are the
+stopped and goes on, it adds to the same curves, and sends every step once: where a run goes on with another config
+(checkpoint.resume_changed), the steps that it does again stay as they were. Project, entity and offline mode are the
 tracker's own: WANDB_PROJECT, WANDB_ENTITY, WANDB_MODE.
 """
 
@@ -31,6 +32,10 @@ def track(folder: Path, name: str, patience: float = PATIENCE):
     project = os.environ.get("WANDB_PROJECT", "lacuna")
     options = {"id": sent["id"], "dir": folder} if name == "wandb" else {}
     tracker.init(project=project, name=folder.name, config=keys, resume="allow", **options)
+    if name == "wandb":
+        tracker.define_metric(
+            "*", step_metric="step"
+        )  # its own steps only grow: an evaluation may come after a restart
     seen = time.monotonic()  # when somebody trained
     while time.monotonic() - seen < patience:
         if is_running(folder):
@@ -48,10 +53,10 @@ def send_new(metrics: Path, tracker, sent: dict):
         if not line.endswith("\n"):
             break
         figures = json.loads(line)
-        step = figures.pop("step")
+        step = figures["step"]
         kind = "evaluation" if "eval_loss" in figures else "metrics"
         if step > sent[kind]:
-            tracker.log({key: value for key, value in figures.items() if isinstance(value, int | float)}, step=step)
+            tracker.log({key: value for key, value in figures.items() if isinstance(value, int | float)})
             sent[kind] = step
 
 
@@ -65,6 +70,8 @@ def is_running(folder: Path) -> bool:
 
 
 if __name__ == "__main__":
-    if not sys.argv[1:] or not (Path(sys.argv[1]) / "config.toml").exists():
+    if not sys.argv[1:] or not Path(sys.argv[1]).is_dir():
         sys.exit("usage: track.py runs/NAME [wandb|trackio], with a folder that a run has begun in")
+    while not (Path(sys.argv[1]) / "config.toml").exists():  # a run writes it once it can begin
+        time.sleep(1)
     track(Path(sys.argv[1]), *sys.argv[2:3] or ["wandb"])

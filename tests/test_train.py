@@ -316,6 +316,10 @@ def test_a_line_has_the_mean_loss_since_the_last_one_and_fits_80_columns(model_f
     path = run(load_config(None, [*argv, "--name", "means", "--log.every", "3"]))
     lines = {m["step"]: m["loss"] for m in train_lines(path)}
     assert lines == pytest.approx({1: single[0], 3: sum(single[1:3]) / 2, 6: sum(single[3:6]) / 3, 7: single[6]})
+    # a save ends an interval, so that a run that goes on from it has the same lines
+    saved = run(load_config(None, [*argv, "--name", "saved", "--log.every", "3", "--checkpoint.every", "5"]))
+    after_save = {m["step"]: m["loss"] for m in train_lines(saved)}
+    assert after_save == pytest.approx(lines | {5: sum(single[3:5]) / 2, 6: single[5]})
     said = [line for line in (path / "log.txt").read_text().splitlines() if re.search(r"step \d+/7 ", line)]
     assert len(said) == 4 and max(map(len, said)) <= 80
     assert f"loss {lines[6]:.4f}" in said[2]
@@ -341,6 +345,17 @@ def test_hf_keeps_the_dtype_of_the_model_that_came_in(model_folder, texts, tmp_p
         assert {weights.get_slice(name).get_dtype() for name in weights.keys()} == {expected}  # noqa: SIM118
     with safe_open(path / "checkpoints" / "step_1" / "rank_00000.safetensors", "pt") as weights:
         assert {weights.get_slice(name).get_dtype() for name in weights.keys()} == {"F32"}  # noqa: SIM118
+
+
+@pytest.mark.parametrize("stray", [{"logit_scale": 0.25}, {"logits_scaling": 4.0}, {"final_logit_softcapping": 5.0}])
+def test_a_key_that_the_models_class_does_not_know_changes_nothing(model_folder, texts, tmp_path, stray):
+    folder = model_folder("llama")
+    argv = options(folder, texts, tmp_path, "--train.steps", "1")
+    plain = train_lines(run(load_config(None, argv)))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | stray))
+    again = train_lines(run(load_config(None, [*argv, "--name", "stray"])))
+    assert [m["loss"] for m in again] == [m["loss"] for m in plain]
 
 
 def test_mfu_counts_weights_and_attention_inside_documents(model_folder):

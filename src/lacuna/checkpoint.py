@@ -196,8 +196,7 @@ class Checkpoints:
 
     def write_safetensors(self, file: Path):
         """One file of float32 tensors, with their offsets in the whole ones."""
-        # torch's own writer joins all bytes in memory once more and holds the interpreter's lock, up to 3 s a GB
-        # (measured on a CPU), in which training stands still
+        # torch's own writer holds the interpreter's lock, up to 3 s a GB on a CPU, in which training stands still
         shares, offsets = {}, {}
         for (name, tensor), place in zip(self.tensors.items(), self.memory.result().places, strict=True):
             shares[name] = place.view(local(tensor).shape)

@@ -83,8 +83,7 @@ def leave(status: int, sentence: str = ""):
     with suppress(OSError, AttributeError):  # the terminal may be gone, or never have been there
         sys.stderr.write(f"{name}: {sentence}\n" if sentence else "")
         sys.stdout.flush()
-    # One of several ranks skips the interpreter's end: gloo's threads outlive it, and 1 run in 20 aborted. So does a
-    # run that stops early: the loader's thread may stand still in a read.
+    # threads of gloo's, or a loader's that stands still in a read, outlive the interpreter: 1 run in 20 aborted
     if status or rank:
         os._exit(status)
     sys.exit(0)
@@ -99,7 +98,7 @@ def launch(words: list[str]):
     elif "SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_NTASKS", "1") != "1":  # an sbatch script is no step
         raise ConfigError("each task of this srun is a run of its own, without RANK: see configs/slurm.sh")
     else:
-        print("loading torch and transformers", file=sys.stderr)
+        log.warning("loading torch and transformers")
         set_threads(max(1, gpus))
         if gpus > 1:
             become_torchrun(gpus, words)

@@ -70,9 +70,10 @@ class ModelConfig(Section):
     overrides: dict[str, Any] = key({}, "fields of the model's config to replace")
     tokenizer: str | None = key(None, "Hub id or folder; default: the model's own")
     patch: str | None = key(None, "file.py:function, called with the empty model before all else")
-    dtype: Literal["bfloat16", "float32"] | None = key(None, "of computation, and then of hf/; default: bf16 on GPUs")
+    dtype: Literal["bfloat16", "float32"] | None = key(
+        None, "of computation and hf/; default: bf16 on GPUs, hf/ as it was"
+    )
     attention: Literal["varlen", "fa4", "sdpa"] | None = key(None, "default: fa4, varlen or sdpa, what runs")
-    trust_remote_code: bool = key(False, "run Python code that comes with the model")
 
 
 OneOrSeveral = BeforeValidator(lambda value: [value] if isinstance(value, str | dict) else value)

@@ -50,7 +50,7 @@ def add_adapters(model: nn.Module, layers: list[nn.Module], config: LoraConfig):
 
 
 def merge(weights: dict[str, torch.Tensor], adapters: dict[str, torch.Tensor], config: LoraConfig):
-    """Add to weights, as they were in training, what their adapters have learned: rounded once."""
+    """Add to weights what their adapters have learned: rounded once."""
     for name in adapters:
         layer, is_a, _ = name.partition(".lora_A")
         if is_a:

@@ -39,7 +39,7 @@ def flop(model: PreTrainedModel) -> tuple[int, int]:
 class Pending(NamedTuple):
     """A step whose figures are on their way to the host."""
 
-    facts: dict  # known at once: step, lr, epoch, data_seconds, figures' names
+    facts: dict  # known at once: step, lr, epoch, data_seconds, figures' names, ends_interval
     names: list[str]  # of the sums
     values: torch.Tensor  # float64 [names]
     done: torch.cuda.Event | None  # when the values are there; None on a CPU: at once
@@ -90,14 +90,13 @@ class Report:
         for key in self.totals:
             self.totals[key] += int(sums[key])
         self.interval.update(sums | {"steps": 1, "data_seconds": step.facts["data_seconds"]})
-        if number % self.config.log.every == 0 or number in (1, self.steps):
+        if number == 1 or number % self.config.log.every == 0 or step.facts["ends_interval"] or self.stop_asked:
             self.report_interval(step.facts, sums)
 
     def report_interval(self, facts: dict, sums: dict):
         """One line: means since the last one, speed and fill, and this step's norm."""
         interval = self.interval
-        # On a GPU too: the host has just waited for this step. Where it is the slower one it has not, and is late by up
-        # to two steps, but for a line at an evaluation or a checkpoint.
+        # on a GPU, too, the host has just waited for this step; as the slower one it is late by up to two
         seconds = time.perf_counter() - self.since
         count = interval["steps"]
         slots = count * self.config.train.global_batch_size * self.config.train.seq_len

@@ -58,10 +58,13 @@ class Trainee(nn.Module):
         """`head_loss` over a batch, as a function of its labels' weights."""
         weight = self.model.get_output_embeddings().weight
         config = self.model.config
-        factor = getattr(config, "logit_scale", None) or 1.0
-        scaling = getattr(config, "logits_scaling", None) or 1.0
+        keys = ("logit_scale", "logits_scaling", "final_logit_softcapping")
+        # transformers keeps keys, too, that a config's class does not know, and does nothing with them
+        known = {key: getattr(config, key) for key in keys if hasattr(type(config), key)}
+        factor = known.get("logit_scale") or 1.0
+        scaling = known.get("logits_scaling") or 1.0
         factor *= scaling if config.model_type == "hyperclovax" else 1 / scaling  # others divide
-        arithmetic = {"factor": factor, "cap": getattr(config, "final_logit_softcapping", None)}
+        arithmetic = {"factor": factor, "cap": known.get("final_logit_softcapping") or None}
         return functools.partial(head_loss, self.hidden(batch), weight, batch, self.plan.compiled, **arithmetic)
 
     def hidden(self, batch: PackedBatch) -> torch.Tensor:
@@ -119,8 +122,8 @@ def assemble(config: Config, ranks: Ranks, tokenizer, frozen: bool = False) -> T
     # what goes out has the dtype of what came in, unless model.dtype says otherwise
     if config.model.from_scratch or config.model.dtype or model.config.dtype is None:
         model.config.dtype = dtype
-    elif model.config.dtype != dtype:
-        log.info("hf/ will be %s, as what came in: rounded, but for model.dtype", model.config.dtype)
+    elif model.config.dtype != torch.float32 and not frozen:
+        log.info("hf/ will be %s, as what came in, or else model.overrides.dtype", model.config.dtype)
     return trainee
 
 
@@ -139,9 +142,8 @@ def materialise(trainee: Trainee, device: torch.device, seed: int, folder: Path 
 
 def empty_model(config: ModelConfig, tokenizer, dtype: torch.dtype) -> PreTrainedModel:
     """The model on the meta device, with lacuna's attention; ConfigError where it cannot be trained."""
-    trust = {"trust_remote_code": config.trust_remote_code}
     with blame(f"model.name {config.name}: its config"):
-        hf_config = AutoConfig.from_pretrained(config.name, **trust)
+        hf_config = AutoConfig.from_pretrained(config.name, trust_remote_code=False)
     for key in config.overrides:
         if not hasattr(hf_config, key):
             near = difflib.get_close_matches(key, hf_config.to_dict(), 1)
@@ -156,7 +158,7 @@ def empty_model(config: ModelConfig, tokenizer, dtype: torch.dtype) -> PreTraine
     hf_config._attn_implementation = "lacuna"
     stored = hf_config.dtype
     with blame(f"model.name {config.name} cannot be built so, with {config.overrides}"), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, **trust)
+        model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
     model.config.dtype = stored
     if len(tokenizer) > hf_config.vocab_size:
         sizes = f"the tokenizer has {len(tokenizer)} tokens, the model {hf_config.vocab_size}"

@@ -119,6 +119,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
         facts["figures"] = [name for name in parts[0] if name != "loss"]
         evaluating = held_out and is_due(step, config.eval.every, steps)
         saving = is_due(step, config.checkpoint.every, steps)
+        facts["ends_interval"] = evaluating or saving  # a run that goes on from here has the same lines
         try:
             report.step(facts, sums | {"grad_norm": norm})
             if evaluating or saving or report.stop_asked:

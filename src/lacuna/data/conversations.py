@@ -201,7 +201,7 @@ class ChatEncoder:
 
 
 def recognise(columns: list[str], source: Source) -> str:
-    if "rejected" in columns:
+    if "rejected" in columns and not source.fields:
         raise ConfigError(f"data.sources {source.path} holds preference pairs: see examples/dpo.py")
     for row_format, required in FORMATS.items():
         if set(required) <= set(columns):

@@ -143,8 +143,7 @@ class RowDataset:
                 streams[number] = iter(Stream(self, number, self.state["streams"].get(str(number))))
             plan = RowPlan()
             if position < self.limit:
-                # Plans before it are other ranks' or consumed. To skip them costs little where they are indices;
-                # where data streams, their tokens are made all the same.
+                # those before it are other ranks' or consumed; of a stream, their tokens are made all the same
                 plan = next((plan for plan in streams[number] if plan.row == row), plan)
             pieces = [(self.sources[source].load(document.key), *span) for source, document, *span in plan.pieces]
             made = assemble(pieces, self.seq_len, place=position % self.batch_rows, **self.packing)

@@ -71,7 +71,7 @@ def load_tokenizer(model: ModelConfig):
     """The tokenizer of `model.tokenizer`, or else of `model.name`."""
     name = model.tokenizer or model.name
     with blame(f"model.name or model.tokenizer {name}: no tokenizer there"):
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=model.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     if not tokenizer.is_fast:
         raise ConfigError(f"model.tokenizer {name} is a slow one, in Python: use one of the tokenizers library")
     return tokenizer
