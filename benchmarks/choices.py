@@ -12,8 +12,9 @@ a run leaves in `hf` is then measured by plain transformers in float32 on held-o
 again behind another one. Seeds come one after another, each over all arms, so that what is there when time runs out
 can be compared. OUT/results.jsonl has a line a run, and a run that has one is not run again. The rest of OUT may go.
 
-`--tiny` is for a look on a CPU. Experiment 3 of issue 16 (context from short to long) is left out: lacuna no longer has
-it. fp8 is in RESULTS.md.
+`--tiny` is for a look on a CPU. What came out in November 2026 is in docs/choices.md, its runs in docs/choices: give
+another OUT to new ones, since lacuna packs otherwise now. Experiment 3 of issue 16 (context from short to long) is left
+out: lacuna no longer has it. fp8 is in RESULTS.md.
 """
 
 import argparse

@@ -56,7 +56,7 @@ def rows_in_order(sizes: np.ndarray, seq_len: int) -> list[np.ndarray]:
 
 
 def pack_as_drawn():
-    """Best fit, too, but in the order in which documents are drawn, and not the longest first."""
+    """Best fit, too, but in the order in which documents are drawn: nothing is sorted."""
     lacuna.data.loader.best_fit = best_fit_as_drawn
 
 
@@ -76,6 +76,16 @@ def best_fit_as_drawn(sizes: np.ndarray, seq_len: int) -> list[np.ndarray]:
         if free > size:
             bisect.insort(rooms, (free - size, row))
     return [np.asarray(row) for row in rows]
+
+
+def pack_sorted():
+    """Best fit, too, but the longest first of all pieces: lacuna up to November 2026."""
+    lacuna.data.loader.best_fit = best_fit_sorted
+
+
+def best_fit_sorted(sizes: np.ndarray, seq_len: int) -> list[np.ndarray]:
+    order = np.argsort(-sizes, kind="stable")
+    return [order[row] for row in best_fit_as_drawn(sizes[order], seq_len)]
 
 
 def head_gradient_in_bf16():
@@ -146,7 +156,8 @@ class Arm(NamedTuple):
 
 TENFOLD = {"optim": {"weight_decay": 1.0}}
 
-# Those without anything else are lacuna as it is. Of one seed they run in this order.
+# Those without anything else are lacuna as it is: in docs/choices/results.jsonl, as it was with `pack_sorted`.
+# Of one seed they run in this order.
 ARMS = {
     "long": Arm("long"),
     "short": Arm("short"),
@@ -158,6 +169,8 @@ ARMS = {
     "long-cut": Arm("long", replace=concatenate_and_cut),
     "short-drawn": Arm("short", replace=pack_as_drawn),
     "long-drawn": Arm("long", replace=pack_as_drawn),
+    "short-sorted": Arm("short", replace=pack_sorted),
+    "long-sorted": Arm("long", replace=pack_sorted),
     "chat": Arm("chat"),
     "chat-means": Arm("chat", replace=mean_of_means),
     "long-head": Arm("long", replace=head_gradient_in_bf16),
@@ -193,9 +206,20 @@ EXPERIMENTS = {
         [("short", "short-cut"), ("long", "long-cut")],
         behind=True,
     ),
+    "sorted": Experiment(
+        "Best fit / best fit of all pieces, the longest first",
+        [("short", "short-sorted"), ("long", "long-sorted")],
+        behind=True,
+    ),
     "drawn": Experiment(
-        "Best fit of the longest first / of documents as they are drawn",
+        "Best fit / best fit of documents as they are drawn",
         [("short", "short-drawn"), ("long", "long-drawn")],
+        behind=True,
+    ),
+    "whole": Experiment(
+        "Documents as they are drawn: best fit / concatenate and cut",
+        [("short-drawn", "short-cut"), ("long-drawn", "long-cut")],
+        behind=True,
     ),
     "head": Experiment(
         "The head's weight gradient is summed in float32 / in bf16",

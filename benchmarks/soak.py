@@ -70,10 +70,10 @@ def soak(folder: Path, kills: int, seed: int, steps: int) -> dict:
             started = time.monotonic()
             if chance.random() < 0.2 and startup:
                 end = started + chance.uniform(0, startup)  # but not long after: on a busy machine it might finish
-                while time.monotonic() < end and " | loss " not in process.output:
+                while time.monotonic() < end and "  loss " not in process.output:
                     time.sleep(0.002)
             else:
-                process.until(lambda process=process: " | loss " in process.output, timeout=300)
+                process.until(lambda process=process: "  loss " in process.output, timeout=300)
                 startup = time.monotonic() - started if done["kills"] else None  # the first one starts a server too
                 process.until(lambda goal=goal: last_step(run) >= goal, timeout=300)
                 time.sleep(chance.uniform(0, 0.05))
@@ -88,7 +88,7 @@ def soak(folder: Path, kills: int, seed: int, steps: int) -> dict:
         left = [file.name for file in (run / "checkpoints").glob(".*")]
         done["inside a save"] += any(name.startswith(".step_") for name in left)
         done["inside a removal"] += any(name.startswith(".old_") for name in left)
-        done["while it starts"] += " | loss " not in text
+        done["while it starts"] += "  loss " not in text
         now = checkpoints(run)
         at.append(max(now, default=0))
         if at[-1] < newest or (newest and not now):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import EXAMPLES, model_config, pack, random_documents
+from conftest import EXAMPLES, REPO, model_config, pack, random_documents
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lacuna.data.loader
@@ -88,7 +88,9 @@ def test_concatenated_and_cut_rows_are_the_documents_end_to_end(tmp_path, tokeni
     arms.concatenate_and_cut()
     dataset = RowDataset(config, config.data.sources, TextEncoder(tokenizer), rank=0, ranks=1, epochs=1)
     stream = lacuna.data.loader.Stream(dataset, 0, None)
-    drawn = [document.key for _, document in stream.draw_documents()]
+    documents = stream.draw_documents()
+    order = np.random.default_rng([config.seed, 0, 0]).permutation(len(documents))  # as a window is shuffled
+    drawn = [documents[i][1].key for i in order]
     lengths = dataset.sources[0].lengths
     wanted = [(document, at) for document in drawn for at in range(lengths[document])]
 
@@ -98,6 +100,36 @@ def test_concatenated_and_cut_rows_are_the_documents_end_to_end(tmp_path, tokeni
     slices = [wanted[begin : begin + 32] for begin in range(0, len(wanted), 32)]
     assert sorted(laid) == sorted(slices)
     assert sum(len(row) == 32 for row in laid) == len(wanted) // 32
+
+
+def packed_by_looking(sizes: list[int], order: list[int]) -> list[list[int]]:
+    """The pieces of rows of 64 slots: in this order, each into the first of the fullest rows that have room."""
+
+    def used(row: list[int]) -> int:
+        return sum(sizes[piece] for piece in row)
+
+    rows = []
+    for piece in order:
+        fitting = [row for row in rows if used(row) + sizes[piece] <= 64]
+        if fitting:
+            max(fitting, key=used).append(piece)
+        else:
+            rows.append([piece])
+    return rows
+
+
+def test_the_two_other_best_fits_sort_nothing_or_everything():
+    sizes = np.random.default_rng(0).integers(1, 65, 200)
+    drawn = list(range(200))
+    longest_first = sorted(drawn, key=lambda piece: -sizes[piece])
+    found = []
+    for replace in (lambda: None, arms.pack_as_drawn, arms.pack_sorted):
+        replace()
+        found.append([row.tolist() for row in lacuna.data.loader.best_fit(sizes, 64)])
+    as_it_is, as_drawn, in_order = found
+    assert as_drawn == packed_by_looking(sizes.tolist(), drawn)
+    assert in_order == packed_by_looking(sizes.tolist(), longest_first)
+    assert as_it_is not in (as_drawn, in_order)
 
 
 def test_the_heads_gradient_is_rounded_to_bf16_after_every_chunk(monkeypatch):
@@ -313,3 +345,15 @@ def test_differences_are_taken_seed_by_seed_and_the_verdict_is_students(capsys):
     assert (
         "| long / long-head | all tokens, alone | 100 | 5.2000 | 5.2094 | +0.0094 ± 0.0005 | 5 | supported |" in printed
     )
+
+
+def test_every_row_in_the_docs_is_what_the_script_prints_now(capsys):
+    results = choices.read_results(REPO / "docs" / "choices")
+    assert len(results) == 103
+    table.print_tables(results)
+    printed = capsys.readouterr().out.splitlines()
+    page = (REPO / "docs" / "choices.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith(("| short", "| long", "| chat"))]
+    assert len(rows) > 10
+    for row in rows:
+        assert row in printed, row

@@ -99,6 +99,7 @@ def launch(words: list[str]):
     elif "SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_NTASKS", "1") != "1":  # an sbatch script is no step
         raise ConfigError("each task of this srun is a run of its own, without RANK: see configs/slurm.sh")
     else:
+        print("loading torch and transformers", file=sys.stderr)
         set_threads(max(1, gpus))
         if gpus > 1:
             become_torchrun(gpus, words)

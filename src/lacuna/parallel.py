@@ -66,7 +66,6 @@ def shard_model(model: nn.Module, layers: list[nn.Module], ranks: Ranks, dtype: 
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     # A large model's layers are freed again after their forward. One that takes less than a twentieth of the GPU stays
     # till its backward, which is half as much to gather: 93 -> 95% of linear on two H200s, for 2.6 GiB (1.7B).
-    # The root's parameters are needed at once for the backward, and stay.
     large = size > memory / 20
     for module in (*layers, model):
         options = {"reshard_after_forward": large and module is not model, "ignored_params": whole}

@@ -147,8 +147,8 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
     if ranks.rank == 0:
         newest = [checkpoint, *in_order(folder / "checkpoints")][-1]
         export(newest, folder / "hf")
-    log.info("Its curves: uv run --with plotly==7.1.0 benchmarks/report.py %s", folder)
-    log.info("The model is in %s/hf. To talk to it: uv run python examples/chat.py %s", folder, folder)
+    log.info("Its curves:\nuv run --with plotly==7.1.0 benchmarks/report.py %s", folder)
+    log.info("The model is in %s/hf. To talk to it:\nuv run python examples/chat.py %s", folder, folder)
     if dist.is_initialized():
         dist.destroy_process_group()
     return folder
