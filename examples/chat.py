@@ -1,36 +1,44 @@
 """Talk to the model of a run, through plain transformers: `uv run python examples/chat.py runs/NAME`.
 
-One conversation; an empty line ends it. Takes a run's folder, a model's, or the Hub's OWNER/NAME.
+One conversation; an empty line, Ctrl-D or Ctrl-C ends it. Takes a run's folder, a model's, or the Hub's OWNER/NAME.
+Answers are greedy: to the same words always the same.
 """
 
 import sys
 from contextlib import suppress
 from pathlib import Path
 
-from transformers import TextStreamer, logging, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, logging, pipeline
 
 
 def chat(name: str):
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    if (Path(name) / "state.json").exists():
+        sys.exit(f"{name} is a checkpoint: make a model's folder of it by lacuna export {name} FOLDER")
     of_run = Path(name) / "hf"
+    folder = str(of_run if of_run.is_dir() else name)
     # Without False transformers would ask, and a yes on the terminal would run the model's code; without sdpa it would
     # run a kernel that the model's config names as its attention.
-    options = {"trust_remote_code": False, "model_kwargs": {"attn_implementation": "sdpa"}}
     try:
-        model = pipeline("text-generation", str(of_run if of_run.is_dir() else name), **options)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, attn_implementation="sdpa")
     except (OSError, ValueError) as error:
-        sys.exit(f"no model there: give a run's folder, a model's, or the Hub's OWNER/NAME, not {name}: {error}")
-    if not model.tokenizer.chat_template:
+        reason = str(error).partition("\n")[0]
+        sys.exit(f"no model there: give a run's folder, a model's, or the Hub's OWNER/NAME, not {name}: {reason}")
+    if not tokenizer.chat_template:
         sys.exit(f"{name} has no chat template: it was trained on text only, so go on with lacuna sft")
-    streamer = TextStreamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    answer = pipeline("text-generation", model, tokenizer=tokenizer)
+    how = {"streamer": TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True), "max_new_tokens": 512}
     messages = []
-    with suppress(EOFError):
-        while line := input("you: ").strip():
-            print("model: ", end="", flush=True)
-            messages.append({"role": "user", "content": line})
-            messages = model(messages, streamer=streamer, max_new_tokens=512)[0]["generated_text"]
+    while line := input("you: ").strip():
+        print("model: ", end="", flush=True)
+        messages.append({"role": "user", "content": line})
+        messages = answer(messages, do_sample=False, **how)[0]["generated_text"]
 
 
 if __name__ == "__main__":
-    chat(*sys.argv[1:])
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        sys.exit("usage: chat.py runs/NAME, or a model's folder, or the Hub's OWNER/NAME")
+    with suppress(EOFError, KeyboardInterrupt):
+        chat(sys.argv[1])

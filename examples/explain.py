@@ -53,8 +53,9 @@ def explain(config: Config, show: int = 2, show_ids: bool = False):
                 if is_trained and (console.color_system is None or console.no_color):
                     words = f"{begin}{words}{close}"
                 text.append(words, colour if is_trained else "dim")
+        documents = sum(start < row.tokens for start in row.starts)
         slots = f"{row.tokens} of {len(row.ids)} slots, {(row.labels >= 0).sum()} trained"
-        console.rule(f"row {number}: {len(row.starts)} documents, {slots}")
+        console.rule(f"row {number}: {documents} document(s), {slots}")
         console.print(text, soft_wrap=True)
 
 

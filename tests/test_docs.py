@@ -70,3 +70,12 @@ def test_the_picture_is_what_its_script_draws_now(theme):
     script = runpy.run_path(str(REPO / "docs/way.py"))
     drawn = script["draw"](script["THEMES"][theme])
     assert (REPO / f"docs/way-{theme}.svg").read_text() == drawn, "uv run python docs/way.py"
+
+
+def test_every_change_that_is_shown_fits_one_file_as_it_is_now():
+    code = [file.read_text() for file in REPO.glob("src/lacuna/**/*.py")]
+    for diff in re.findall(r"(?s)```diff\n(.*?)```", (REPO / "docs/changing.md").read_text()):
+        lines = [line for line in diff.splitlines() if line[:1] in "- " and not line.startswith(" # ")]
+        before = "\n".join(line[1:] for line in lines)
+        if before.strip():
+            assert [text.count(before) for text in code if before in text] == [1], diff

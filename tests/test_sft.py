@@ -199,17 +199,41 @@ def test_a_template_of_the_users_own_is_exported_without_marks(model_folder, cha
     assert tokenizer.apply_chat_template(messages, tokenize=False) == "user: a\nassistant: b<|pad|>\n"
 
 
-def test_chat_talks_to_a_run_until_an_empty_line(model_folder, chats, tmp_path, monkeypatch, capsys):
-    def chat(folder, typed: str):
-        monkeypatch.setattr(sys, "argv", ["chat.py", str(folder)])
+@pytest.fixture
+def chat(monkeypatch):
+    """The command, with words of its command line and lines that are typed."""
+
+    def run_chat(*words, typed: str = ""):
+        monkeypatch.setattr(sys, "argv", ["chat.py", *map(str, words)])
         monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
         runpy.run_path(EXAMPLES / "chat.py", run_name="__main__")
 
+    return run_chat
+
+
+def test_chat_talks_to_a_run_until_an_empty_line_or_ctrl_c(model_folder, chats, tmp_path, monkeypatch, capsys, chat):
     path = run(load_config(None, options(model_folder("llama"), chats, tmp_path, "--train.steps", "1"), "sft"))
     capsys.readouterr()
-    chat(path, "Hello\nAnd you?\n\n")
+    chat(path, typed="Hello\nAnd you?\n\n")
     said = capsys.readouterr().out
     assert said.count("you: ") == 3
     assert said.count("model: ") == 2
-    with pytest.raises(SystemExit, match="no model there"):
-        chat(tmp_path / "nothing", "")
+    chat(path, typed="Hello\nAnd you?\n")  # ends as by Ctrl-D
+    assert capsys.readouterr().out == said
+
+    def interrupt(prompt):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", interrupt)
+    chat(path)
+
+
+def test_chat_says_in_a_sentence_what_it_cannot_talk_to(tmp_path, chat):
+    with pytest.raises(SystemExit, match=r"^no model there: [^\n]+$"):
+        chat(tmp_path / "nothing")
+    (tmp_path / "state.json").touch()
+    with pytest.raises(SystemExit, match=r"^\S+ is a checkpoint: [^\n]* lacuna export \S+ FOLDER$"):
+        chat(tmp_path)
+    for words in ([], ["--help"], ["a", "b"]):
+        with pytest.raises(SystemExit, match=r"^usage: chat\.py "):
+            chat(*words)

@@ -232,7 +232,8 @@ def test_a_row_is_shown_with_marks_where_there_is_no_colour(shown, capsys, monke
         "assistant\n⟦e<|im_end|>⟧\n",
     ):
         assert "<|im_start|>" + turn in out
-    assert "31 of 64" in out
+    assert "row 0: 1 document(s), 31 of 64 slots, 5 trained" in out
+    assert "33 slot(s) left over" in out
 
 
 def test_a_row_is_shown_in_colour_on_a_terminal(shown, capsys, monkeypatch):
