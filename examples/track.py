@@ -53,10 +53,14 @@ def send_new(metrics: Path, tracker, sent: dict):
         if not line.endswith("\n"):
             break
         figures = json.loads(line)
-        step = figures["step"]
+        step = figures.pop("step")
         kind = "evaluation" if "eval_loss" in figures else "metrics"
         if step > sent[kind]:
-            tracker.log({key: value for key, value in figures.items() if isinstance(value, int | float)})
+            numbers = {key: value for key, value in figures.items() if isinstance(value, int | float)}
+            if tracker.__name__ == "wandb":
+                tracker.log(numbers | {"step": step})
+            else:
+                tracker.log(numbers, step=step)
             sent[kind] = step
 
 
