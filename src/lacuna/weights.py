@@ -114,8 +114,7 @@ def read_tensors(tensors: dict[str, torch.Tensor], folder: Path):
 def read_whole(folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The weights in a folder, by name, without an optimizer's state."""
     stored = stored_parts(folder)
-    names = [name for name in stored if not name.startswith("optimizer.")]
-    weights = {name: torch.empty(whole_shape(stored[name]), dtype=dtype) for name in names}
+    weights = {name: torch.empty(whole_shape(stored[name]), dtype=dtype) for name in stored if "optimizer." not in name}
     read_tensors(weights, folder)
     return weights
 

@@ -5,10 +5,12 @@ import functools
 import json
 import os
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import EXAMPLES
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -301,3 +303,11 @@ def test_added_words_count_as_their_bytes(make):
     tokenizer = make(**SPECIAL)
     tokenizer.add_tokens(["<think>"])
     check_bytes(tokenizer, ["x <think> y"])
+
+
+@pytest.mark.parametrize("name", ["/nowhere", "./nowhere", "../nowhere", "examples/tinny", "examples/tiny/hf"])
+def test_a_path_that_is_not_there_is_no_question_for_the_hub(name, monkeypatch):
+    monkeypatch.chdir(EXAMPLES.parent)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *a, **k: pytest.fail("the Hub was asked"))
+    with pytest.raises(ConfigError, match=f"{re.escape(name)}: no such folder"):
+        load_tokenizer(ModelConfig(name=name))

@@ -1,7 +1,7 @@
 """The one order of data, whatever the hardware: row p of the run is the next row of virtual stream p mod V.
 
 A stream draws a window of documents, shuffles, packs, and shuffles the rows. Its state, where the window began, goes
-with every row, so that what is prefetched never counts as consumed. Map-style data is one stream, of every rank.
+with every row: what is prefetched never counts as consumed. Map-style data is one stream.
 """
 
 import itertools

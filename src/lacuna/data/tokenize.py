@@ -70,6 +70,8 @@ def digest(*parts) -> str:
 def load_tokenizer(model: ModelConfig):
     """The tokenizer of `model.tokenizer`, or else of `model.name`."""
     name = model.tokenizer or model.name
+    if "/" in name and Path(name).parent.is_dir() and not Path(name).is_dir():
+        raise ConfigError(f"model.name or model.tokenizer {name}: no such folder")
     with blame(f"model.name or model.tokenizer {name}: no tokenizer there"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     if not tokenizer.is_fast:
