@@ -157,7 +157,7 @@ def empty_model(config: ModelConfig, tokenizer, dtype: torch.dtype) -> PreTraine
     # before the model is built: transformers would fetch and run a kernel that a config names as its attention
     hf_config._attn_implementation = "lacuna"
     stored = hf_config.dtype
-    with blame(f"model.name {config.name} cannot be built so, with {config.overrides}"), torch.device("meta"):
+    with blame(f"model.name {config.name}, model.overrides {config.overrides}"), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
     model.config.dtype = stored
     if len(tokenizer) > hf_config.vocab_size:
