@@ -200,7 +200,7 @@ def test_attention_that_a_config_names_is_never_fetched(key, model_folder, monke
 def test_a_model_whose_attention_cannot_be_replaced_is_a_sentence(tmp_path):
     config = AutoConfig.for_model("falcon", num_hidden_layers=2, hidden_size=64, num_attention_heads=4)
     config.save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="model.overrides"):
+    with pytest.raises(ConfigError, match=r"model\.overrides"):
         build(tmp_path, "--model.from_scratch", "true")
 
 
