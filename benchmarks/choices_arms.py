@@ -4,7 +4,7 @@ Where the config has a key for the choice, the arm sets it. Else the arm replace
 of its own, before the run begins.
 """
 
-import bisect
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ import lacuna.data.loader
 import lacuna.model
 import lacuna.train
 from lacuna.data.batch import IGNORE, PackedBatch, Row, collate
+from lacuna.data.pack import best_fit
 from lacuna.optim import AdamW
 
 HEAD_CHUNK = 512  # tokens: of a micro-batch of 16,384 there are 32 chunks, whose sums are rounded to bf16 one by one
@@ -57,35 +58,12 @@ def rows_in_order(sizes: np.ndarray, seq_len: int) -> list[np.ndarray]:
 
 def pack_as_drawn():
     """Best fit, too, but in the order in which documents are drawn: nothing is sorted."""
-    lacuna.data.loader.best_fit = best_fit_as_drawn
-
-
-def best_fit_as_drawn(sizes: np.ndarray, seq_len: int) -> list[np.ndarray]:
-    """As lacuna's `best_fit`: each piece goes into the fullest row with room."""
-    rows = []
-    rooms = []  # free slots and number of every row that has some, in order
-    for piece, size in enumerate(sizes.tolist()):
-        place = bisect.bisect_left(rooms, (size, 0))
-        if place < len(rooms):
-            free, row = rooms.pop(place)
-        else:
-            free = seq_len
-            row = len(rows)
-            rows.append([])
-        rows[row].append(piece)
-        if free > size:
-            bisect.insort(rooms, (free - size, row))
-    return [np.asarray(row) for row in rows]
+    lacuna.data.loader.best_fit = functools.partial(best_fit, sorted_over=1)
 
 
 def pack_sorted():
     """Best fit, too, but the longest first of all pieces: lacuna up to November 2026."""
-    lacuna.data.loader.best_fit = best_fit_sorted
-
-
-def best_fit_sorted(sizes: np.ndarray, seq_len: int) -> list[np.ndarray]:
-    order = np.argsort(-sizes, kind="stable")
-    return [order[row] for row in best_fit_as_drawn(sizes[order], seq_len)]
+    lacuna.data.loader.best_fit = functools.partial(best_fit, sorted_over=0)
 
 
 def head_gradient_in_bf16():

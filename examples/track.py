@@ -33,9 +33,8 @@ def track(folder: Path, name: str, patience: float = PATIENCE):
     options = {"id": sent["id"], "dir": folder} if name == "wandb" else {}
     tracker.init(project=project, name=folder.name, config=keys, resume="allow", **options)
     if name == "wandb":
-        tracker.define_metric(
-            "*", step_metric="step"
-        )  # its own steps only grow: an evaluation may come after a restart
+        # its own steps only grow, and an evaluation may come after a restart
+        tracker.define_metric("*", step_metric="step")
     seen = time.monotonic()  # when somebody trained
     while time.monotonic() - seen < patience:
         if is_running(folder):

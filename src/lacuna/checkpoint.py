@@ -102,7 +102,8 @@ class Checkpoints:
 
     def __init__(self, config: Config, ranks: Ranks, folder: Path, tensors: dict, model: PreTrainedModel, tokenizer):
         """tensors: what a checkpoint holds, parameters and optimizer state by name, sharded or not."""
-        self.config, self.ranks = config, ranks
+        self.config = config
+        self.ranks = ranks
         self.folder = folder / "checkpoints"
         # of a sharded tensor each rank of the first replica writes its part, of any other rank 0
         first = ranks.rank == 0 or ranks.mesh.get_coordinate()[0] == 0
@@ -204,7 +205,7 @@ class Checkpoints:
             if isinstance(tensor, DTensor):
                 _, begin = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
             offsets[name] = {"saved_offsets": begin}
-        save_file(shares, file, {"DCP_SHARDING_INFO": json.dumps(offsets)})  # one: two would come in any order
+        save_file(shares, file, {"DCP_SHARDING_INFO": json.dumps(offsets)})  # one: two have no order
         sync(file)
 
 

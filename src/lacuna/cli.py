@@ -95,7 +95,7 @@ def launch(words: list[str]):
     gpus = len(glob("/dev/nvidia[0-9]*")) if visible is None else len(visible.replace(",", " ").split())
     if "RANK" in os.environ:
         set_threads(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    elif "SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_NTASKS", "1") != "1":  # an sbatch script is no step
+    elif "SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_NTASKS", "1") != "1":
         raise ConfigError("each task of this srun is a run of its own, without RANK: see configs/slurm.sh")
     else:
         log.warning("loading torch and transformers")

@@ -70,9 +70,7 @@ class ModelConfig(Section):
     overrides: dict[str, Any] = key({}, "fields of the model's config to replace")
     tokenizer: str | None = key(None, "Hub id or folder; default: the model's own")
     patch: str | None = key(None, "file.py:function, called with the empty model before all else")
-    dtype: Literal["bfloat16", "float32"] | None = key(
-        None, "of computation and hf/; default: bf16 on GPUs, hf/ as it was"
-    )
+    dtype: Literal["bfloat16", "float32"] | None = key(None, "of computation and hf/; default: bf16 on GPUs, hf/ kept")
     attention: Literal["varlen", "fa4", "sdpa"] | None = key(None, "default: fa4, varlen or sdpa, what runs")
 
 

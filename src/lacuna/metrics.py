@@ -49,7 +49,8 @@ class Report:
     """Every rank takes in the outcome of every step; rank 0 reports it."""
 
     def __init__(self, config: Config, ranks: Ranks, folder: Path, steps: int, model: PreTrainedModel, state: dict):
-        self.config, self.ranks = config, ranks
+        self.config = config
+        self.ranks = ranks
         self.steps = steps
         self.flop_per_token, self.flop_per_pair = flop(model)
         self.device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"

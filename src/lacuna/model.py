@@ -123,7 +123,7 @@ def assemble(config: Config, ranks: Ranks, tokenizer, frozen: bool = False) -> T
     if config.model.from_scratch or config.model.dtype or model.config.dtype is None:
         model.config.dtype = dtype
     elif model.config.dtype != torch.float32 and not frozen:
-        log.info("hf/ will be %s, as what came in, or else model.overrides.dtype", model.config.dtype)
+        log.info("hf/ will be %s, as it came; else see model.overrides.dtype", model.config.dtype)
     return trainee
 
 
@@ -187,7 +187,7 @@ def refuse_unfit(model: PreTrainedModel, layers: list[nn.Module], seq_len: int):
     if seq_len > longest and ("'longrope'" in ropes or "'dynamic'" in ropes):
         leaks.append(f"rotations by the longest document of a batch: set train.seq_len to {longest}")
     inside = {*model.get_decoder().parameters(), model.get_output_embeddings().weight}
-    experts = any(p.ndim == 3 for p in inside) or config.model_type == "dbrx"  # its: one matrix
+    experts = any(p.ndim == 3 for p in inside) or config.model_type == "dbrx"  # whose are one matrix
     problems = {
         f"cannot keep packed documents apart ({', '.join(leaks)})": leaks,
         "has attn_logit_softcapping, which lacuna does not compute": getattr(config, "attn_logit_softcapping", None),

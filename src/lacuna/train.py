@@ -84,7 +84,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
     log.info("device  %d x %s: %s, %s attention", ranks.world, report.device, trainee.plan.dtype, trainee.plan.backend)
     length = f"{steps} steps of {config.train.global_batch_size} rows x {config.train.seq_len} tokens"
     log.info("length  %s, lr %g, %s", length, config.optim.lr, config.optim.schedule)
-    log.info("run     %s: a checkpoint every %d steps and at the end", folder, config.checkpoint.every)
+    log.info("run     %s: a checkpoint every %d steps", folder, config.checkpoint.every)
     if checkpoint is None:
         report.write({"step": 0, "documents": dataset.notes})
     if held_out and is_due(state["step"], config.eval.every, steps):
@@ -165,8 +165,8 @@ def open_rows(config: Config, encoder, ranks: Ranks, state) -> tuple[RowDataset,
     sources = config.data.sources if fraction else config.eval.sources
     if not sources:
         return dataset, None
-    held_out = {"epochs": 1, "share": (0.0, fraction or 1.0), "limit": config.eval.rows}
-    held_out = RowDataset(config, sources, encoder, **where, **held_out)
+    once = {"epochs": 1, "share": (0.0, fraction or 1.0), "limit": config.eval.rows}
+    held_out = RowDataset(config, sources, encoder, **where, **once)
     log.info("held out %s", ", ".join(held_out.inventory))
     return dataset, held_out
 

@@ -113,8 +113,8 @@ def read_tensors(tensors: dict[str, torch.Tensor], folder: Path):
 
 def read_whole(folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The weights in a folder, by name, without an optimizer's state."""
-    stored = stored_parts(folder)
-    weights = {name: torch.empty(whole_shape(stored[name]), dtype=dtype) for name in stored if "optimizer." not in name}
+    stored = {name: parts for name, parts in stored_parts(folder).items() if not name.startswith("optimizer.")}
+    weights = {name: torch.empty(whole_shape(parts), dtype=dtype) for name, parts in stored.items()}
     read_tensors(weights, folder)
     return weights
 

@@ -47,7 +47,7 @@ def make_encoder(config: Config, tokenizer) -> "ChatEncoder | TextEncoder":
 
 
 class ChatEncoder:
-    """Makes documents of conversations: what the assistant says is trained. Its methods are TextEncoder's."""
+    """Conversations to documents: what the assistant says is trained. Its methods are TextEncoder's."""
 
     def __init__(self, tokenizer, config: Config):
         self.tokenizer = copy.deepcopy(tokenizer)

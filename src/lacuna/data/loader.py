@@ -102,7 +102,7 @@ class Stream:
 
 
 class RowDataset:
-    """Rows rank, rank + ranks, … of the run: `epochs` of them, at most `limit`; then rows that train nothing."""
+    """Rows rank, rank + ranks, … of the run: `epochs`, at most `limit`; then rows that train nothing."""
 
     def __init__(
         self, config: Config, sources, encoder, *, rank, ranks, epochs=None, limit=math.inf, share=(0, 1), state=None

@@ -120,7 +120,7 @@ class StreamSource:
         self.notes = Counter()  # nothing is known before it is read
 
     def read(self, stream: int, num_streams: int, cursor: Cursor) -> Iterator[Document]:
-        """The documents of one virtual stream from a cursor on, in an order of shards of each epoch's own; endless."""
+        """The documents of one virtual stream from a cursor on, in each epoch's own order of shards; endless."""
         last_epoch = cursor.epoch  # with text; the first may have begun behind its last document
         # From coarse to fine: epochs, shards, chunks, documents; the cursor says where each of them begins.
         for epoch in itertools.count(cursor.epoch):

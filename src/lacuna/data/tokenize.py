@@ -59,7 +59,7 @@ class TextEncoder:
         return digest(self.backend.to_str(), self.bos, self.eos, Path(__file__).read_text())
 
     def adapt(self, tokenizer):
-        """Make the model's own tokenizer end documents, or turns, as in training: here it does so already."""
+        """Make the model's own tokenizer end documents, or turns, as in training: it does so already."""
 
 
 def digest(*parts) -> str:
