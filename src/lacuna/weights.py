@@ -73,14 +73,12 @@ def stored_parts(folder: Path) -> dict[str, list[Part]]:
                 stored.setdefault(name, []).append(Part(file, begin, values))
     for name, parts in stored.items():
         parts.sort(key=lambda part: part.begin)
-        [_, *columns] = parts[0].values.shape
         rows = 0
         for part in parts:
-            [more, *width] = part.values.shape
-            if part.begin != [rows] + [0] * len(columns) or width != columns:
+            if part.begin[0] != rows or any(part.begin[1:]):
                 where = f"{part.file}: {name} begins at {part.begin}, and not at row {rows}"
                 raise ConfigError(f"{where}: a file is missing, or one is there twice")
-            rows += more
+            rows += len(part.values)
     return stored
 
 
