@@ -30,12 +30,10 @@ def best_fit(lengths: np.ndarray, seq_len: int, sorted_over: float = 0.25) -> li
     for piece in np.argsort(-long, kind="stable").tolist():
         length = lengths[piece].item()
         place = bisect.bisect_left(rooms, (length, 0))
-        if place < len(rooms):
-            free, row = rooms.pop(place)
-        else:
-            free = seq_len
-            row = len(rows)
+        if place == len(rooms):
+            rooms.append((seq_len, len(rows)))
             rows.append([])
+        free, row = rooms.pop(place)
         rows[row].append(piece)
         if free > length:
             bisect.insort(rooms, (free - length, row))
