@@ -250,7 +250,7 @@ def read_turn(turn: dict) -> dict:
     if turn.get("tool_calls") == []:  # some templates look for the key alone
         del turn["tool_calls"]
     speaker = str(turn.pop("from", turn.get("role")))
-    turn["role"] = ROLES.get(speaker, ROLES.get(speaker.lower()))
+    turn["role"] = ROLES.get(speaker.lower())
     if turn["role"] is None:
         raise ValueError(f"a turn of {speaker!r}; lacuna knows {', '.join(ROLES)}")
     flags = [str(turn.pop(name)).lower() for name in FLAGS if name in turn]
