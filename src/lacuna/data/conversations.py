@@ -189,8 +189,7 @@ class ChatEncoder:
 
     def fingerprint(self):
         parts = [self.tokenizer.backend_tokenizer.to_str(), self.template, self.bos, self.tokenizer.special_tokens_map]
-        parts += [self.overlong, self.unrendered, self.seq_len, transformers.__version__]
-        return digest(*parts, Path(__file__).read_text())
+        return digest(*parts, self.overlong, self.unrendered, self.seq_len, transformers.__version__)
 
     def adapt(self, tokenizer):
         tokenizer.eos_token = self.tokenizer.eos_token

@@ -9,7 +9,6 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from lacuna.config import ConfigError, ModelConfig, Source, blame
-from lacuna.data import batch
 from lacuna.data.batch import Tokens
 
 
@@ -56,15 +55,15 @@ class TextEncoder:
 
     def fingerprint(self) -> str:
         """Changes with anything that could change a token or a mask, and so makes the token cache anew."""
-        return digest(self.backend.to_str(), self.bos, self.eos, Path(__file__).read_text())
+        return digest(self.backend.to_str(), self.bos, self.eos)
 
     def adapt(self, tokenizer):
         """Make the model's own tokenizer end documents, or turns, as in training: it does so already."""
 
 
 def digest(*parts) -> str:
-    hiding = Path(batch.__file__).read_text()  # how a mask is stored
-    return hashlib.sha256(repr((*parts, hiding)).encode()).hexdigest()[:32]
+    code = [file.read_text() for file in sorted(Path(__file__).parent.glob("*.py"))]  # how rows are read and stored
+    return hashlib.sha256(repr((*parts, code)).encode()).hexdigest()[:32]
 
 
 def load_tokenizer(model: ModelConfig):
