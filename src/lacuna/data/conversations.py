@@ -53,15 +53,14 @@ class ChatEncoder:
         self.tokenizer = copy.deepcopy(tokenizer)
         # some leave the space before a word out of its token's place, and transformers' mask ends at such a turn
         self.tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=False)
-        self.overlong, self.seq_len = config.data.overlong, config.train.seq_len
-        self.unrendered = config.data.unrendered
+        self.data = config.data
+        self.seq_len = config.train.seq_len
         self.own = None  # the model's own template, where one of lacuna's stands in for it
         self.bos = tokenizer.bos_token if adds_bos(tokenizer) else ""
-        self.given = config.data.chat_template
         try:
-            self.template = training_template(tokenizer, self.given)
+            self.template = training_template(tokenizer, self.data.chat_template)
             self.tokenizer.eos_token = self.stop_token()
-            if not self.given and self.template != tokenizer.get_chat_template():
+            if not self.data.chat_template and self.template != tokenizer.get_chat_template():
                 self.own = tokenizer.get_chat_template()
         except jinja2.TemplateError as error:
             raise ConfigError(f"data.chat_template: {error}") from None
@@ -112,7 +111,7 @@ class ChatEncoder:
             return Tokens(NOTHING, "dropped: an empty answer" if empty else "dropped: without a trained token")
         tools = [decoded(tool) for tool in decoded(row.get("tools")) or []]
         left_out = self.left_out(messages, template, tools, max(number for number in flags if flags[number]))
-        if left_out and self.unrendered == "drop":
+        if left_out and self.data.unrendered == "drop":
             return Tokens(NOTHING, "dropped: the chat template leaves something out")
         if left_out:
             cure = 'see data.chat_template, or set data.unrendered = "drop"'
@@ -179,9 +178,9 @@ class ChatEncoder:
     def fit(self, ids: np.ndarray, mask: np.ndarray) -> Tokens:
         """The document of ids [n] that are trained where mask [n] says so: at most seq_len of them."""
         long = len(ids) > self.seq_len
-        if long and self.overlong == "error":
+        if long and self.data.overlong == "error":
             raise ValueError(f"{len(ids)} tokens, over train.seq_len {self.seq_len}; or set data.overlong")
-        if long and self.overlong == "drop":
+        if long and self.data.overlong == "drop":
             return Tokens(NOTHING, "dropped: longer than train.seq_len")
         if not mask[1 : self.seq_len].any():  # nothing predicts a first token
             return Tokens(NOTHING, "dropped: without a trained token")
@@ -189,11 +188,11 @@ class ChatEncoder:
 
     def fingerprint(self):
         parts = [self.tokenizer.backend_tokenizer.to_str(), self.template, self.bos, self.tokenizer.special_tokens_map]
-        return digest(*parts, self.overlong, self.unrendered, self.seq_len, transformers.__version__)
+        return digest(*parts, self.data.overlong, self.data.unrendered, self.seq_len, transformers.__version__)
 
     def adapt(self, tokenizer):
         tokenizer.eos_token = self.tokenizer.eos_token
-        if self.given:  # plain Jinja, for programs that do not know the marks
+        if self.data.chat_template:  # plain Jinja, for programs that do not know the marks
             plain = {None: "if true", "end": "endif"}
             tokenizer.chat_template = MARKS.sub(lambda mark: mark[1] + plain[mark[2]] + mark[3], self.template)
 
