@@ -225,16 +225,16 @@ def read_ids(row: dict, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
 
 def read_messages(row: dict, row_format: str) -> list[dict]:
     """A row as OpenAI's messages: text in one piece, arguments of tool calls as objects, and `train`, a bool."""
-    system = [read_turn(turn) for turn in as_turns(row["system"], "system")] if row.get("system") else []
+    system = as_turns(row.get("system") or [], "system")
     if row_format == "prompt and completion":  # each of them text or messages; the completion alone is trained
-        asked = [read_turn(turn) | {"train": False} for turn in as_turns(row["prompt"], "user")]
-        return system + asked + [read_turn(turn) for turn in as_turns(row.get("completion", ""), "assistant")]
+        asked = [turn | {"train": False} for turn in as_turns(row["prompt"], "user")]
+        turns = asked + as_turns(row.get("completion", ""), "assistant")
     elif row_format == "instruction and output":
         asked = "\n\n".join(filter(None, [row["instruction"], row.get("input")]))
         turns = as_turns(asked, "user") + as_turns(row.get("output", ""), "assistant")
     else:
         turns = decoded(row[row_format])
-    return system + [read_turn(turn) for turn in turns]
+    return [read_turn(turn) for turn in system + turns]
 
 
 def as_turns(said: str | list[dict], role: str) -> list[dict]:
