@@ -309,8 +309,7 @@ def training_template(tokenizer, given: str | None) -> str:
     for template in shipped.values():
         if [rendered(tokenizer, template, **probe) for probe in probes] == wanted:
             return template
-    problem = f"{name}'s chat template has no marks, and none of lacuna's ({', '.join(shipped)}) renders the same"
-    raise LookupError(f"{problem}: copy it to a file, {CURE}, and set data.chat_template to that file")
+    raise LookupError(f"{name}'s chat template has no marks: set data.chat_template to a copy of it, and {CURE}")
 
 
 def rendered(tokenizer, template: str, messages: list[dict], tools: list[dict] | None = None) -> str | None:
