@@ -55,8 +55,7 @@ def weight_files(folder: Path) -> list[Path]:
         with blame(f"{index} cannot be read"):
             return sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
     if not (folder / WHOLE).exists():
-        cure = "to begin without weights, set model.from_scratch = true"
-        raise ConfigError(f"model.name {folder} has neither {WHOLE} nor {INDEX}; {cure}")
+        raise ConfigError(f"{folder} has neither {WHOLE} nor {INDEX}: see model.from_scratch")
     return [folder / WHOLE]
 
 
@@ -64,7 +63,7 @@ def stored_parts(folder: Path) -> dict[str, list[Part]]:
     """The parts of each tensor, which follow one another. ConfigError where rows are missing, or there twice."""
     stored = {}
     for file in weight_files(folder):
-        with blame(f"{file} is no whole safetensors file: copy it again (of git-lfs, `git lfs pull` brings it)"):
+        with blame(f"{file} is no whole safetensors file; of git-lfs, `git lfs pull` brings it"):
             content = safe_open(file, "pt")
             places = json.loads((content.metadata() or {}).get("DCP_SHARDING_INFO", "{}"))
             for name in content.keys():  # noqa: SIM118
@@ -129,8 +128,7 @@ def load_weights(model: PreTrainedModel, folder: Path):
         if tied in stored and source not in stored:  # the one that is there counts
             places[tied] = places.pop(source)
         elif tied in stored and not torch.equal(stored[tied][0].values, stored[source][0].values):
-            cure = "set model.overrides.tie_word_embeddings = false"
-            raise ConfigError(f"model.name {folder}: {tied} differs from {source}, to which it is tied: {cure}")
+            raise ConfigError(f"{tied} differs from {source}: set model.overrides.tie_word_embeddings = false")
     missing = sorted(places.keys() - stored)
     unknown = sorted(stored.keys() - places - set(model.all_tied_weights_keys))
     # a checkpoint also holds the optimizer, old folders the rotary frequencies
