@@ -24,7 +24,7 @@ class Part(NamedTuple):
     """Rows of a tensor, in one file; a scalar is one row."""
 
     file: Path
-    begin: list[int]  # where they lie in the whole tensor
+    first: int  # their place in the whole tensor
     values: torch.Tensor  # the file itself, mapped into memory: read where it is looked at
 
 
@@ -68,14 +68,14 @@ def stored_parts(folder: Path) -> dict[str, list[Part]]:
             places = json.loads((content.metadata() or {}).get("DCP_SHARDING_INFO", "{}"))
             for name in content.keys():  # noqa: SIM118
                 values = torch.atleast_1d(content.get_tensor(name))
-                begin = places.get(name, {}).get("saved_offsets") or [0] * values.ndim
-                stored.setdefault(name, []).append(Part(file, begin, values))
+                [first, *_] = places.get(name, {}).get("saved_offsets") or [0]
+                stored.setdefault(name, []).append(Part(file, first, values))
     for name, parts in stored.items():
-        parts.sort(key=lambda part: part.begin)
+        parts.sort(key=lambda part: part.first)
         rows = 0
         for part in parts:
-            if part.begin[0] != rows or any(part.begin[1:]):
-                where = f"{part.file}: {name} begins at {part.begin}, and not at row {rows}"
+            if part.first != rows:
+                where = f"{part.file}: {name} begins at row {part.first}, and not at {rows}"
                 raise ConfigError(f"{where}: a file is missing, or one is there twice")
             rows += len(part.values)
     return stored
@@ -99,10 +99,10 @@ def read_tensors(tensors: dict[str, torch.Tensor], folder: Path):
         if isinstance(tensor, DTensor):  # FSDP shards rows
             _, [first, *_] = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
         for part in stored[name]:
-            begin = max(first, part.begin[0])
-            end = min(first + len(share), part.begin[0] + len(part.values))
+            begin = max(first, part.first)
+            end = min(first + len(share), part.first + len(part.values))
             if begin < end:
-                share[begin - first : end - first] = part.values[begin - part.begin[0] : end - part.begin[0]]
+                share[begin - first : end - first] = part.values[begin - part.first : end - part.first]
 
 
 def read_whole(folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
