@@ -243,11 +243,9 @@ def initialise(model: PreTrainedModel, seed: int, adapters_only: bool):
     done = set()
     for name, module in model.named_modules():
         begin = BEGINNINGS.get(name.rpartition(".")[2])
-        if adapters_only and not begin:
-            continue
         # tied weights are made once, with the first module that has them
         mine = {key: p for key, p in module.named_parameters(recurse=False) if p not in done}
-        if not mine:
+        if not mine or (adapters_only and not begin):
             continue
         done.update(mine.values())
         whole = {key: nn.Parameter(torch.empty(p.shape, device=p.device)) for key, p in mine.items()}
