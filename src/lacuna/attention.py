@@ -14,16 +14,14 @@ import os
 
 import torch
 import torch.nn.functional as F
-from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 from lacuna.config import ConfigError
 from lacuna.data.batch import PackedBatch
 
-# FlashAttention-4 compiles itself for seconds: keep the result, where torch.compile keeps its own.
+# FlashAttention-4 compiles itself for seconds: keep the result (in /tmp; its .._CACHE_DIR names another place).
 os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
-os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", f"{cache_dir()}/fa4")
 # From torch 2.15 on, fewer key than query heads must be asked for; before, they were simply allowed.
 GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
