@@ -18,7 +18,7 @@ def split_documents(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.n
     return document, start, np.minimum(lengths[document] - start, seq_len)
 
 
-def best_fit(lengths: np.ndarray, seq_len: int, sorted_over: float = 0.25) -> list[np.ndarray]:
+def best_fit(lengths: np.ndarray, seq_len: int, sorted_over: float = 0.25) -> list[list[int]]:
     """Assign pieces of lengths [m], each in 1..seq_len, to rows of seq_len slots: the indices of each row's pieces.
 
     Each goes into the fullest row with room: those over this share of a row, the longest first, then the others as they
@@ -37,4 +37,4 @@ def best_fit(lengths: np.ndarray, seq_len: int, sorted_over: float = 0.25) -> li
         rows[row].append(piece)
         if free > length:
             bisect.insort(rooms, (free - length, row))
-    return [np.asarray(row) for row in rows]
+    return rows
