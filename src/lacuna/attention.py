@@ -52,8 +52,7 @@ def mask_documents(batch: PackedBatch) -> torch.Tensor:
     """Which slots of its row a slot sees, bool [B, 1, S, S]: itself, and those before it in its document."""
     slots = torch.arange(len(batch.input_ids), device=batch.input_ids.device).view(-1, batch.max_seqlen)  # [B, S]
     document = torch.searchsorted(batch.cu_seqlens[1:], slots, right=True)  # [B, S]
-    causal = slots[0, :, None] >= slots[0]
-    return ((document[:, :, None] == document[:, None, :]) & causal)[:, None]
+    return (document[:, :, None] == document[:, None, :]).tril()[:, None]
 
 
 def packed_attention(module, query, key, value, attention_mask=None, *, backend=None, **options):
