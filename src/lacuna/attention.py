@@ -27,20 +27,20 @@ GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn)
 
 
 def choose_backend(asked: str | None, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend for `model.attention`; ConfigError where this machine cannot run the one asked for."""
+    """The backend for `model.attention`; ConfigError where this machine cannot run it."""
     can_flash = device.type == "cuda" and dtype == torch.bfloat16
     capability = torch.cuda.get_device_capability(device) if can_flash else (0, 0)
     has_fa4 = importlib.util.find_spec("flash_attn") and importlib.util.find_spec("flash_attn.cute")
     can = {"fa4": capability >= (9, 0) and has_fa4, "varlen": capability >= (8, 0), "sdpa": True}
     possible = [backend for backend in can if can[backend]]
     if asked and asked not in possible:
-        needs = "varlen needs bfloat16 and an Ampere GPU or later, fa4 a Hopper GPU or later and the extra fa4"
+        needs = "varlen needs bfloat16 and an Ampere GPU or later, fa4 Hopper or later and its extra"
         raise ConfigError(f'model.attention = "{asked}" does not run here; possible: {", ".join(possible)}. {needs}')
     return asked or possible[0]
 
 
 def boundaries(batch: PackedBatch, backend: str) -> dict:
-    """Keyword arguments that carry the document boundaries of a batch through a transformers model."""
+    """Arguments that carry the document boundaries of a batch through a transformers model."""
     # One graph for any number of documents. Padded to a fixed length instead, as empty documents, they cost
     # FlashAttention-4 7 ms of a 350 ms step (Qwen3-1.7B, 520 for 4 x 4,096 tokens, H200).
     torch._dynamo.mark_dynamic(batch.cu_seqlens, 0)
@@ -128,5 +128,5 @@ def fa4_grads(ctx, grad, _):
 
 AttentionInterface.register("lacuna", packed_attention)
 fa4.register_fake(lambda q, k, v, *_: (torch.empty_like(q), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)))
-fa4_backward.register_fake(lambda grad, q, k, v, *_: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)))
+fa4_backward.register_fake(lambda grad, q, k, v, *_: tuple(map(torch.empty_like, (q, k, v))))
 fa4.register_autograd(fa4_grads, setup_context=fa4_save)

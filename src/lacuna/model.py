@@ -75,7 +75,7 @@ class Trainee(nn.Module):
 
 
 def build_model(config: Config, ranks: Ranks, tokenizer, checkpoint: Path | None = None) -> Trainee:
-    """The model of `config.model`, sharded and ready to train, with its own weights or a checkpoint's."""
+    """The model of `config.model`, ready to train: sharded, with its own weights or a checkpoint's."""
     trainee = assemble(config, ranks, tokenizer)
     folder = checkpoint
     if config.lora.rank or (folder is None and not config.model.from_scratch):
@@ -273,7 +273,7 @@ def recompute_buffers(model: PreTrainedModel):
 
 
 def fill_by_transformers(model: PreTrainedModel, module: nn.Module, name: str, tensors: list[torch.Tensor]):
-    """Call the model's own initialisation of a module; ConfigError where it leaves one of these tensors out."""
+    """Call the model's own initialisation of a module; ConfigError where it leaves a tensor out."""
     for tensor in tensors:
         tensor.fill_(float("nan") if tensor.is_floating_point() else 0)
     parent = model.get_submodule(name.rpartition(".")[0])

@@ -1,4 +1,4 @@
-"""Folders of weights, a model's or a checkpoint's: which files count, and what is in them, sharded or not."""
+"""Folders of weights, a model's or a checkpoint's: which files count, and what is in them."""
 
 import hashlib
 import json
@@ -58,7 +58,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def stored_parts(folder: Path) -> dict[str, list[Part]]:
-    """The parts of each tensor, which follow one another. ConfigError where rows are missing, or there twice."""
+    """The parts of each tensor, in order. ConfigError where rows are missing, or there twice."""
     stored = {}
     for file in weight_files(folder):
         with blame(f"{file} is no whole safetensors file; of git-lfs, `git lfs pull` brings it"):
@@ -73,7 +73,7 @@ def stored_parts(folder: Path) -> dict[str, list[Part]]:
         rows = 0
         for part in parts:
             if part.first != rows:
-                where = f"{part.file}: {name} begins at row {part.first}, and not at {rows}"
+                where = f"{part.file}: {name} begins at row {part.first}, not {rows}"
                 raise ConfigError(f"{where}: a file is missing, or one is there twice")
             rows += len(part.values)
     return stored
@@ -112,7 +112,7 @@ def read_whole(folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 
 def held(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """What a folder of the model holds, by name: everything but adapters, and what is tied to something else."""
+    """What a folder of the model holds, by name: no adapters, and nothing that is tied to something else."""
     tied = set(model.all_tied_weights_keys)
     state = model.state_dict(keep_vars=True)
     return {name: tensor for name, tensor in state.items() if name not in tied and ".lora_" not in name}

@@ -160,7 +160,7 @@ class ChatEncoder:
         return left_out + ["tools"] * (bool(tools) and not known)
 
     def render(self, messages: list[dict], template: str | None, tools: list, **options):
-        """Token ids [n] of the whole conversation, and what of them the template marks, bool [n]; or its text."""
+        """Token ids [n] of a conversation, and which of them the template marks, bool [n]; or its text."""
         if template is None:
             raise ConfigError(self.problem)
         named = []
@@ -176,7 +176,7 @@ class ChatEncoder:
         return np.asarray(out["input_ids"], dtype=np.int32), np.asarray(out["assistant_masks"], dtype=bool)
 
     def fit(self, ids: np.ndarray, mask: np.ndarray) -> Tokens:
-        """The document of ids [n] that are trained where mask [n] says so: at most seq_len of them."""
+        """The document of ids [n], trained where mask [n] says so: at most seq_len of them."""
         long = len(ids) > self.seq_len
         if long and self.data.overlong == "error":
             raise ValueError(f"{len(ids)} tokens, over train.seq_len {self.seq_len}; or set data.overlong")
@@ -207,10 +207,10 @@ def recognise(columns: list[str], source: Source) -> str:
 
 
 def read_ids(row: dict, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids [n] and mask [n] of a row that is tokenised, without padding: trained is what labels and all masks say."""
+    """Ids [n] and mask [n] of a tokenised row, without padding: trained is what labels and all masks say."""
     ids = np.asarray(row["input_ids"])
     if ids.size and (ids.dtype.kind not in "iu" or ids.ndim != 1 or ids.min() < 0 or ids.max() >= vocabulary):
-        raise ValueError(f"input_ids are not all whole numbers from 0 to {vocabulary - 1}, as the tokenizer has them")
+        raise ValueError(f"input_ids are not all whole numbers from 0 to {vocabulary - 1}")
     labels = np.asarray(row.get("labels", ids))
     if labels.shape != ids.shape or ((labels != ids) & (labels != -100)).any():
         raise ValueError("labels of another length, or one that is neither -100 nor the token at its own place")
@@ -253,7 +253,7 @@ def read_turn(turn: dict) -> dict:
         raise ValueError(f"a turn of {speaker!r}; lacuna knows {', '.join(ROLES)}")
     flags = [str(turn.pop(name)).lower() for name in FLAGS if name in turn]
     if not set(flags) <= TRAINED.keys():
-        raise ValueError(f"a turn is to be trained or not, true or false (or 1, 0), not {', '.join(flags)}")
+        raise ValueError(f"a turn is trained or not: true or false (or 1, 0), not {', '.join(flags)}")
     turn["train"] = all(TRAINED[flag] for flag in flags)
     thoughts = [turn.pop(name) for name in REASONING if name in turn]
     content = turn.pop("value", turn.get("content", ""))

@@ -10,7 +10,7 @@ import numpy as np
 
 
 def split_documents(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cut documents of lengths [n] into pieces of at most seq_len: the document [m], start [m], length [m] of each."""
+    """Cut documents of lengths [n] into pieces of at most seq_len: of each its document, start and length [m]."""
     counts = -(-lengths // seq_len)
     document = np.repeat(np.arange(len(lengths)), counts)
     first_piece = np.cumsum(counts) - counts

@@ -44,7 +44,7 @@ class TextEncoder:
         return [source.column]
 
     def documents(self, rows: list[dict], source: Source, numbers: Sequence[int]) -> list[Tokens]:
-        """The document of each row; ConfigError with the row's number where it has no right shape."""
+        """The document of each row; ConfigError with the number of one that is no text."""
         values = [row.get(source.column) for row in rows]
         for number, value in zip(numbers, values, strict=True):
             if not isinstance(value, str | None):
@@ -74,7 +74,7 @@ def load_tokenizer(model: ModelConfig):
     with blame(f"model.name or model.tokenizer {name}: no tokenizer there"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     if not tokenizer.is_fast:
-        raise ConfigError(f"model.tokenizer {name} is a slow one, in Python: use one of the tokenizers library")
+        raise ConfigError(f"model.tokenizer {name} is written in Python: use one of the tokenizers library")
     return tokenizer
 
 
