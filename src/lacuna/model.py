@@ -102,9 +102,8 @@ def assemble(config: Config, ranks: Ranks, tokenizer, frozen: bool = False) -> T
     # a patch replaces modules, so it comes first
     if config.model.patch:
         file, _, function = config.model.patch.rpartition(":")
-        with blame(f"model.patch {config.model.patch}: no file.py:function that can be run"):
-            patch = runpy.run_path(file)[function]
-        patch(model)
+        with blame(f"model.patch {config.model.patch} (a file.py:function)"):
+            runpy.run_path(file)[function](model)
     if config.lora.rank:
         add_adapters(model, layers, config.lora)
     if ranks.mesh is None and dtype != torch.float32:
