@@ -213,7 +213,7 @@ def read_ids(row: dict, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"input_ids are not all whole numbers from 0 to {vocabulary - 1}")
     labels = np.asarray(row.get("labels", ids))
     if labels.shape != ids.shape or ((labels != ids) & (labels != -100)).any():
-        raise ValueError("labels of another length, or one that is neither -100 nor the token at its own place")
+        raise ValueError("labels are not one for each id: the id itself, or -100")
     masks = {name: np.asarray(row.get(name, np.ones(len(ids)))) for name in ("attention_mask", *MASKS)}
     for name, mask in masks.items():
         if mask.shape != ids.shape or not np.isin(mask, (0, 1)).all():

@@ -54,7 +54,7 @@ class TextEncoder:
         return [Tokens(ids, "" if len(ids) else "dropped: no text") for ids in documents]
 
     def fingerprint(self) -> str:
-        """Changes with anything that could change a token or a mask, and so makes the token cache anew."""
+        """Changes with all that could change a token or a mask: then the token cache is made anew."""
         return digest(self.backend.to_str(), self.bos, self.eos)
 
     def adapt(self, tokenizer):
