@@ -125,7 +125,7 @@ def test_the_two_other_best_fits_sort_nothing_or_everything():
     found = []
     for replace in (lambda: None, arms.pack_as_drawn, arms.pack_sorted):
         replace()
-        found.append([row.tolist() for row in lacuna.data.loader.best_fit(sizes, 64)])
+        found.append(lacuna.data.loader.best_fit(sizes, 64))
     as_it_is, as_drawn, in_order = found
     assert as_drawn == packed_by_looking(sizes.tolist(), drawn)
     assert in_order == packed_by_looking(sizes.tolist(), longest_first)

@@ -62,7 +62,7 @@ def test_kernels_come_from_a_local_repository(my_kernels, model_folder):
 def test_a_layer_that_the_model_does_not_have_is_named(my_kernels, model_folder, tmp_path):
     text = (EXAMPLES / "kernelize.py").read_text()
     (tmp_path / "mine.py").write_text(text.replace('"RMSNorm":', '"Norm":'))
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM marks no Norm, only \[.*'RMSNorm'"):
+    with pytest.raises(ConfigError, match=r"^model.patch .*LlamaForCausalLM marks no Norm, only \[.*'RMSNorm'"):
         build(model_folder("llama"), "--model.patch", "mine.py:kernelize")
 
 
@@ -85,5 +85,5 @@ def half(model):
 def test_a_patch_that_is_not_there_is_one_sentence(place, model_folder, tmp_path, monkeypatch):
     (tmp_path / "half.py").write_text("def half(model): pass\n")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=f"^model.patch {place}: [^\\n]+$"):
+    with pytest.raises(ConfigError, match=rf"^model.patch {place} \(a file.py:function\): [^\n]+$"):
         build(model_folder("llama"), "--model.patch", place)

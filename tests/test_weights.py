@@ -75,7 +75,7 @@ INDEX = "model.safetensors.index.json"
 BROKEN = {
     "cut": (lambda f: spoil(f, lambda content: content[:-1]), "model.safetensors is no whole safetensors file"),
     "longer": (lambda f: spoil(f, lambda content: content + b"x"), "model.safetensors is no whole safetensors file"),
-    "a pointer": (lambda f: spoil(f, lambda content: POINTER), "model.safetensors is a pointer of git-lfs"),
+    "a pointer": (lambda f: spoil(f, lambda content: POINTER), r"no whole safetensors file.*git lfs pull"),
     "a shard is missing": (lambda f: [shards(f, TINY), index(f), (f / SECOND).unlink()], SECOND),
     "a broken index": (lambda f: (f / INDEX).write_text("{"), "index.json cannot be read"),
     "a name twice": (lambda f: [shards(f, TINY), index(f), save(f, SECOND, TINY)], "there twice"),

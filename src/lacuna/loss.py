@@ -23,31 +23,28 @@ def head_loss(hidden, weight, batch: PackedBatch, compiled: bool, weights=None, 
         weights = (batch.labels != IGNORE).float()
     # asked here: inside the forward of an autograd function gradients are always off
     with_grads = torch.is_grad_enabled()
-    trained_tokens = batch.counts["trained_tokens"]
     chunk_step = functools.partial(compiled_chunk if compiled else chunk_loss, **arithmetic)
-    return ChunkedLoss.apply(hidden, weight, batch.labels, weights, trained_tokens, chunk_step, with_grads)
+    return ChunkedLoss.apply(hidden, weight, batch, weights, chunk_step, with_grads)
 
 
 class ChunkedLoss(torch.autograd.Function):
     """Computes gradients together with the loss, chunk by chunk, so that no logits outlive their chunk."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, weights, trained_tokens, chunk_step, with_grads):
+    def forward(ctx, hidden, weight, batch, weights, chunk_step, with_grads):
         chunk_size = 2 ** ((LOGITS // weight.shape[0]).bit_length() - 1)  # a power of two
         head = weight.to(hidden.dtype)
-        total = torch.zeros((), device=hidden.device, dtype=torch.float32)
-        losses = torch.zeros(len(labels), device=hidden.device, dtype=torch.float32)
+        losses = torch.zeros_like(weights, dtype=torch.float32)
         if with_grads:
             grad_hidden = torch.zeros_like(hidden)
             # of a frozen head nobody needs one: a third of the products, and 1.2 GB for Qwen3-1.7B
             grad_weight = torch.zeros_like(weight, dtype=torch.float32) if weight.requires_grad else None
         # trained positions first: the chunks after them, most of them in chat data, have nothing to compute
-        order = torch.argsort(labels == IGNORE, stable=True)  # [T]
-        for start in range(0, trained_tokens, chunk_size):
+        order = torch.argsort(batch.labels == IGNORE, stable=True)  # [T]
+        for start in range(0, batch.counts["trained_tokens"], chunk_size):
             index = order[start : start + chunk_size]
             chunk = hidden[index]  # [C, H]
-            loss, losses[index], grad_logits = chunk_step(chunk @ head.T, labels[index], weights[index])
-            total += loss
+            losses[index], grad_logits = chunk_step(chunk @ head.T, batch.labels[index], weights[index])
             if not with_grads:
                 continue
             grad_hidden[index] = grad_logits @ head
@@ -61,7 +58,7 @@ class ChunkedLoss(torch.autograd.Function):
         if with_grads:
             ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.mark_non_differentiable(losses)
-        return total, losses
+        return (losses * weights).sum(), losses
 
     @staticmethod
     def backward(ctx, grad, _):
@@ -70,11 +67,11 @@ class ChunkedLoss(torch.autograd.Function):
         grad_hidden.mul_(grad)
         if grad_weight is not None:
             grad_weight.mul_(grad)
-        return grad_hidden, grad_weight, None, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 def chunk_loss(logits, labels, weights, factor=1.0, cap=None) -> tuple[torch.Tensor, ...]:
-    """Of cap * tanh(factor * logits / cap), [C, V]: the weighted sum of losses, the losses, its gradient by logits."""
+    """Of cap * tanh(factor * logits / cap), [C, V]: the losses, and the gradient of their weighted sum by logits."""
     exact = logits.float()
     if factor != 1.0:
         exact = exact * factor
@@ -90,7 +87,7 @@ def chunk_loss(logits, labels, weights, factor=1.0, cap=None) -> tuple[torch.Ten
         grad = grad * (1 - (exact / cap).square())
     if factor != 1.0:
         grad = grad * factor
-    return (losses * weights).sum(), losses, grad.to(logits.dtype)
+    return losses, grad.to(logits.dtype)
 
 
 compiled_chunk = torch.compile(chunk_loss, dynamic=False)

@@ -75,7 +75,7 @@ class Trainee(nn.Module):
 
 
 def build_model(config: Config, ranks: Ranks, tokenizer, checkpoint: Path | None = None) -> Trainee:
-    """The model of `config.model`, sharded and ready to train, with its own weights or a checkpoint's."""
+    """The model of `config.model`, ready to train: sharded, with its own weights or a checkpoint's."""
     trainee = assemble(config, ranks, tokenizer)
     folder = checkpoint
     if config.lora.rank or (folder is None and not config.model.from_scratch):
@@ -102,9 +102,8 @@ def assemble(config: Config, ranks: Ranks, tokenizer, frozen: bool = False) -> T
     # a patch replaces modules, so it comes first
     if config.model.patch:
         file, _, function = config.model.patch.rpartition(":")
-        with blame(f"model.patch {config.model.patch}: no file.py:function that can be run"):
-            patch = runpy.run_path(file)[function]
-        patch(model)
+        with blame(f"model.patch {config.model.patch} (a file.py:function)"):
+            runpy.run_path(file)[function](model)
     if config.lora.rank:
         add_adapters(model, layers, config.lora)
     if ranks.mesh is None and dtype != torch.float32:
@@ -243,11 +242,9 @@ def initialise(model: PreTrainedModel, seed: int, adapters_only: bool):
     done = set()
     for name, module in model.named_modules():
         begin = BEGINNINGS.get(name.rpartition(".")[2])
-        if adapters_only and not begin:
-            continue
         # tied weights are made once, with the first module that has them
         mine = {key: p for key, p in module.named_parameters(recurse=False) if p not in done}
-        if not mine:
+        if not mine or (adapters_only and not begin):
             continue
         done.update(mine.values())
         whole = {key: nn.Parameter(torch.empty(p.shape, device=p.device)) for key, p in mine.items()}
@@ -275,7 +272,7 @@ def recompute_buffers(model: PreTrainedModel):
 
 
 def fill_by_transformers(model: PreTrainedModel, module: nn.Module, name: str, tensors: list[torch.Tensor]):
-    """Call the model's own initialisation of a module; ConfigError where it leaves one of these tensors out."""
+    """Call the model's own initialisation of a module; ConfigError where it leaves a tensor out."""
     for tensor in tensors:
         tensor.fill_(float("nan") if tensor.is_floating_point() else 0)
     parent = model.get_submodule(name.rpartition(".")[0])

@@ -1,4 +1,4 @@
-"""Folders of weights, a model's or a checkpoint's: which files count, and what is in them, sharded or not."""
+"""Folders of weights, a model's or a checkpoint's: which files count, and what is in them."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ class Part(NamedTuple):
     """Rows of a tensor, in one file; a scalar is one row."""
 
     file: Path
-    begin: list[int]  # where they lie in the whole tensor
+    first: int  # their place in the whole tensor
     values: torch.Tensor  # the file itself, mapped into memory: read where it is looked at
 
 
@@ -35,10 +35,8 @@ def weight_folder(name: str) -> Path:
 
 def fingerprint(folder: Path) -> str:
     """Tells a folder's weights from other ones, by some 2**18 bytes a file: all of 16 GB would take 10 s."""
-    samples = []
-    for file in weight_files(folder):
-        stored = np.memmap(file, mode="r")
-        samples.append(stored[:: 1 + len(stored) // 2**18].tobytes())
+    stored = [np.memmap(file, mode="r") for file in weight_files(folder)]
+    samples = [content[:: 1 + len(content) // 2**18].tobytes() for content in stored]
     return hashlib.sha256(b"".join(samples)).hexdigest()[:16]
 
 
@@ -55,35 +53,29 @@ def weight_files(folder: Path) -> list[Path]:
         with blame(f"{index} cannot be read"):
             return sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
     if not (folder / WHOLE).exists():
-        cure = "to begin without weights, set model.from_scratch = true"
-        raise ConfigError(f"model.name {folder} has neither {WHOLE} nor {INDEX}; {cure}")
+        raise ConfigError(f"{folder} has neither {WHOLE} nor {INDEX}: see model.from_scratch")
     return [folder / WHOLE]
 
 
 def stored_parts(folder: Path) -> dict[str, list[Part]]:
-    """The parts of each tensor, which follow one another. ConfigError where rows are missing, or there twice."""
+    """The parts of each tensor, in order. ConfigError where rows are missing, or there twice."""
     stored = {}
     for file in weight_files(folder):
-        with blame(f"{file} is no whole safetensors file"):
-            with open(file, "rb") as content:
-                if content.read(24) == b"version https://git-lfs.":
-                    raise ConfigError(f"{file} is a pointer of git-lfs: `git lfs pull` brings the file itself")
+        with blame(f"{file} is no whole safetensors file; of git-lfs, `git lfs pull` brings it"):
             content = safe_open(file, "pt")
             places = json.loads((content.metadata() or {}).get("DCP_SHARDING_INFO", "{}"))
             for name in content.keys():  # noqa: SIM118
                 values = torch.atleast_1d(content.get_tensor(name))
-                begin = places.get(name, {}).get("saved_offsets") or [0] * values.ndim
-                stored.setdefault(name, []).append(Part(file, begin, values))
+                [first, *_] = places.get(name, {}).get("saved_offsets") or [0]
+                stored.setdefault(name, []).append(Part(file, first, values))
     for name, parts in stored.items():
-        parts.sort(key=lambda part: part.begin)
-        [_, *columns] = parts[0].values.shape
+        parts.sort(key=lambda part: part.first)
         rows = 0
         for part in parts:
-            [more, *width] = part.values.shape
-            if part.begin != [rows] + [0] * len(columns) or width != columns:
-                where = f"{part.file}: {name} begins at {part.begin}, and not at row {rows}"
+            if part.first != rows:
+                where = f"{part.file}: {name} begins at row {part.first}, not {rows}"
                 raise ConfigError(f"{where}: a file is missing, or one is there twice")
-            rows += more
+            rows += len(part.values)
     return stored
 
 
@@ -105,10 +97,10 @@ def read_tensors(tensors: dict[str, torch.Tensor], folder: Path):
         if isinstance(tensor, DTensor):  # FSDP shards rows
             _, [first, *_] = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
         for part in stored[name]:
-            begin = max(first, part.begin[0])
-            end = min(first + len(share), part.begin[0] + len(part.values))
+            begin = max(first, part.first)
+            end = min(first + len(share), part.first + len(part.values))
             if begin < end:
-                share[begin - first : end - first] = part.values[begin - part.begin[0] : end - part.begin[0]]
+                share[begin - first : end - first] = part.values[begin - part.first : end - part.first]
 
 
 def read_whole(folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -120,7 +112,7 @@ def read_whole(folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 
 def held(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """What a folder of the model holds, by name: everything but adapters, and what is tied to something else."""
+    """What a folder of the model holds, by name: no adapters, and nothing that is tied to something else."""
     tied = set(model.all_tied_weights_keys)
     state = model.state_dict(keep_vars=True)
     return {name: tensor for name, tensor in state.items() if name not in tied and ".lora_" not in name}
@@ -134,8 +126,7 @@ def load_weights(model: PreTrainedModel, folder: Path):
         if tied in stored and source not in stored:  # the one that is there counts
             places[tied] = places.pop(source)
         elif tied in stored and not torch.equal(stored[tied][0].values, stored[source][0].values):
-            cure = "set model.overrides.tie_word_embeddings = false"
-            raise ConfigError(f"model.name {folder}: {tied} differs from {source}, to which it is tied: {cure}")
+            raise ConfigError(f"{tied} differs from {source}: set model.overrides.tie_word_embeddings = false")
     missing = sorted(places.keys() - stored)
     unknown = sorted(stored.keys() - places - set(model.all_tied_weights_keys))
     # a checkpoint also holds the optimizer, old folders the rotary frequencies

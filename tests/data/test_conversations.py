@@ -383,7 +383,7 @@ def test_a_template_that_ships_is_taken_only_where_it_renders_the_same(tokenizer
     assert old in own
     tokenizer.chat_template = own.replace(old, new)
     cure = ["{% generation %}", "data.chat_template"]
-    refused(lambda: documents(make(tokenizer), {"messages": LONG}), tokenizer.name_or_path, shipped, *cure)
+    refused(lambda: documents(make(tokenizer), {"messages": LONG}), tokenizer.name_or_path, *cure)
 
 
 def test_without_any_template_only_conversations_are_refused(tokenizer):

@@ -53,15 +53,14 @@ class ChatEncoder:
         self.tokenizer = copy.deepcopy(tokenizer)
         # some leave the space before a word out of its token's place, and transformers' mask ends at such a turn
         self.tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=False)
-        self.overlong, self.seq_len = config.data.overlong, config.train.seq_len
-        self.unrendered = config.data.unrendered
+        self.data = config.data
+        self.seq_len = config.train.seq_len
         self.own = None  # the model's own template, where one of lacuna's stands in for it
         self.bos = tokenizer.bos_token if adds_bos(tokenizer) else ""
-        self.given = config.data.chat_template
         try:
-            self.template = training_template(tokenizer, self.given)
+            self.template = training_template(tokenizer, self.data.chat_template)
             self.tokenizer.eos_token = self.stop_token()
-            if not self.given and self.template != tokenizer.get_chat_template():
+            if not self.data.chat_template and self.template != tokenizer.get_chat_template():
                 self.own = tokenizer.get_chat_template()
         except jinja2.TemplateError as error:
             raise ConfigError(f"data.chat_template: {error}") from None
@@ -112,7 +111,7 @@ class ChatEncoder:
             return Tokens(NOTHING, "dropped: an empty answer" if empty else "dropped: without a trained token")
         tools = [decoded(tool) for tool in decoded(row.get("tools")) or []]
         left_out = self.left_out(messages, template, tools, max(number for number in flags if flags[number]))
-        if left_out and self.unrendered == "drop":
+        if left_out and self.data.unrendered == "drop":
             return Tokens(NOTHING, "dropped: the chat template leaves something out")
         if left_out:
             cure = 'see data.chat_template, or set data.unrendered = "drop"'
@@ -161,7 +160,7 @@ class ChatEncoder:
         return left_out + ["tools"] * (bool(tools) and not known)
 
     def render(self, messages: list[dict], template: str | None, tools: list, **options):
-        """Token ids [n] of the whole conversation, and what of them the template marks, bool [n]; or its text."""
+        """Token ids [n] of a conversation, and which of them the template marks, bool [n]; or its text."""
         if template is None:
             raise ConfigError(self.problem)
         named = []
@@ -177,11 +176,11 @@ class ChatEncoder:
         return np.asarray(out["input_ids"], dtype=np.int32), np.asarray(out["assistant_masks"], dtype=bool)
 
     def fit(self, ids: np.ndarray, mask: np.ndarray) -> Tokens:
-        """The document of ids [n] that are trained where mask [n] says so: at most seq_len of them."""
+        """The document of ids [n], trained where mask [n] says so: at most seq_len of them."""
         long = len(ids) > self.seq_len
-        if long and self.overlong == "error":
+        if long and self.data.overlong == "error":
             raise ValueError(f"{len(ids)} tokens, over train.seq_len {self.seq_len}; or set data.overlong")
-        if long and self.overlong == "drop":
+        if long and self.data.overlong == "drop":
             return Tokens(NOTHING, "dropped: longer than train.seq_len")
         if not mask[1 : self.seq_len].any():  # nothing predicts a first token
             return Tokens(NOTHING, "dropped: without a trained token")
@@ -189,12 +188,11 @@ class ChatEncoder:
 
     def fingerprint(self):
         parts = [self.tokenizer.backend_tokenizer.to_str(), self.template, self.bos, self.tokenizer.special_tokens_map]
-        parts += [self.overlong, self.unrendered, self.seq_len, transformers.__version__]
-        return digest(*parts, Path(__file__).read_text())
+        return digest(*parts, self.data.overlong, self.data.unrendered, self.seq_len, transformers.__version__)
 
     def adapt(self, tokenizer):
         tokenizer.eos_token = self.tokenizer.eos_token
-        if self.given:  # plain Jinja, for programs that do not know the marks
+        if self.data.chat_template:  # plain Jinja, for programs that do not know the marks
             plain = {None: "if true", "end": "endif"}
             tokenizer.chat_template = MARKS.sub(lambda mark: mark[1] + plain[mark[2]] + mark[3], self.template)
 
@@ -209,13 +207,13 @@ def recognise(columns: list[str], source: Source) -> str:
 
 
 def read_ids(row: dict, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids [n] and mask [n] of a row that is tokenised, without padding: trained is what labels and all masks say."""
+    """Ids [n] and mask [n] of a tokenised row, without padding: trained is what labels and all masks say."""
     ids = np.asarray(row["input_ids"])
     if ids.size and (ids.dtype.kind not in "iu" or ids.ndim != 1 or ids.min() < 0 or ids.max() >= vocabulary):
-        raise ValueError(f"input_ids are not all whole numbers from 0 to {vocabulary - 1}, as the tokenizer has them")
+        raise ValueError(f"input_ids are not all whole numbers from 0 to {vocabulary - 1}")
     labels = np.asarray(row.get("labels", ids))
     if labels.shape != ids.shape or ((labels != ids) & (labels != -100)).any():
-        raise ValueError("labels of another length, or one that is neither -100 nor the token at its own place")
+        raise ValueError("labels are not one for each id: the id itself, or -100")
     masks = {name: np.asarray(row.get(name, np.ones(len(ids)))) for name in ("attention_mask", *MASKS)}
     for name, mask in masks.items():
         if mask.shape != ids.shape or not np.isin(mask, (0, 1)).all():
@@ -227,16 +225,16 @@ def read_ids(row: dict, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
 
 def read_messages(row: dict, row_format: str) -> list[dict]:
     """A row as OpenAI's messages: text in one piece, arguments of tool calls as objects, and `train`, a bool."""
-    system = [read_turn(turn) for turn in as_turns(row["system"], "system")] if row.get("system") else []
+    system = as_turns(row.get("system") or [], "system")
     if row_format == "prompt and completion":  # each of them text or messages; the completion alone is trained
-        asked = [read_turn(turn) | {"train": False} for turn in as_turns(row["prompt"], "user")]
-        return system + asked + [read_turn(turn) for turn in as_turns(row.get("completion", ""), "assistant")]
+        asked = [turn | {"train": False} for turn in as_turns(row["prompt"], "user")]
+        turns = asked + as_turns(row.get("completion", ""), "assistant")
     elif row_format == "instruction and output":
         asked = "\n\n".join(filter(None, [row["instruction"], row.get("input")]))
         turns = as_turns(asked, "user") + as_turns(row.get("output", ""), "assistant")
     else:
         turns = decoded(row[row_format])
-    return system + [read_turn(turn) for turn in turns]
+    return [read_turn(turn) for turn in system + turns]
 
 
 def as_turns(said: str | list[dict], role: str) -> list[dict]:
@@ -250,12 +248,12 @@ def read_turn(turn: dict) -> dict:
     if turn.get("tool_calls") == []:  # some templates look for the key alone
         del turn["tool_calls"]
     speaker = str(turn.pop("from", turn.get("role")))
-    turn["role"] = ROLES.get(speaker, ROLES.get(speaker.lower()))
+    turn["role"] = ROLES.get(speaker.lower())
     if turn["role"] is None:
         raise ValueError(f"a turn of {speaker!r}; lacuna knows {', '.join(ROLES)}")
     flags = [str(turn.pop(name)).lower() for name in FLAGS if name in turn]
     if not set(flags) <= TRAINED.keys():
-        raise ValueError(f"a turn is to be trained or not, true or false (or 1, 0), not {', '.join(flags)}")
+        raise ValueError(f"a turn is trained or not: true or false (or 1, 0), not {', '.join(flags)}")
     turn["train"] = all(TRAINED[flag] for flag in flags)
     thoughts = [turn.pop(name) for name in REASONING if name in turn]
     content = turn.pop("value", turn.get("content", ""))
@@ -311,8 +309,7 @@ def training_template(tokenizer, given: str | None) -> str:
     for template in shipped.values():
         if [rendered(tokenizer, template, **probe) for probe in probes] == wanted:
             return template
-    problem = f"{name}'s chat template has no marks, and none of lacuna's ({', '.join(shipped)}) renders the same"
-    raise LookupError(f"{problem}: copy it to a file, {CURE}, and set data.chat_template to that file")
+    raise LookupError(f"{name}'s chat template has no marks: set data.chat_template to a copy of it, and {CURE}")
 
 
 def rendered(tokenizer, template: str, messages: list[dict], tools: list[dict] | None = None) -> str | None:

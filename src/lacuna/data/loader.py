@@ -76,7 +76,7 @@ class Stream:
         which, starts, sizes = split_documents(lengths, self.data.seq_len)
         spans = zip(which.tolist(), starts.tolist(), (starts + sizes).tolist(), strict=True)
         pieces = [(*documents[i], start, end) for i, start, end in spans]
-        rows = [[pieces[i] for i in row.tolist()] for row in best_fit(sizes, self.data.seq_len)]
+        rows = [[pieces[i] for i in row] for row in best_fit(sizes, self.data.seq_len)]
         self.state.window += 1
         return [rows[i] for i in rng.permutation(len(rows))]
 

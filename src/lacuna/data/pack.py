@@ -10,7 +10,7 @@ import numpy as np
 
 
 def split_documents(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cut documents of lengths [n] into pieces of at most seq_len: the document [m], start [m], length [m] of each."""
+    """Cut documents of lengths [n] into pieces of at most seq_len: of each its document, start and length [m]."""
     counts = -(-lengths // seq_len)
     document = np.repeat(np.arange(len(lengths)), counts)
     first_piece = np.cumsum(counts) - counts
@@ -18,7 +18,7 @@ def split_documents(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.n
     return document, start, np.minimum(lengths[document] - start, seq_len)
 
 
-def best_fit(lengths: np.ndarray, seq_len: int, sorted_over: float = 0.25) -> list[np.ndarray]:
+def best_fit(lengths: np.ndarray, seq_len: int, sorted_over: float = 0.25) -> list[list[int]]:
     """Assign pieces of lengths [m], each in 1..seq_len, to rows of seq_len slots: the indices of each row's pieces.
 
     Each goes into the fullest row with room: those over this share of a row, the longest first, then the others as they
@@ -30,13 +30,11 @@ def best_fit(lengths: np.ndarray, seq_len: int, sorted_over: float = 0.25) -> li
     for piece in np.argsort(-long, kind="stable").tolist():
         length = lengths[piece].item()
         place = bisect.bisect_left(rooms, (length, 0))
-        if place < len(rooms):
-            free, row = rooms.pop(place)
-        else:
-            free = seq_len
-            row = len(rows)
+        if place == len(rooms):
+            rooms.append((seq_len, len(rows)))
             rows.append([])
+        free, row = rooms.pop(place)
         rows[row].append(piece)
         if free > length:
             bisect.insort(rooms, (free - length, row))
-    return [np.asarray(row) for row in rows]
+    return rows

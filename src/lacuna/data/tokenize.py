@@ -9,7 +9,6 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from lacuna.config import ConfigError, ModelConfig, Source, blame
-from lacuna.data import batch
 from lacuna.data.batch import Tokens
 
 
@@ -45,7 +44,7 @@ class TextEncoder:
         return [source.column]
 
     def documents(self, rows: list[dict], source: Source, numbers: Sequence[int]) -> list[Tokens]:
-        """The document of each row; ConfigError with the row's number where it has no right shape."""
+        """The document of each row; ConfigError with the number of one that is no text."""
         values = [row.get(source.column) for row in rows]
         for number, value in zip(numbers, values, strict=True):
             if not isinstance(value, str | None):
@@ -55,16 +54,16 @@ class TextEncoder:
         return [Tokens(ids, "" if len(ids) else "dropped: no text") for ids in documents]
 
     def fingerprint(self) -> str:
-        """Changes with anything that could change a token or a mask, and so makes the token cache anew."""
-        return digest(self.backend.to_str(), self.bos, self.eos, Path(__file__).read_text())
+        """Changes with all that could change a token or a mask: then the token cache is made anew."""
+        return digest(self.backend.to_str(), self.bos, self.eos)
 
     def adapt(self, tokenizer):
         """Make the model's own tokenizer end documents, or turns, as in training: it does so already."""
 
 
 def digest(*parts) -> str:
-    hiding = Path(batch.__file__).read_text()  # how a mask is stored
-    return hashlib.sha256(repr((*parts, hiding)).encode()).hexdigest()[:32]
+    code = [file.read_text() for file in sorted(Path(__file__).parent.glob("*.py"))]  # how rows are read and stored
+    return hashlib.sha256(repr((*parts, code)).encode()).hexdigest()[:32]
 
 
 def load_tokenizer(model: ModelConfig):
@@ -75,7 +74,7 @@ def load_tokenizer(model: ModelConfig):
     with blame(f"model.name or model.tokenizer {name}: no tokenizer there"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     if not tokenizer.is_fast:
-        raise ConfigError(f"model.tokenizer {name} is a slow one, in Python: use one of the tokenizers library")
+        raise ConfigError(f"model.tokenizer {name} is written in Python: use one of the tokenizers library")
     return tokenizer
 
 
