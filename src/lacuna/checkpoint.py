@@ -181,18 +181,15 @@ class Checkpoints:
             errors[self.ranks.rank] = str(error) or repr(error)
         if self.group:
             dist.all_gather_object(errors, errors[self.ranks.rank], group=self.group)
-        if self.ranks.rank == 0 and not any(errors):
-            try:
-                path.rename(final)
-            except OSError as error:
-                errors[0] = str(error)
         if any(errors):
             last = in_order(self.folder)[-1:]
             what = f"{last[0]} is whole, and the run goes on from it" if last else "there is none before it"
             raise ConfigError(f"no checkpoint of step {step}: {next(filter(None, errors))}. Make room there; {what}")
-        for old in in_order(self.folder)[: -self.config.checkpoint.keep] if self.ranks.rank == 0 else []:
-            # gone at once, whatever happens while it is deleted; what stays is removed when the run starts again
-            shutil.rmtree(old.rename(old.with_name(f".old_{old.name}")), ignore_errors=True)
+        if self.ranks.rank == 0:
+            path.rename(final)
+            for old in in_order(self.folder)[: -self.config.checkpoint.keep]:
+                # gone at once, whatever happens while it is deleted; what stays is removed when the run starts again
+                shutil.rmtree(old.rename(old.with_name(f".old_{old.name}")), ignore_errors=True)
         log.info("step %d: checkpoint in %s, written in %.2f s", step, final, time.perf_counter() - begin)
 
     def write_safetensors(self, file: Path):
