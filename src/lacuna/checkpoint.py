@@ -116,7 +116,7 @@ class Checkpoints:
         self.thread = ThreadPoolExecutor(max_workers=1, **setup)
         self.memory = None  # Future of HostMemory
         # of the last save: the host has this rank's share, so that parameters may change; the checkpoint is whole
-        self.copied = self.written = None
+        self.copied = self.written = self.thread.submit(lambda: None)  # there is none yet
         # the thread's own: two threads that use one group could meet in different orders on different ranks
         timeout = timedelta(seconds=config.dist.timeout)
         self.group = dist.new_group(backend="gloo", timeout=timeout) if ranks.mesh is not None else None
@@ -126,7 +126,7 @@ class Checkpoints:
         if self.memory is None:  # not before: beside compilation, 20 GB for a 1.7B model cost that 2 s
             sizes = [local(tensor).numel() for tensor in self.tensors.values()]
             self.memory = self.thread.submit(HostMemory, sizes, self.ranks.device.type == "cuda")
-        if self.written and self.written.done():
+        if self.written.done():
             self.finish()
 
     def save(self, step: int, facts: dict, data: dict):
@@ -145,13 +145,11 @@ class Checkpoints:
 
     def wait_for_copy(self):
         """Before parameters change: whatever is being saved must be on the host."""
-        if self.copied:
-            self.copied.result()
+        self.copied.result()
 
     def finish(self):
         """Wait until what is being saved is whole. ConfigError where it cannot be."""
-        if self.written:
-            self.written.result()
+        self.written.result()
 
     def copy(self, shares: list[torch.Tensor]):
         """Copy this rank's shares to the host, beside the computation of the next step."""
