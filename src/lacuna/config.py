@@ -220,11 +220,9 @@ def contradictions(config: Config) -> list[tuple]:
 
 def uneven_batch(train: TrainConfig, ranks: int = 1) -> str:
     """A sentence for a global batch that does not divide into the micro-batches of all ranks."""
-    rows = train.micro_batch_size * ranks
-    below = train.global_batch_size // rows * rows
-    near = f"{below} or {below + rows}" if below else rows
     factors = f"train.micro_batch_size {train.micro_batch_size} x {ranks} rank(s)"
-    return f"train.global_batch_size {train.global_batch_size} is no multiple of {factors}: use {near}"
+    cure = f"use a multiple of {train.micro_batch_size * ranks}"
+    return f"train.global_batch_size {train.global_batch_size} is no multiple of {factors}: {cure}"
 
 
 class Parser(ArgumentParser):
