@@ -1,8 +1,6 @@
-"""Checkpoints to go on from, and models out to disk.
+"""Checkpoints to go on from (docs/runs-that-stop.md; of LoRA the adapters alone), and models out to disk.
 
-runs/NAME/checkpoints/step_N/ has a safetensors file a rank, which any number of ranks can read: the model under its
-Hugging Face names (of LoRA the adapters alone) and the optimizer as `optimizer.*`, float32; state.json; and the model's
-small files. It is written as .step_N while training goes on, and renamed once all is on disk: step_N is whole.
+One is written as .step_N while training goes on, and renamed once all is on disk: step_N is whole.
 """
 
 import json
