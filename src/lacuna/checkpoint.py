@@ -105,8 +105,7 @@ class Checkpoints:
         self.folder = folder / "checkpoints"
         # of a sharded tensor each rank of the first replica writes its part, of any other rank 0
         first = ranks.rank == 0 or ranks.mesh.get_coordinate()[0] == 0
-        mine = {name: t for name, t in tensors.items() if ranks.rank == 0 or (first and isinstance(t, DTensor))}
-        self.tensors = {name: tensor for name, tensor in mine.items() if local(tensor).numel() > 0}
+        self.tensors = {name: t for name, t in tensors.items() if ranks.rank == 0 or (first and isinstance(t, DTensor))}
         self.small_files = [model.config, model.generation_config, tokenizer]
         on_gpu = ranks.device.type == "cuda"
         # CUDA's current device is each thread's own: else copies from every GPU but the first would not be waited for
