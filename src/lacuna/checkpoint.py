@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import GenerationConfig, PreTrainedModel
 
-from lacuna.config import Config, ConfigError, LoraConfig, log
+from lacuna.config import AGAIN, Config, ConfigError, LoraConfig, log
 from lacuna.data.loader import merge_states
 from lacuna.lora import merge, write_adapter
 from lacuna.parallel import Ranks, local
@@ -177,9 +177,7 @@ class Checkpoints:
         if self.group:
             dist.all_gather_object(errors, errors[self.ranks.rank], group=self.group)
         if any(errors):
-            last = in_order(self.folder)[-1:]
-            what = f"{last[0]} is whole, and the run goes on from it" if last else "there is none before it"
-            raise ConfigError(f"no checkpoint of step {step}: {next(filter(None, errors))}. Make room there; {what}")
+            raise ConfigError(f"no checkpoint of step {step}: {next(filter(None, errors))}. Make room there; {AGAIN}")
         if self.ranks.rank == 0:
             path.rename(final)
             for old in in_order(self.folder)[: -self.config.checkpoint.keep]:
