@@ -38,7 +38,7 @@ def blame(where: str):
     """Whatever goes wrong inside becomes one sentence that begins with `where`: a ConfigError."""
     try:
         yield
-    except (ConfigError, NonFinite, Preempted, KeyboardInterrupt, SystemExit):
+    except (ConfigError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # tokenizers, written in Rust, panics with one
         log.debug("%s", where, exc_info=True)  # to log.txt, where a run has one by now
@@ -50,7 +50,7 @@ def fault(error: BaseException) -> str:
     # of more lines, transformers' and the Hub's are for programmers
     text = str(error).partition("\n")[0] if isinstance(error, OSError) else " ".join(str(error).split())[:300]
     cure = CURES.get(getattr(error, "errno", None), "")
-    if "gloo" in text or type(error).__name__ in ("DistStoreError", "DistNetworkError", "DistBackendError"):
+    if "gloo" in text or type(error).__module__ == "torch.distributed":
         cure = f". Another rank has ended, or cannot be reached: see what it says; {AGAIN}"
     return f"{type(error).__name__}: {text}{cure}"
 
