@@ -80,7 +80,7 @@ class Report:
             self.report(self.pending.pop(0))
 
     def report(self, step: Pending):
-        if step.done and not step.done.query():
+        if step.done:
             step.done.synchronize()
         sums = dict(zip(step.names, step.values.tolist(), strict=True))
         number = step.facts["step"]
