@@ -214,7 +214,7 @@ def match_eos(config: Config, model: PreTrainedModel, tokenizer):
     try:
         model.generation_config.validate(strict=True)
     except ValueError as error:
-        log.info("%s: its generation_config is left out, since transformers refuses it: %s", config.model.name, error)
+        log.info("The generation_config is left out, since transformers refuses it: %s", error)
         model.generation_config = GenerationConfig(bos_token_id=tokenizer.bos_token_id)
     generation = model.generation_config
     if config.model.tokenizer:  # the ids of another one would be other words
