@@ -142,7 +142,7 @@ def test_a_disk_that_is_full_stops_the_run_and_leaves_the_last_checkpoint(option
 
     monkeypatch.setattr(Checkpoints, "write_safetensors", write)
     config = load_config(None, options(checkpoint__keep=1))
-    with pytest.raises(ConfigError, match=r"no checkpoint of step 4: .*No space left.*step_2 is whole"):
+    with pytest.raises(ConfigError, match=r"no checkpoint of step 4: .*No space left.*Make room there"):
         run(config)
     folder = Path(config.out) / config.name
     assert checkpoints(folder) == [2]
@@ -322,7 +322,7 @@ def test_a_checkpoint_of_another_format_is_refused_with_what_to_do(options, stop
     state = json.loads((newest / "state.json").read_text())
     for other in ({}, {"format": 1}):  # the first ones had no number
         (newest / "state.json").write_text(json.dumps({k: v for k, v in state.items() if k != "format"} | other))
-        with pytest.raises(ConfigError, match=f"another version of lacuna.*--model.name {newest}"):
+        with pytest.raises(ConfigError, match=f"{newest} .*another version of lacuna.*model.name"):
             run(load_config(None, options()))
 
 

@@ -1,8 +1,6 @@
-"""Checkpoints to go on from, and models out to disk.
+"""Checkpoints to go on from (docs/runs-that-stop.md; of LoRA the adapters alone), and models out to disk.
 
-runs/NAME/checkpoints/step_N/ has a safetensors file a rank, which any number of ranks can read: the model under its
-Hugging Face names (of LoRA the adapters alone) and the optimizer as `optimizer.*`, float32; state.json; and the model's
-small files. It is written as .step_N while training goes on, and renamed once all is on disk: step_N is whole.
+One is written as .step_N while training goes on, and renamed once all is on disk: step_N is whole.
 """
 
 import json
@@ -23,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import GenerationConfig, PreTrainedModel
 
-from lacuna.config import Config, ConfigError, LoraConfig, log
+from lacuna.config import AGAIN, Config, ConfigError, LoraConfig, log
 from lacuna.data.loader import merge_states
 from lacuna.lora import merge, write_adapter
 from lacuna.parallel import Ranks, local
@@ -65,8 +63,7 @@ def read_state(checkpoint: Path | None, config: Config) -> dict:
         return {"step": 0, "tokens": 0, "trained_tokens": 0, "data": None}
     state = state_of(checkpoint)
     if state.get("format") != FORMAT:
-        cure = f"begin a new run from its weights, --model.name {checkpoint}"
-        raise ConfigError(f"{checkpoint} was written by another version of lacuna: {cure}")
+        raise ConfigError(f"{checkpoint} was written by another version of lacuna: begin a run with it as model.name")
     old, new = flat(state["config"]), flat(config.model_dump(mode="json"))
     changed = [key for key in sorted(old.keys() & new.keys()) if old[key] != new[key] and not key.startswith(FREE)]
     if changed and not config.checkpoint.resume_changed:
@@ -107,8 +104,7 @@ class Checkpoints:
         self.folder = folder / "checkpoints"
         # of a sharded tensor each rank of the first replica writes its part, of any other rank 0
         first = ranks.rank == 0 or ranks.mesh.get_coordinate()[0] == 0
-        mine = {name: t for name, t in tensors.items() if ranks.rank == 0 or (first and isinstance(t, DTensor))}
-        self.tensors = {name: tensor for name, tensor in mine.items() if local(tensor).numel() > 0}
+        self.tensors = {name: t for name, t in tensors.items() if ranks.rank == 0 or (first and isinstance(t, DTensor))}
         self.small_files = [model.config, model.generation_config, tokenizer]
         on_gpu = ranks.device.type == "cuda"
         # CUDA's current device is each thread's own: else copies from every GPU but the first would not be waited for
@@ -116,7 +112,7 @@ class Checkpoints:
         self.thread = ThreadPoolExecutor(max_workers=1, **setup)
         self.memory = None  # Future of HostMemory
         # of the last save: the host has this rank's share, so that parameters may change; the checkpoint is whole
-        self.copied = self.written = None
+        self.copied = self.written = self.thread.submit(lambda: None)  # there is none yet
         # the thread's own: two threads that use one group could meet in different orders on different ranks
         timeout = timedelta(seconds=config.dist.timeout)
         self.group = dist.new_group(backend="gloo", timeout=timeout) if ranks.mesh is not None else None
@@ -126,7 +122,7 @@ class Checkpoints:
         if self.memory is None:  # not before: beside compilation, 20 GB for a 1.7B model cost that 2 s
             sizes = [local(tensor).numel() for tensor in self.tensors.values()]
             self.memory = self.thread.submit(HostMemory, sizes, self.ranks.device.type == "cuda")
-        if self.written and self.written.done():
+        if self.written.done():
             self.finish()
 
     def save(self, step: int, facts: dict, data: dict):
@@ -145,13 +141,11 @@ class Checkpoints:
 
     def wait_for_copy(self):
         """Before parameters change: whatever is being saved must be on the host."""
-        if self.copied:
-            self.copied.result()
+        self.copied.result()
 
     def finish(self):
         """Wait until what is being saved is whole. ConfigError where it cannot be."""
-        if self.written:
-            self.written.result()
+        self.written.result()
 
     def copy(self, shares: list[torch.Tensor]):
         """Copy this rank's shares to the host, beside the computation of the next step."""
@@ -181,18 +175,13 @@ class Checkpoints:
             errors[self.ranks.rank] = str(error) or repr(error)
         if self.group:
             dist.all_gather_object(errors, errors[self.ranks.rank], group=self.group)
-        if self.ranks.rank == 0 and not any(errors):
-            try:
-                path.rename(final)
-            except OSError as error:
-                errors[0] = str(error)
         if any(errors):
-            last = in_order(self.folder)[-1:]
-            what = f"{last[0]} is whole, and the run goes on from it" if last else "there is none before it"
-            raise ConfigError(f"no checkpoint of step {step}: {next(filter(None, errors))}. Make room there; {what}")
-        for old in in_order(self.folder)[: -self.config.checkpoint.keep] if self.ranks.rank == 0 else []:
-            # gone at once, whatever happens while it is deleted; what stays is removed when the run starts again
-            shutil.rmtree(old.rename(old.with_name(f".old_{old.name}")), ignore_errors=True)
+            raise ConfigError(f"no checkpoint of step {step}: {next(filter(None, errors))}. Make room there; {AGAIN}")
+        if self.ranks.rank == 0:
+            path.rename(final)
+            for old in in_order(self.folder)[: -self.config.checkpoint.keep]:
+                # gone at once, whatever happens while it is deleted; what stays is removed when the run starts again
+                shutil.rmtree(old.rename(old.with_name(f".old_{old.name}")), ignore_errors=True)
         log.info("step %d: checkpoint in %s, written in %.2f s", step, final, time.perf_counter() - begin)
 
     def write_safetensors(self, file: Path):
@@ -225,7 +214,7 @@ def match_eos(config: Config, model: PreTrainedModel, tokenizer):
     try:
         model.generation_config.validate(strict=True)
     except ValueError as error:
-        log.info("%s: its generation_config is left out, since transformers refuses it: %s", config.model.name, error)
+        log.info("The generation_config is left out, since transformers refuses it: %s", error)
         model.generation_config = GenerationConfig(bos_token_id=tokenizer.bos_token_id)
     generation = model.generation_config
     if config.model.tokenizer:  # the ids of another one would be other words

@@ -93,15 +93,14 @@ def launch(words: list[str]):
     """Set this process's share of the cores; alone with several GPUs, become torchrun."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = len(glob("/dev/nvidia[0-9]*")) if visible is None else len(visible.replace(",", " ").split())
+    set_threads(int(os.environ.get("LOCAL_WORLD_SIZE", max(1, gpus))))
     if "RANK" in os.environ:
-        set_threads(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    elif "SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_NTASKS", "1") != "1":
+        return
+    if "SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_NTASKS", "1") != "1":
         raise ConfigError("each task of this srun is a run of its own, without RANK: see configs/slurm.sh")
-    else:
-        log.warning("loading torch and transformers")
-        set_threads(max(1, gpus))
-        if gpus > 1:
-            become_torchrun(gpus, words)
+    log.warning("loading torch and transformers")
+    if gpus > 1:
+        become_torchrun(gpus, words)
 
 
 def become_torchrun(gpus: int, words: list[str]):

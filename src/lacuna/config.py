@@ -38,7 +38,7 @@ def blame(where: str):
     """Whatever goes wrong inside becomes one sentence that begins with `where`: a ConfigError."""
     try:
         yield
-    except (ConfigError, NonFinite, Preempted, KeyboardInterrupt, SystemExit):
+    except (ConfigError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # tokenizers, written in Rust, panics with one
         log.debug("%s", where, exc_info=True)  # to log.txt, where a run has one by now
@@ -50,7 +50,7 @@ def fault(error: BaseException) -> str:
     # of more lines, transformers' and the Hub's are for programmers
     text = str(error).partition("\n")[0] if isinstance(error, OSError) else " ".join(str(error).split())[:300]
     cure = CURES.get(getattr(error, "errno", None), "")
-    if "gloo" in text or type(error).__name__ in ("DistStoreError", "DistNetworkError", "DistBackendError"):
+    if "gloo" in text or type(error).__module__ == "torch.distributed":
         cure = f". Another rank has ended, or cannot be reached: see what it says; {AGAIN}"
     return f"{type(error).__name__}: {text}{cure}"
 
@@ -220,11 +220,9 @@ def contradictions(config: Config) -> list[tuple]:
 
 def uneven_batch(train: TrainConfig, ranks: int = 1) -> str:
     """A sentence for a global batch that does not divide into the micro-batches of all ranks."""
-    rows = train.micro_batch_size * ranks
-    below = train.global_batch_size // rows * rows
-    near = f"{below} or {below + rows}" if below else rows
     factors = f"train.micro_batch_size {train.micro_batch_size} x {ranks} rank(s)"
-    return f"train.global_batch_size {train.global_batch_size} is no multiple of {factors}: use {near}"
+    cure = f"use a multiple of {train.micro_batch_size * ranks}"
+    return f"train.global_batch_size {train.global_batch_size} is no multiple of {factors}: {cure}"
 
 
 class Parser(ArgumentParser):

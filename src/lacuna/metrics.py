@@ -62,7 +62,7 @@ class Report:
         self.file = open_metrics(folder, state["step"]) if ranks.rank == 0 else None
 
     def start_clock(self):
-        """Begin a new interval between two lines: what was before, such as an evaluation, is not measured."""
+        """Begin a new interval between two lines: an evaluation before it is not measured."""
         self.since, self.interval = time.perf_counter(), Counter()
 
     def step(self, facts: dict, sums: dict[str, torch.Tensor]):
@@ -80,7 +80,7 @@ class Report:
             self.report(self.pending.pop(0))
 
     def report(self, step: Pending):
-        if step.done and not step.done.query():
+        if step.done:
             step.done.synchronize()
         sums = dict(zip(step.names, step.values.tolist(), strict=True))
         number = step.facts["step"]

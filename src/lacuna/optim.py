@@ -81,6 +81,6 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     # warmup-stable-decay, arXiv 2404.06395: constant, then a linear decay
     if config.schedule == "wsd":
         begin = max(begin, steps - (config.decay_steps or max(1, steps // 10)))
-    done = min(1.0, max(0, step - begin) / max(1, steps - 1 - begin))
+    done = max(0, step - begin) / max(1, steps - 1 - begin)
     share = 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * share)

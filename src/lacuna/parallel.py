@@ -87,10 +87,9 @@ def sum_over_ranks(parts: list[dict], device: torch.device) -> dict[str, torch.T
     totals = {}
     for part in parts:
         totals = {name: totals.get(name, 0) + figure for name, figure in part.items()}
-    vector = torch.zeros(len(totals), dtype=torch.float64, device=device)
-    for place, figure in zip(vector, totals.values(), strict=True):
-        # `vector[i] = number` would wait for the device: it copies a tensor of the host
-        place.copy_(figure) if isinstance(figure, torch.Tensor) else place.fill_(figure)
+    zero = torch.zeros((), dtype=torch.float64, device=device)
+    # to make a tensor of a number would wait for the device: it is copied from the host; adding one does not wait
+    vector = torch.stack([zero + figure for figure in totals.values()])
     if dist.is_initialized():
         dist.all_reduce(vector)
     return dict(zip(totals, vector, strict=True))

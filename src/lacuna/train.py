@@ -202,8 +202,7 @@ def evaluate(trainee: Trainee, config: Config, dataset: RowDataset, ranks: Ranks
         [batch] = loader.step()
         size = count_bytes(tokenizer, batch.labels.view(-1, config.train.seq_len).cpu().numpy())
         loss, figures = trainee(batch)
-        counts = {"units": batch.counts["units"], "bytes": size}
-        parts.append({**figures, **counts, "loss": loss.double()})
+        parts.append({**figures, **batch.counts, "bytes": size, "loss": loss.double()})
     trainee.train()
     loader.close()
     sums = {name: total.item() for name, total in sum_over_ranks(parts, ranks.device).items()}
