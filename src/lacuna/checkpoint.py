@@ -160,7 +160,7 @@ class Checkpoints:
     def write(self, step: int, state: dict):
         """Write this rank's files; once all ranks have, give the folder its name and remove the oldest."""
         begin = time.perf_counter()
-        path, final = self.folder / f".step_{step}", self.folder / f"step_{step}"
+        path = self.folder / f".step_{step}"
         errors = [""] * self.ranks.world
         try:
             self.copied.result()
@@ -178,11 +178,11 @@ class Checkpoints:
         if any(errors):
             raise ConfigError(f"no checkpoint of step {step}: {next(filter(None, errors))}. Make room there; {AGAIN}")
         if self.ranks.rank == 0:
-            path.rename(final)
+            final = path.rename(self.folder / f"step_{step}")
             for old in in_order(self.folder)[: -self.config.checkpoint.keep]:
                 # gone at once, whatever happens while it is deleted; what stays is removed when the run starts again
                 shutil.rmtree(old.rename(old.with_name(f".old_{old.name}")), ignore_errors=True)
-        log.info("step %d: checkpoint in %s, written in %.2f s", step, final, time.perf_counter() - begin)
+            log.info("step %d: checkpoint in %s, written in %.2f s", step, final, time.perf_counter() - begin)
 
     def write_safetensors(self, file: Path):
         """One file of float32 tensors, with their offsets in the whole ones."""
