@@ -202,7 +202,7 @@ CONTRADICTIONS = {  # name: (what is wrong, words of the sentence, what the sent
     ),
     "uneven micro-batches": (
         ["--train.global_batch_size", "8", "--train.micro_batch_size", "3"],
-        ["train.global_batch_size 8", "train.micro_batch_size 3", "use a multiple of 3"],
+        ["train.global_batch_size 8", "train.micro_batch_size 3", "rank(s) = 3"],
         ["--train.global_batch_size", "9", "--train.micro_batch_size", "3"],
     ),
     "micro-batch above global": (

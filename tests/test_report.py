@@ -39,7 +39,7 @@ def make_run(tmp_path):
     def make_run(name, lines, **config):
         folder = tmp_path / name
         folder.mkdir(parents=True)
-        text = "".join(json.dumps(line) + "\n" for line in [{"step": 0, "documents": {"whole": 5}}, *lines])
+        text = "".join(json.dumps(line) + "\n" for line in lines)
         (folder / "metrics.jsonl").write_text(text)
         (folder / "config.toml").write_text(tomli_w.dumps({"name": name, **config}))
         return folder

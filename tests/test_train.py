@@ -194,7 +194,7 @@ def test_evaluation_is_weighted_by_tokens_and_equals_plain_transformers(model_fo
     documents = [json.loads(line)["text"][:150] for line in texts.read_text().splitlines()]
     short.write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
     more = ["--train.steps", "1", "--eval.sources", json.dumps([{"path": str(short)}])]
-    first = lines(run(load_config(None, options(folder, texts, tmp_path, *more))))[1]
+    first = lines(run(load_config(None, options(folder, texts, tmp_path, *more))))[0]
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     nats, tokens, size = 0.0, 0, 0
@@ -218,7 +218,7 @@ def test_evaluation_reads_every_stream_to_its_end(model_folder, texts, tmp_path)
         (shards / f"{name}.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in part))
     sources = json.dumps([{"path": str(shards / "*.jsonl"), "streaming": True}])
     more = ["--train.steps", "1", "--train.micro_batch_size", "1", "--eval.sources", sources]
-    first = lines(run(load_config(None, options(model_folder("llama"), texts, tmp_path, *more))))[1]
+    first = lines(run(load_config(None, options(model_folder("llama"), texts, tmp_path, *more))))[0]
     tokenizer = AutoTokenizer.from_pretrained(EXAMPLES / "tiny")
     assert first["eval_tokens"] == sum(len(tokenizer(d)["input_ids"]) for d in documents)
 
@@ -383,7 +383,7 @@ def test_a_batch_that_does_not_divide_over_the_ranks_names_what_does(model_folde
     argv = options(model_folder("llama"), texts, tmp_path, "--train.steps", "1", "--train.global_batch_size", "6")
     done = finish(tmp_path, "pt", *no_config(tmp_path), *argv, ranks=2)
     assert done.status == 1
-    sizes = "train.global_batch_size 6 is no multiple of train.micro_batch_size 2 x 2 rank(s): use a multiple of 4"
+    sizes = "train.global_batch_size 6 is no multiple of train.micro_batch_size 2 x 2 rank(s) = 4"
     assert sizes in done.output
 
 

@@ -1,5 +1,3 @@
-"""`python -m lacuna`, as torchrun starts it."""
-
 from lacuna.cli import main
 
 main()

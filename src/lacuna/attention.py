@@ -9,7 +9,6 @@ arguments of the model's forward: see `boundaries`.
 """
 
 import importlib.util
-import inspect
 import os
 
 import torch
@@ -22,8 +21,6 @@ from lacuna.data.batch import PackedBatch
 
 # FlashAttention-4 compiles itself for seconds: keep the result (in /tmp; its .._CACHE_DIR names another place).
 os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
-# From torch 2.15 on, fewer key than query heads must be asked for; before, they were simply allowed.
-GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 def choose_backend(asked: str | None, device: torch.device, dtype: torch.dtype) -> str:
@@ -77,7 +74,7 @@ def packed_attention(module, query, key, value, attention_mask=None, *, backend=
         out, _ = fa4(q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens, max_seqlen, scale, left)
         return out[None], None
     limits = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-    return varlen_attn(q, k, v, *limits, scale=scale, window_size=(left, 0), **GROUPED)[None], None
+    return varlen_attn(q, k, v, *limits, scale=scale, window_size=(left, 0))[None], None
 
 
 def sdpa(query, key, value, mask, scale: float, left: int) -> torch.Tensor:

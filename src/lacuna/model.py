@@ -10,7 +10,6 @@ import hashlib
 import runpy
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -30,22 +29,16 @@ from lacuna.parallel import Ranks, shard_model
 from lacuna.weights import load_weights, read_tensors, weight_folder
 
 
-class Plan(NamedTuple):
-    """How a model computes on this machine: what the config left open is decided once, in `assemble`."""
-
-    dtype: torch.dtype  # of computation; parameters and optimizer are float32
-    compiled: bool
-    backend: str  # of attention
-
-
 class Trainee(nn.Module):
     """A transformers model with its loss: what is sharded, called and trained."""
 
-    def __init__(self, model: PreTrainedModel, layers: list[nn.Module], plan: Plan):
+    def __init__(self, model: PreTrainedModel, layers: list[nn.Module], *, dtype, compiled: bool, backend: str):
         super().__init__()
         self.model = model
         self.layers = layers  # of the decoder, in order
-        self.plan = plan
+        self.dtype = dtype  # of computation; what is trained is float32
+        self.compiled = compiled
+        self.backend = backend  # of attention
         self.objective = None  # a recipe's, called in place of the sum of losses
 
     def forward(self, batch: PackedBatch) -> tuple[torch.Tensor, dict]:
@@ -65,13 +58,13 @@ class Trainee(nn.Module):
         scaling = known.get("logits_scaling") or 1.0
         factor *= scaling if config.model_type == "hyperclovax" else 1 / scaling  # others divide
         arithmetic = {"factor": factor, "cap": known.get("final_logit_softcapping") or None}
-        return functools.partial(head_loss, self.hidden(batch), weight, batch, self.plan.compiled, **arithmetic)
+        return functools.partial(head_loss, self.hidden(batch), weight, batch, self.compiled, **arithmetic)
 
     def hidden(self, batch: PackedBatch) -> torch.Tensor:
         """The decoder's last hidden states [T, H]."""
         # transformers wants a batch: ours is one long sample
         inputs = {"input_ids": batch.input_ids[None], "position_ids": batch.position_ids[None], "use_cache": False}
-        return self.model.get_decoder()(**inputs, **boundaries(batch, self.plan.backend)).last_hidden_state[0]
+        return self.model.get_decoder()(**inputs, **boundaries(batch, self.backend)).last_hidden_state[0]
 
 
 def build_model(config: Config, ranks: Ranks, tokenizer, checkpoint: Path | None = None) -> Trainee:
@@ -92,7 +85,7 @@ def assemble(config: Config, ranks: Ranks, tokenizer, frozen: bool = False) -> T
     on_gpu = ranks.device.type == "cuda"
     dtype = getattr(torch, config.model.dtype or ("bfloat16" if on_gpu else "float32"))
     compiled = on_gpu if config.train.compile is None else config.train.compile
-    plan = Plan(dtype, compiled, choose_backend(config.model.attention, ranks.device, dtype))
+    backend = choose_backend(config.model.attention, ranks.device, dtype)
 
     # what is frozen is held as it computes
     model = empty_model(config.model, tokenizer, dtype if frozen or config.lora.rank else torch.float32)
@@ -115,14 +108,12 @@ def assemble(config: Config, ranks: Ranks, tokenizer, frozen: bool = False) -> T
     for layer in layers if compiled else []:
         layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)
     # last, because FSDP2's hooks would break the graphs
-    trainee = Trainee(model, layers, plan)
+    trainee = Trainee(model, layers, dtype=dtype, compiled=compiled, backend=backend)
     if ranks.mesh is not None:
         shard_model(trainee, layers, ranks, dtype)
     # what goes out has the dtype of what came in, unless model.dtype says otherwise
     if config.model.from_scratch or config.model.dtype or model.config.dtype is None:
         model.config.dtype = dtype
-    elif model.config.dtype != torch.float32 and not frozen:
-        log.info("hf/ will be %s, as it came; else see model.overrides.dtype", model.config.dtype)
     return trainee
 
 

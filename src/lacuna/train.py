@@ -66,7 +66,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
             trainee.objective = recipe["make_objective"](config, ranks, tokenizer)
         model = trainee.model
         parameters = trained(model)
-        optimizer = AdamW(model, trainee.layers, config.optim, trainee.plan.compiled)
+        optimizer = AdamW(model, trainee.layers, config.optim, trainee.compiled)
         encoder.adapt(tokenizer)
         match_eos(config, model, tokenizer)
     tensors = (parameters if config.lora.rank else held(model)) | optimizer.tensors(parameters)
@@ -80,13 +80,11 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
             # to repeat the run: not before it can begin, or a failed start would change a finished run's
             (folder / "config.toml").write_text(tomli_w.dumps(config.model_dump(exclude_none=True)))
     count = f"{model.num_parameters(only_trainable=True):,} of {model.num_parameters():,} parameters are trained"
-    log.info("model   %s: %s", config.model.name, count)
-    log.info("device  %d x %s: %s, %s attention", ranks.world, report.device, trainee.plan.dtype, trainee.plan.backend)
+    log.info("model   %s: %s, hf/ in %s", config.model.name, count, model.config.dtype)
+    log.info("device  %d x %s: %s, %s attention", ranks.world, report.device, trainee.dtype, trainee.backend)
     length = f"{steps} steps of {config.train.global_batch_size} rows x {config.train.seq_len} tokens"
     log.info("length  %s, lr %g, %s", length, config.optim.lr, config.optim.schedule)
     log.info("run     %s: a checkpoint every %d steps", folder, config.checkpoint.every)
-    if checkpoint is None:
-        report.write({"step": 0, "documents": dataset.notes})
     if held_out and is_due(state["step"], config.eval.every, steps):
         report.evaluation(state["step"], evaluate(trainee, config, held_out, ranks, tokenizer))
     failed = torch.zeros((), device=ranks.device, dtype=torch.bool)  # a loss or gradient was not finite
