@@ -27,7 +27,7 @@ from lacuna.lora import merge, write_adapter
 from lacuna.parallel import Ranks, local
 from lacuna.weights import fingerprint, read_whole, weight_folder
 
-FORMAT = 4  # of names and state in a checkpoint: counted up when no run can go on from those of before
+FORMAT = 5  # of names and state in a checkpoint: counted up when no run can go on from those of before
 # What may change when a run goes on: places, reports, hardware. With another value of any other key it is another run.
 FREE = ("name", "out", "log.", "checkpoint.", "dist.", "eval.every", "eval.rows", "eval.sources", "data.cache")
 FREE += ("train.micro_batch_size", "train.activation_checkpointing", "train.deterministic")

@@ -38,7 +38,7 @@ def blame(where: str):
     """Whatever goes wrong inside becomes one sentence that begins with `where`: a ConfigError."""
     try:
         yield
-    except (ConfigError, KeyboardInterrupt, SystemExit):
+    except (ConfigError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # tokenizers, written in Rust, panics with one
         log.debug("%s", where, exc_info=True)  # to log.txt, where a run has one by now
@@ -220,9 +220,8 @@ def contradictions(config: Config) -> list[tuple]:
 
 def uneven_batch(train: TrainConfig, ranks: int = 1) -> str:
     """A sentence for a global batch that does not divide into the micro-batches of all ranks."""
-    factors = f"train.micro_batch_size {train.micro_batch_size} x {ranks} rank(s)"
-    cure = f"use a multiple of {train.micro_batch_size * ranks}"
-    return f"train.global_batch_size {train.global_batch_size} is no multiple of {factors}: {cure}"
+    product = f"train.micro_batch_size {train.micro_batch_size} x {ranks} rank(s) = {train.micro_batch_size * ranks}"
+    return f"train.global_batch_size {train.global_batch_size} is no multiple of {product}"
 
 
 class Parser(ArgumentParser):

@@ -1,24 +1,17 @@
 """Sources: what can be read, what is refused, when the token cache holds, and that a stream resumes anywhere."""
 
-import gzip
 import json
 import multiprocessing
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import asdict, replace
 
-import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet
 import pytest
-import zstandard
 from transformers import AutoTokenizer
 
-from lacuna.config import ConfigError, Source, load_config
+from lacuna.config import ConfigError
 from lacuna.data import sources
-from lacuna.data.conversations import make_encoder
 from lacuna.data.loader import RowDataset
 from lacuna.data.sources import Cursor
 from lacuna.data.tokenize import TextEncoder
@@ -70,7 +63,7 @@ class Reader:
         return int(self.ahead.epoch)
 
     def state(self) -> dict:
-        return asdict(self.ahead.cursor)
+        return asdict(replace(self.ahead.begin, taken=self.ahead.taken))
 
 
 def drain(reader) -> list[list[int]]:
@@ -90,58 +83,6 @@ def read_texts(folder, tokenizer, **source) -> list[str]:
     tokens = drain(Reader(opened))
     assert all(ids[-1] == tokenizer.eos_token_id for ids in tokens)
     return [tokenizer.decode(ids[:-1]) for ids in tokens]
-
-
-# What can be read
-
-
-@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
-@pytest.mark.parametrize(
-    ("files", "path", "keys"),
-    [
-        (["a.jsonl"], "a.jsonl", {}),
-        (["a.parquet"], "a.parquet", {}),
-        (["f/a.jsonl", "f/b.jsonl", "f/c.jsonl"], "f/*.jsonl", {}),
-        (["f/a.parquet", "f/b.parquet"], "f/*.parquet", {}),
-        (["f/a/b/c.jsonl", "f/d.jsonl"], "f/**/*.jsonl", {}),
-        (["f/a.jsonl", "f/b.jsonl"], "f", {}),
-        (["f/a.parquet", "f/b.parquet"], "f", {}),
-        (["f/a.jsonl", "f/b.jsonl", "f/other.json"], "f", {"data_files": ["a.jsonl", "b.jsonl"]}),
-        (["f/a.jsonl", "f/b.jsonl", "f/other.json"], "f", {"data_files": "?.jsonl"}),
-        (["a.v1.jsonl"], "a.v1.jsonl", {"column": "body"}),
-        (["a.parquet"], "a.parquet", {"column": "body"}),
-    ],
-)
-def test_files_folders_and_globs_give_every_document_once(tmp_path, tokenizer, files, path, keys, streaming):
-    wanted = [name for name in files if "other" not in name]
-    for name in files:
-        mine = ["other"] if "other" in name else TEXTS[wanted.index(name) :: len(wanted)]
-        write(tmp_path / name, mine, keys.get("column", "text"))
-    got = read_texts(tmp_path, tokenizer, path=tmp_path / path, streaming=streaming, **keys)
-    assert sorted(got) == sorted(TEXTS)
-
-
-@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
-@pytest.mark.parametrize("path", ["f/*.txt", "f", "f/**/*.txt"])
-def test_every_txt_file_is_one_document(tmp_path, tokenizer, path, streaming):
-    for i, value in enumerate(TEXTS):
-        write(tmp_path / "f" / f"{i}.txt", [value])
-    got = read_texts(tmp_path, tokenizer, path=tmp_path / path, streaming=streaming)
-    assert sorted(got) == sorted(TEXTS)
-
-
-@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
-def test_a_folder_of_data_may_hold_a_note(tmp_path, tokenizer, streaming):
-    for i, value in enumerate(TEXTS):
-        write(tmp_path / "f" / f"{i}.jsonl", [value])
-    write(tmp_path / "f" / "LICENSE.txt", ["All rights given."])
-    got = read_texts(tmp_path, tokenizer, path=tmp_path / "f", streaming=streaming)
-    assert sorted(got) == sorted(TEXTS)
-
-
-def test_a_split_can_be_a_slice_of_a_map_style_source(tmp_path, tokenizer):
-    path = write(tmp_path / "a.jsonl", TEXTS)
-    assert sorted(read_texts(tmp_path, tokenizer, path=path, split="train[:3]")) == TEXTS[:3]
 
 
 def test_several_map_style_sources_are_one_of_all_their_documents(tmp_path, tokenizer):
@@ -226,28 +167,6 @@ def test_changed_data_is_tokenised_anew(tmp_path, tokenizer):
     tokens = cached(tmp_path, again, path)
     assert again.texts == len(TEXTS)
     assert all("éfac" in tokenizer.decode(ids) for ids in tokens)
-
-
-NAMES = ["UPPER.JSONL", "lines.ndjson", "with [brackets] (v2).jsonl", "a*b.jsonl", "x.JSONL.GZ", "y.jsonl.zst"]
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("name", NAMES)
-def test_a_file_is_read_whatever_its_name_looks_like(name, streaming, tmp_path, numbers):
-    rows = b'{"text": "1 2"}\n{"text": "3"}\n'
-    packers = {".gz": gzip.compress, ".zst": zstandard.compress}
-    pack = packers.get(Path(name).suffix.lower(), bytes)
-    (tmp_path / name).write_bytes(pack(rows))
-    (tmp_path / "acb.jsonl").write_text('{"text": "another file, which a glob would find"}\n')
-    dataset = sources.open_dataset(Source(path=str(tmp_path / name), streaming=streaming), numbers)
-    assert [row["text"] for row in dataset] == ["1 2", "3"]
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_a_file_without_data_is_an_error_that_says_so(streaming, tmp_path, numbers):
-    (tmp_path / "empty.jsonl").touch()
-    with pytest.raises(ConfigError, match=r"empty\.jsonl, split train: there is no data in it"):
-        sources.open_dataset(Source(path=str(tmp_path / "empty.jsonl"), streaming=streaming), numbers)
 
 
 def test_a_changed_tokenizer_column_split_or_file_tokenises_anew(tmp_path, tokenizer):
@@ -448,39 +367,3 @@ def test_there_are_no_more_streams_than_shards_or_documents_of_any_source(tmp_pa
     for given, streams in (([shards], 5), ([few, shards], 3), ([few], 1), ([many], 64)):
         config = make_config(tmp_path, *given)
         assert RowDataset(config, config.data.sources, numbers, rank=0, ranks=1).num_streams == streams
-
-
-# Columns under other names
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".csv"])
-def test_columns_are_read_under_the_names_that_a_source_gives_them(tmp_path, tokenizer, suffix, streaming):
-    """GSM8K's rows as instruction and output, beside what the same rows give under lacuna's own names."""
-    rows = {"question": ["1 + 1?", "2 + 2?"], "answer": ["2", "It is 4."], "topic": ["a", "b"]}
-    own = dict(zip(("instruction", "output", "topic"), rows.values(), strict=True))
-    documents = []
-    for number, columns in enumerate((rows, own)):
-        path = tmp_path / f"{number}{suffix}"
-        table = pa.table(columns)
-        if suffix == ".parquet":
-            pa.parquet.write_table(table, path)
-        elif suffix == ".csv":
-            pa.csv.write_csv(table, path)
-        else:
-            path.write_text("".join(json.dumps(row) + "\n" for row in table.to_pylist()))
-        fields = {"instruction": "question", "output": "answer"} if columns is rows else {}
-        words = ["--data.sources", json.dumps([{"path": str(path), "streaming": streaming, "fields": fields}])]
-        config = load_config(None, [*words, "--train.steps", "1", "--train.seq_len", "64"], "sft")
-        [source] = config.data.sources
-        encoder = make_encoder(config, tokenizer)
-        found = list(sources.open_dataset(source, encoder))
-        documents.append([ids.tolist() for ids, _ in encoder.documents(found, source, range(2))])
-    assert documents[0] == documents[1] and all(documents[0])
-
-
-def test_a_field_that_no_column_has_is_one_sentence(tmp_path, tokenizer):
-    path = write(tmp_path / "a.jsonl", ["a"])
-    with pytest.raises(ConfigError, match=r"a\.jsonl.*quest") as caught:
-        read_texts(tmp_path, tokenizer, path=path, fields={"text": "quest"})
-    assert "\n" not in str(caught.value)

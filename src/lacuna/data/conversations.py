@@ -87,7 +87,7 @@ class ChatEncoder:
         row_format = recognise(columns, source)
         documents = []
         for number, row in zip(numbers, rows, strict=True):
-            given = {name: value for name, value in row.items() if value is not None}
+            given = {name: row[name] for name in FORMATS[row_format] + OPTIONAL if row.get(name) is not None}
             with blame(f"data.sources {source.path}, row {number}, read as {row_format}"):
                 documents.append(self.document(given, row_format))
         return documents

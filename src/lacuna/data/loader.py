@@ -6,10 +6,10 @@ with every row: what is prefetched never counts as consumed. Map-style data is o
 
 import itertools
 import math
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -58,7 +58,7 @@ class Stream:
     def __iter__(self) -> Iterator[RowPlan]:
         """Its rows, up to the end of the last epoch."""
         while min(document.epoch for document in self.lookahead) < self.data.epochs:
-            self.state.cursors = [asdict(document.cursor) for document in self.lookahead]
+            self.state.cursors = [asdict(replace(document.begin, taken=document.taken)) for document in self.lookahead]
             state = asdict(self.state)
             begin = max(document.epoch for document in self.lookahead)
             rows = self.draw_window()
@@ -124,7 +124,6 @@ class RowDataset:
             else:
                 self.sources.append(MapSource(group, encoder, [self.seed, i], cache=config.data.cache, share=share))
         self.inventory = [source.inventory for source in self.sources]
-        self.notes = sum((source.notes for source in self.sources), Counter())
         most = [source.most_streams for source in self.sources]
         self.map_style = not any(source.streaming for source in sources)
         # At most about an epoch: rows are shuffled inside a window, and documents must not wait long.
@@ -158,9 +157,8 @@ class Loader:
         # The rows of the run that are consumed, and each stream's StreamState by its number, as text: JSON.
         self.state = self.prepared = dataset.state  # what is prepared is ahead of what is consumed
         self.micro_batch_size = config.train.micro_batch_size
-        self.accumulation = dataset.batch_rows // (self.micro_batch_size * dataset.ranks)
-        if not training:  # evaluation: one micro-batch a step
-            self.accumulation = 1
+        # an evaluation takes one micro-batch a step
+        self.accumulation = dataset.batch_rows // (self.micro_batch_size * dataset.ranks) if training else 1
         self.rows = iter(dataset)
         self.thread = ThreadPoolExecutor(max_workers=1)
         self.ready = deque(self.thread.submit(self.prepare) for _ in range(PREFETCH))

@@ -1,11 +1,12 @@
 """Map-style and streaming datasets: `read` yields the documents of a virtual stream, `load` one's token ids."""
 
 import itertools
+import json
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from glob import escape
-from gzip import BadGzipFile
+from glob import escape, glob
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,12 +16,21 @@ import numpy as np
 import pyarrow.compute as pc
 from filelock import FileLock
 
-from lacuna.config import ConfigError, Source, log
+from lacuna.config import AGAIN, ConfigError, Source, blame, log
 from lacuna.data.tokenize import digest
 
 READ_CHUNK = 128  # documents tokenised in one call: enough for the tokenizer to use every core
-BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".ndjson": "json", ".json": "json", ".txt": "text", ".csv": "csv"}
-COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+# JSON is read as text, for Python to parse: Arrow would give all rows one type, make dates of texts, and lose nulls.
+JSON = {"path": "text", "features": datasets.Features({"JSON": datasets.Value("string")})}
+READERS = {
+    ".parquet": {"path": "parquet"},
+    ".arrow": {"path": "arrow"},  # as save_to_disk writes
+    ".csv": {"path": "csv", "na_filter": False},  # NA and None are words
+    ".txt": {"path": "text", "sample_by": "document"},
+    ".json": JSON | {"sample_by": "document"},
+    ".jsonl": JSON,
+    ".ndjson": JSON,
+}
 CACHED = datasets.Features({"ids": datasets.List(datasets.Value("int32")), "note": datasets.Value("string")})
 # Where a connection breaks, datasets tries again 8 times, 5 s apart (its own: 20), and silence is at most 10 s (300).
 datasets.config.STREAMING_READ_MAX_RETRIES = 8
@@ -48,10 +58,6 @@ class Document(NamedTuple):
     taken: int  # documents between `begin` and this one
     epoch: float  # epochs before it, as far as is known
 
-    @property
-    def cursor(self) -> Cursor:
-        return replace(self.begin, taken=self.taken)
-
 
 class MapSource:
     """Tokenised documents by index, each once an epoch, in a seeded order: a share of all."""
@@ -60,7 +66,6 @@ class MapSource:
         whole = datasets.concatenate_datasets([tokenise(source, encoder, cache) for source in sources])
         self.tokens = whole.select_columns(["ids"]).with_format("numpy")
         self.lengths = pc.list_value_length(whole.data["ids"]).to_numpy()
-        self.notes = Counter(note or "whole" for note in whole.data["note"].to_pylist())
         self.seed = seed
         documents = np.flatnonzero(self.lengths)
         begin, end = (round(len(documents) * edge) for edge in share)
@@ -87,12 +92,13 @@ class MapSource:
 def tokenise(source: Source, encoder, cache: str) -> datasets.Dataset:
     """A map-style source as Tokens, made once: the cache's key holds data, columns, tokenizer and code."""
     dataset = open_dataset(source, encoder)
-    name = digest(dataset._fingerprint, source.column, encoder.fingerprint())
+    name = digest(dataset._fingerprint, source.column, source.fields, encoder.fingerprint())
     file = Path(cache).expanduser() / f"{name}.arrow"
     file.parent.mkdir(parents=True, exist_ok=True)
 
     def encode(batch, numbers):
-        documents = encoder.documents(as_rows(batch), source, numbers)
+        rows, numbers = as_rows(batch, numbers, source)
+        documents = encoder.documents(rows, source, numbers)
         return {"ids": [tokens.ids for tokens in documents], "note": [tokens.note for tokens in documents]}
 
     options = {"batched": True, "with_indices": True, "remove_columns": dataset.column_names, "features": CACHED}
@@ -117,7 +123,6 @@ class StreamSource:
         self.dataset = open_dataset(source, encoder)
         self.most_streams = self.num_shards = self.dataset.num_shards
         self.inventory = f"{self.num_shards} shards"
-        self.notes = Counter()  # nothing is known before it is read
 
     def read(self, stream: int, num_streams: int, cursor: Cursor) -> Iterator[Document]:
         """The documents of one virtual stream from a cursor on, in each epoch's own order of shards; endless."""
@@ -129,7 +134,8 @@ class StreamSource:
             order = np.random.default_rng([*self.seed, epoch]).permutation(self.num_shards)[stream::num_streams]
             for place, shard in enumerate(order[cursor.shard :].tolist(), cursor.shard):
                 for begin, numbers, rows in self.read_shard(shard, cursor):
-                    encoded = self.encoder.documents(as_rows(rows), self.source, numbers)
+                    rows, numbers = as_rows(rows, numbers, self.source)
+                    encoded = self.encoder.documents(rows, self.source, numbers)
                     documents = [tokens.ids for tokens in encoded if len(tokens.ids)]
                     warn(f"{self.source.path}, shard {shard}", Counter(tokens.note for tokens in encoded))
                     for i, ids in enumerate(documents[begin.taken :], begin.taken):
@@ -143,23 +149,41 @@ class StreamSource:
         dataset = self.dataset.shard(self.num_shards, shard)
         if cursor.chunk is not None:
             dataset.load_state_dict(cursor.chunk)
-        try:
+        with blame(f"data.sources {self.source.path}: shard {shard}: see to the file or the server; {AGAIN}"):
             for rows in dataset.iter(READ_CHUNK):
                 numbers = range(cursor.row, cursor.row + len(next(iter(rows.values()))))
                 yield cursor, numbers, rows
                 cursor = replace(cursor, taken=0, row=numbers.stop, chunk=dataset.state_dict())
-        except Exception as error:
-            damaged = isinstance(error, ValueError | EOFError | BadGzipFile)
-            cure = "replace the file" if damaged else "see to the connection or the server"
-            problem = f"data.sources {self.source.path}: shard {shard} cannot be read: {error!r}"
-            raise ConfigError(f"{problem}: {cure}, and the same command goes on from the last checkpoint") from None
 
     def load(self, key: np.ndarray) -> np.ndarray:
         return key
 
 
-def as_rows(batch: dict[str, list]) -> list[dict]:
-    return [dict(zip(batch, map(without_nulls, values), strict=True)) for values in zip(*batch.values(), strict=True)]
+def as_rows(batch: dict[str, list], numbers: Sequence[int], source: Source) -> tuple[list[dict], Sequence[int]]:
+    """Rows and their numbers, of columns, or of texts of JSON: lines, or whole files with a list or a row a line."""
+    if "JSON" not in batch:
+        values = zip(*batch.values(), strict=True)
+        return [dict(zip(batch, map(without_nulls, row), strict=True)) for row in values], numbers
+    rows = []
+    places = []
+    for number, text in zip(numbers, batch["JSON"], strict=False):
+        text = text.removeprefix("\ufeff").strip()
+        with blame(f"data.sources {source.path}, row {number}: no row of JSON"):
+            if text.startswith("["):
+                found = json.loads(text)
+            else:
+                found = [json.loads(line) for line in text.split("\n") if line.strip()]
+            rows += [rename(row, source.fields) for row in found]
+            if "\\ud" in text:
+                json.dumps(found, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+        places += range(number, number + len(found))
+    return rows, places
+
+
+def rename(row: dict, fields: dict[str, str]) -> dict:
+    """A row with columns under lacuna's names, in place of those that have such names."""
+    others = {column: value for column, value in row.items() if column not in {*fields, *fields.values()}}
+    return others | {name: row[column] for name, column in fields.items() if column in row}
 
 
 def without_nulls(value):
@@ -171,30 +195,65 @@ def without_nulls(value):
 
 def open_dataset(source: Source, encoder) -> datasets.Dataset | datasets.IterableDataset:
     """A source's dataset, with the columns that are read; ConfigError where it cannot be opened."""
-    path = Path(source.path)
-    endings = [ending.lower() for ending in path.suffixes if ending.lower() not in COMPRESSED]
-    builder = BUILDERS.get(endings[-1]) if endings and not path.is_dir() else None
-    files = {"path": source.path, "name": source.name, "data_files": source.data_files}
-    if builder:
-        if source.name or source.data_files:
-            raise ConfigError(f"data.sources: {source.path} is a file: remove name and data_files")
-        files = {"path": builder, "data_files": escape(source.path) if path.is_file() else source.path}
     remote = {"storage_options": {"http": SILENCE, "https": SILENCE}}
     options = {"split": source.split, "streaming": source.streaming} | (remote if source.streaming else {})
-    if builder == "text" or {file.suffix for file in path.glob("*")} & set(BUILDERS) == {".txt"}:
-        options["sample_by"] = "document"
     try:
-        if builder == "parquet" and not source.fields:
+        files = find_files(source)
+        if files["path"] == "parquet" and not source.fields:
             # the schema first: then only columns that are needed are read from disk or network
-            schema = datasets.load_dataset(**files, split="train", streaming=True, **remote)
+            schema = datasets.load_dataset(**files, split=next(iter(files["data_files"])), streaming=True, **remote)
             options["columns"] = encoder.columns(schema.column_names, source)
         dataset = datasets.load_dataset(**files, **options)
+        if "features" in files:
+            rows, _ = as_rows(next(dataset.iter(100)), range(100), source)
+            encoder.columns(list(dict.fromkeys(itertools.chain.from_iterable(rows))), source)
+            return dataset
         if source.fields:
             dataset = dataset.rename_columns({column: name for name, column in source.fields.items()})
         names = dataset.column_names or list(next(iter(dataset), {}))
+        return dataset.select_columns(options.get("columns") or encoder.columns(names, source))
     except ConfigError:
         raise
     except Exception as error:
         cause = str(error.__cause__ or error) or "there is no data in it"
         raise ConfigError(f"data.sources path {source.path}, split {source.split}: {cause}") from None
-    return dataset.select_columns(options.get("columns") or encoder.columns(names, source))
+
+
+def find_files(source: Source) -> dict:
+    """What datasets.load_dataset is to read, and how."""
+    path = Path(source.path)
+    files = {"path": source.path, "name": source.name, "data_files": source.data_files}
+    if path.is_dir():
+        splits = find_splits(path, source, files)
+    elif ending(path) not in READERS:  # on the Hub
+        return files
+    elif source.name or source.data_files:
+        raise ConfigError(f"data.sources: {source.path} is a file: remove name and data_files")
+    else:
+        splits = {"train": [escape(source.path) if path.is_file() else source.path]}
+    reader = READERS[ending(next(iter(splits.values()))[0])]
+    if "features" in reader and source.streaming and "://" in source.path:
+        reader = {"path": "json"}  # of a text, datasets would lose some where a connection breaks
+    return reader | {"data_files": splits}
+
+
+def find_splits(folder: Path, source: Source, files: dict) -> dict[str, list[str]]:
+    """A folder's files by split. Where no README.md says so, those whose names say nothing are `train`, too."""
+    found = datasets.load_dataset_builder(**files).config.data_files
+    splits = {str(split): list(paths) for split, paths in found.items()}
+    [kind, *_] = map(ending, next(iter(splits.values())))
+    there = {path for path in glob(f"{escape(str(folder.absolute()))}/**", recursive=True) if ending(path) == kind}
+    left = sorted(there.difference(*splits.values()))
+    if left and not (source.name or source.data_files or (folder / "README.md").exists()):
+        splits["train"] = splits.get("train", []) + left
+    read = [paths for split, paths in splits.items() if split in source.split]
+    unread = ", ".join(sorted(there.difference(*read)))
+    if unread:
+        log.warning("%s: of split %s are not: %s", folder, source.split, unread)
+    return {split: list(map(escape, paths)) for split, paths in splits.items()}
+
+
+def ending(path: str | Path) -> str:
+    """The last ending of a file's name, but for one of compression."""
+    found = re.search(r"(\.\w+?)(\.gz|\.zst|\.bz2|\.xz)?$", str(path).lower())
+    return found[1] if found else ""

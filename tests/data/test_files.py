@@ -1,0 +1,313 @@
+"""Files: which ones a source is, and that their rows say what they say on disk."""
+
+import gzip
+import json
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from lacuna.config import ConfigError, Source, load_config
+from lacuna.data import sources
+from lacuna.data.batch import reveal
+from lacuna.data.conversations import make_encoder
+
+from .corpora import lacuna_log, write
+from .test_conversations import QWEN3
+from .test_sources import TEXTS, read_texts
+
+
+class Recorder:
+    """An encoder that keeps the rows that it is given, and their numbers."""
+
+    def columns(self, columns, source):
+        self.names = columns
+        return columns
+
+    def documents(self, rows, source, numbers):
+        assert len(rows) == len(numbers)
+        self.rows = rows
+        self.numbers = list(numbers)
+
+
+def encode(encoder, batch: dict, source: Source) -> list:
+    """The documents of a batch as datasets gives it."""
+    rows, numbers = sources.as_rows(batch, range(len(next(iter(batch.values())))), source)
+    return encoder.documents(rows, source, numbers)
+
+
+def read(path, recorder=None, **keys) -> list[dict]:
+    """The rows of a source, as an encoder is given them."""
+    recorder = recorder or Recorder()
+    source = Source(path=str(path), **keys)
+    rows = []
+    for batch in sources.open_dataset(source, recorder).iter(1000):
+        encode(recorder, batch, source)
+        rows += recorder.rows
+    return rows
+
+
+# What can be read
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+@pytest.mark.parametrize(
+    ("names", "path", "keys"),
+    [
+        (["a.jsonl"], "a.jsonl", {}),
+        (["a.parquet"], "a.parquet", {}),
+        (["f/a.jsonl", "f/b.jsonl", "f/c.jsonl"], "f/*.jsonl", {}),
+        (["f/a.parquet", "f/b.parquet"], "f/*.parquet", {}),
+        (["f/a/b/c.jsonl", "f/d.jsonl"], "f/**/*.jsonl", {}),
+        (["f/a.jsonl", "f/b.jsonl"], "f", {}),
+        (["f/a.parquet", "f/b.parquet"], "f", {}),
+        (["f/a.jsonl", "f/b.jsonl", "f/other.json"], "f", {"data_files": ["a.jsonl", "b.jsonl"]}),
+        (["f/a.jsonl", "f/b.jsonl", "f/other.json"], "f", {"data_files": "?.jsonl"}),
+        (["a.v1.jsonl"], "a.v1.jsonl", {"column": "body"}),
+        (["a.parquet"], "a.parquet", {"column": "body"}),
+    ],
+)
+def test_files_folders_and_globs_give_every_document_once(tmp_path, tokenizer, names, path, keys, streaming):
+    wanted = [name for name in names if "other" not in name]
+    for name in names:
+        mine = ["other"] if "other" in name else TEXTS[wanted.index(name) :: len(wanted)]
+        write(tmp_path / name, mine, keys.get("column", "text"))
+    got = read_texts(tmp_path, tokenizer, path=tmp_path / path, streaming=streaming, **keys)
+    assert sorted(got) == sorted(TEXTS)
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+@pytest.mark.parametrize("path", ["f/*.txt", "f", "f/**/*.txt"])
+def test_every_txt_file_is_one_document(tmp_path, tokenizer, path, streaming):
+    for i, value in enumerate(TEXTS):
+        write(tmp_path / "f" / f"{i}.txt", [value])
+    got = read_texts(tmp_path, tokenizer, path=tmp_path / path, streaming=streaming)
+    assert sorted(got) == sorted(TEXTS)
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+def test_a_folder_of_data_may_hold_a_note(tmp_path, tokenizer, streaming):
+    for i, value in enumerate(TEXTS):
+        write(tmp_path / "f" / f"{i}.jsonl", [value])
+    write(tmp_path / "f" / "LICENSE.txt", ["All rights given."])
+    got = read_texts(tmp_path, tokenizer, path=tmp_path / "f", streaming=streaming)
+    assert sorted(got) == sorted(TEXTS)
+
+
+def test_a_split_can_be_a_slice_of_a_map_style_source(tmp_path, tokenizer):
+    path = write(tmp_path / "a.jsonl", TEXTS)
+    assert sorted(read_texts(tmp_path, tokenizer, path=path, split="train[:3]")) == TEXTS[:3]
+
+
+NAMES = ["UPPER.JSONL", "lines.ndjson", "with [brackets] (v2).jsonl", "a*b.jsonl", "x.JSONL.GZ", "y.jsonl.zst"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_is_read_whatever_its_name_looks_like(name, streaming, tmp_path):
+    rows = b'{"text": "1 2"}\n{"text": "3"}\n'
+    packers = {".gz": gzip.compress, ".zst": zstandard.compress}
+    pack = packers.get(Path(name).suffix.lower(), bytes)
+    (tmp_path / name).write_bytes(pack(rows))
+    (tmp_path / "acb.jsonl").write_text('{"text": "another file, which a glob would find"}\n')
+    assert [row["text"] for row in read(tmp_path / name, streaming=streaming)] == ["1 2", "3"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_file_without_data_is_an_error_that_says_so(streaming, tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(ConfigError, match=r"empty\.jsonl, split train: .*no data"):
+        read(tmp_path / "empty.jsonl", streaming=streaming)
+
+
+# Columns under other names
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".csv"])
+def test_columns_are_read_under_the_names_that_a_source_gives_them(tmp_path, tokenizer, suffix, streaming):
+    """GSM8K's rows as instruction and output, beside what the same rows give under lacuna's own names."""
+    rows = {"question": ["1 + 1?", "2 + 2?"], "answer": ["2", "It is 4."], "topic": ["a", "b"]}
+    own = dict(zip(("instruction", "output", "topic"), rows.values(), strict=True))
+    documents = []
+    for number, columns in enumerate((rows, own)):
+        path = tmp_path / f"{number}{suffix}"
+        table = pa.table(columns)
+        if suffix == ".parquet":
+            pa.parquet.write_table(table, path)
+        elif suffix == ".csv":
+            pa.csv.write_csv(table, path)
+        else:
+            path.write_text("".join(json.dumps(row) + "\n" for row in table.to_pylist()))
+        fields = {"instruction": "question", "output": "answer"} if columns is rows else {}
+        words = ["--data.sources", json.dumps([{"path": str(path), "streaming": streaming, "fields": fields}])]
+        config = load_config(None, [*words, "--train.steps", "1", "--train.seq_len", "64"], "sft")
+        [source] = config.data.sources
+        encoder = make_encoder(config, tokenizer)
+        [batch] = sources.open_dataset(source, encoder).iter(9)
+        documents.append([ids.tolist() for ids, _ in encode(encoder, batch, source)])
+    assert documents[0] == documents[1] and all(documents[0])
+
+
+def test_a_field_that_no_column_has_is_one_sentence(tmp_path, tokenizer):
+    path = write(tmp_path / "a.jsonl", ["a"])
+    with pytest.raises(ConfigError, match=r"a\.jsonl has no column 'text'") as caught:
+        read_texts(tmp_path, tokenizer, path=path, fields={"text": "quest"})
+    assert "\n" not in str(caught.value)
+
+
+# What rows say
+
+
+ROWS = [
+    {"day": "2026-05-01", "calls": {"city": "Köln", "days": None}, "id": 7, "text": "a\u2028b"},
+    {"day": "2026-05-01T10:00:00Z", "calls": {}, "id": "seven", "extra": [1, "x", None]},
+    {"day": None, "calls": None, "id": 1.5, "text": "\U0001f600"},
+]
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+@pytest.mark.parametrize(
+    "form", ["lines.jsonl", "lines.ndjson", "lines.json", "list.json", "bom.jsonl", "lines.jsonl.gz"]
+)
+def test_a_row_of_json_is_what_python_reads_there(tmp_path, form, streaming):
+    """Nulls, dates, rows of different keys, a key of different types: Arrow keeps none of them."""
+    lines = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
+    content = {"list.json": json.dumps(ROWS, indent=2), "bom.jsonl": "\ufeff" + lines}.get(form, lines)
+    data = content.encode()
+    (tmp_path / form).write_bytes(gzip.compress(data) if form.endswith(".gz") else data)
+    assert read(tmp_path / form, streaming=streaming) == ROWS
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+def test_files_of_a_folder_need_not_have_the_same_keys(tmp_path, streaming):
+    for number, row in enumerate(ROWS):
+        (tmp_path / f"{number}.jsonl").write_text(json.dumps(row))
+    assert read(tmp_path, streaming=streaming) == ROWS
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+def test_words_that_mean_missing_to_pandas_are_words(tmp_path, streaming):
+    words = ["None", "NA", "null", "nan", "n/a", "hello"]
+    (tmp_path / "a.csv").write_text("text\n" + "\n".join(words) + "\n")
+    assert read(tmp_path / "a.csv", streaming=streaming) == [{"text": word} for word in words]
+
+
+def test_a_row_is_numbered_as_its_line_is(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n\n{"text": "b"}\n')
+    recorder = Recorder()
+    read(tmp_path / "a.jsonl", recorder)
+    assert recorder.numbers == [0, 2]
+
+
+BROKEN = ['{"text": "a"', '{"text": "a"} {"text": "b"}', "hello", "3"]
+
+
+@pytest.mark.parametrize("line", BROKEN)
+@pytest.mark.parametrize("place", [1, 500])
+def test_a_line_that_is_no_row_is_named_by_file_and_number(tmp_path, tokenizer, line, place):
+    lines = ['{"text": "a"}'] * 1000
+    lines[place] = line
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ConfigError, match=rf"a\.jsonl, row {place}: no row of JSON") as caught:
+        read_texts(tmp_path, tokenizer, path=tmp_path / "a.jsonl")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("word", ["\\ud83d", "\\udc00 \\ud83d"])
+def test_half_a_surrogate_pair_is_named_by_file_and_number(tmp_path, tokenizer, word):
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "\\ud83d\\ude00"}}\n{{"text": "{word}"}}\n')
+    with pytest.raises(ConfigError, match=r"a\.jsonl, row 1: .*surrogate"):
+        read_texts(tmp_path, tokenizer, path=tmp_path / "a.jsonl")
+
+
+def test_bytes_that_are_no_utf_8_are_refused_with_the_file(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_bytes('{"text": "é"}'.encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"a\.jsonl.*utf-8"):
+        read_texts(tmp_path, tokenizer, path=tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+def test_a_null_in_the_arguments_of_a_call_is_trained(tmp_path, tokenizer, streaming):
+    call = {"type": "function", "function": {"name": "set", "arguments": {"key": "a", "value": None}}}
+    messages = [{"role": "user", "content": "Unset it."}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"messages": messages}))
+    words = ["--data.sources", json.dumps([{"path": str(path), "streaming": streaming}]), "--train.steps", "1"]
+    config = load_config(None, words, "sft")
+    [source] = config.data.sources
+    tokenizer.chat_template = QWEN3
+    encoder = make_encoder(config, tokenizer)
+    [batch] = sources.open_dataset(source, encoder).iter(9)
+    [document] = encode(encoder, batch, source)
+    ids, trained = reveal(document.ids)
+    assert '"arguments": {"key": "a", "value": null}' in tokenizer.decode(ids[trained])
+
+
+def test_a_column_that_the_format_does_not_have_changes_nothing(tmp_path, tokenizer):
+    """A prompt and a completion beside messages, of the same words: the messages are what is rendered."""
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    tokenizer.chat_template = QWEN3
+    documents = []
+    for name, more in (("a", {}), ("b", {"prompt": "Hi", "completion": "Hello"})):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text(json.dumps({"messages": turns} | more))
+        config = load_config(None, ["--data.sources", json.dumps({"path": str(path)}), "--train.steps", "1"], "sft")
+        [source] = config.data.sources
+        encoder = make_encoder(config, tokenizer)
+        [batch] = sources.open_dataset(source, encoder).iter(9)
+        [document] = encode(encoder, batch, source)
+        documents.append(document.ids.tolist())
+    assert documents[0] == documents[1]
+
+
+# Which files of a folder
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_no_word_in_a_name_leaves_a_file_out_but_that_of_another_split(tmp_path, tokenizer, suffix, streaming):
+    names = ["train_x", "more", "sub/training notes", "UPPER", "with [brackets]"]
+    for name, words in zip(names, TEXTS, strict=False):
+        path = write(tmp_path / "f" / f"{name}{suffix}", [words])
+        if name == "UPPER":
+            path.rename(path.with_suffix(suffix.upper()))
+    held_out = write(tmp_path / "f" / f"test-00000{suffix}", ["held out"])
+    (tmp_path / "f" / ".ipynb_checkpoints").mkdir()
+    write(tmp_path / "f" / ".ipynb_checkpoints" / f"more{suffix}", ["an old copy"])
+    with lacuna_log() as messages:
+        got = read_texts(tmp_path, tokenizer, path=tmp_path / "f", streaming=streaming)
+    assert sorted(got) == sorted(TEXTS[: len(names)])
+    assert any("of split train are not" in message and str(held_out) in message for message in messages)
+    got = read_texts(tmp_path, tokenizer, path=tmp_path / "f", streaming=streaming, split="test")
+    assert got == ["held out"]
+
+
+def test_a_folder_of_another_split_alone_is_not_trained_on(tmp_path, tokenizer):
+    write(tmp_path / "f" / "wiki_valid.txt", ["held out"])
+    with pytest.raises(ConfigError, match=r"split train: .*'validation'"):
+        read_texts(tmp_path, tokenizer, path=tmp_path / "f")
+    assert read_texts(tmp_path, tokenizer, path=tmp_path / "f", split="validation") == ["held out"]
+
+
+def test_what_a_readme_says_of_a_folder_counts(tmp_path, tokenizer):
+    for name, words in zip(["a", "b"], TEXTS, strict=False):
+        write(tmp_path / "f" / f"{name}.jsonl", [words])
+    (tmp_path / "f" / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: a.jsonl\n---\n")
+    with lacuna_log() as messages:
+        assert read_texts(tmp_path, tokenizer, path=tmp_path / "f") == TEXTS[:1]
+    assert any("of split train are not" in message and "b.jsonl" in message for message in messages)
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+def test_what_save_to_disk_wrote_is_read(tmp_path, tokenizer, streaming):
+    rows = datasets.Dataset.from_dict({"text": TEXTS})
+    rows.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": rows, "test": rows.select([0])}).save_to_disk(tmp_path / "two")
+    for name in ("one", "two"):
+        got = read_texts(tmp_path, tokenizer, path=tmp_path / name, streaming=streaming)
+        assert sorted(got) == sorted(TEXTS)
