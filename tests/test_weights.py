@@ -78,7 +78,7 @@ BROKEN = {
     "a pointer": (lambda f: spoil(f, lambda content: POINTER), r"no whole safetensors file.*git lfs pull"),
     "a shard is missing": (lambda f: [shards(f, TINY), index(f), (f / SECOND).unlink()], SECOND),
     "a broken index": (lambda f: (f / INDEX).write_text("{"), "index.json cannot be read"),
-    "a name twice": (lambda f: [shards(f, TINY), index(f), save(f, SECOND, TINY)], "there twice"),
+    "a name twice": (lambda f: [shards(f, TINY), index(f), save(f, SECOND, TINY)], "lost or doubled"),
     "shards without index": (lambda f: [shards(f, TINY), (f / WHOLE).unlink()], "neither model.safetensors nor"),
 }
 
@@ -131,7 +131,7 @@ COVERS = {
     "the first is missing": ([1, 2], [3, 6]),
     "one between is missing": ([0, 2], [0, 6]),
     "the last is missing": ([0, 1], [0, 3]),
-    "one is there twice, and another is missing": ([0, 1, 1], [0, 3, 3]),
+    "one is lost or doubled, and another is missing": ([0, 1, 1], [0, 3, 3]),
     "two overlap": ([0, 1, 2], [0, 2, 6]),
     "offsets far away": ([0], [10**12]),
 }

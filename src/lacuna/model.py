@@ -4,7 +4,6 @@ Everything replaces `layer.forward` in place: parameter names stay those of Hugg
 """
 
 import copy
-import difflib
 import functools
 import hashlib
 import runpy
@@ -136,8 +135,7 @@ def empty_model(config: ModelConfig, tokenizer, dtype: torch.dtype) -> PreTraine
         hf_config = AutoConfig.from_pretrained(config.name, trust_remote_code=False)
     for key in config.overrides:
         if not hasattr(hf_config, key):
-            near = difflib.get_close_matches(key, hf_config.to_dict(), 1)
-            raise ConfigError(f"model.overrides.{key} is no field of {config.name}'s config; nearest: {near or 'none'}")
+            raise ConfigError(f"model.overrides.{key} is no field of {config.name}'s config: see its config.json")
     if config.overrides:
         with blame(f"model.overrides {config.overrides}"):
             hf_config = override(hf_config, config)

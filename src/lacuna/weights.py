@@ -73,8 +73,7 @@ def stored_parts(folder: Path) -> dict[str, list[Part]]:
         rows = 0
         for part in parts:
             if part.first != rows:
-                where = f"{part.file}: {name} begins at row {part.first}, not {rows}"
-                raise ConfigError(f"{where}: a file is missing, or one is there twice")
+                raise ConfigError(f"{part.file}: {name} begins at {part.first}, not {rows}: a file is lost or doubled")
             rows += len(part.values)
     return stored
 

@@ -488,6 +488,7 @@ def test_a_row_that_does_not_fit_its_format_is_refused_with_file_and_number(enco
     turns = ["Hello", ["Hello"], [{"content": "Hello"}], say("user: a", "assistant: b", content=5)]
     turns.append(say("user: a", "assistant: b", content=[{"type": "image", "url": "c"}]))
     turns.append(say("user: a", "assistant: b", tool_calls=[CALL | {"arguments": "{"}]))
+    turns.append({"role": ["user", "assistant"], "content": ["a", "b"]})
     shared = [[{"value": "Hello"}], [{"from": "function_call", "value": "no JSON"}]]
     for good, bad in [
         *(({"messages": LONG}, {"messages": messages}) for messages in turns),
@@ -495,6 +496,7 @@ def test_a_row_that_does_not_fit_its_format_is_refused_with_file_and_number(enco
         ({"messages": LONG, "tools": "[]"}, {"messages": LONG, "tools": "no JSON"}),
         ({"messages": LONG, "tools": "[]"}, {"messages": None, "tools": "[]"}),
         ({"instruction": "a", "output": "b"}, {"instruction": None, "output": "b"}),
+        ({"instruction": "a", "output": "b"}, {"instruction": "a", "output": 5}),
         ({"input_ids": [4, 5]}, {"input_ids": None}),
     ]:
         refused(lambda pair=(good, bad): documents(encoder, *pair), "some.jsonl", "row 42", "read as")
@@ -728,3 +730,28 @@ def test_a_word_in_the_templates_prose_is_no_use_of_a_key(qwen, messages):
 def test_tools_are_missed_by_their_names_where_a_template_has_the_word_alone(tokenizer):
     encoder = make(tokenizer, "--data.chat_template", "{# knows no tools #}" + MINE)
     refused(lambda: documents(encoder, {"messages": LONG, "tools": [TOOL]}), "row 41", "leaves out tools")
+
+
+CALLED = say("user: x", "assistant: ", tool_calls=[{"id": "c1", "type": "function", "function": CALL}])
+
+
+@pytest.mark.parametrize(
+    ("written", "lost"),
+    [
+        ("{{ c.name }}{{ c.arguments | tojson }}", None),
+        ("{{ c.name }}{% for k, v in c.arguments | items %}{{ k }}={{ v }}{% endfor %}", None),
+        ("{{ c.arguments | tojson }}", "its name"),
+        ("{{ c.name }}", "its arguments"),
+        ("{{ c.name }}{{ c.arguments['days'] }}", "one of them"),
+        ("", "all of it"),
+    ],
+)
+def test_a_call_is_written_whole_name_and_arguments(tokenizer, written, lost):
+    """Though the template asks for message.tool_calls, as those do that then leave something out."""
+    calls = "{% for call in m.tool_calls or [] %}{% set c = call.function %}" + written + "{% endfor %}"
+    encoder = make(tokenizer, "--data.chat_template", MINE.replace("{{ m.content }}", "{{ m.content }}" + calls))
+    if lost:
+        refused(lambda: documents(encoder, {"messages": CALLED}), "row 41", "message 1 (assistant), tool_calls")
+    else:
+        [(ids, _, note)] = documents(encoder, {"messages": CALLED})
+        assert not note and "Köln" in tokenizer.decode(ids)

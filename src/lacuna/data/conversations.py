@@ -114,8 +114,7 @@ class ChatEncoder:
         if left_out and self.data.unrendered == "drop":
             return Tokens(NOTHING, "dropped: the chat template leaves something out")
         if left_out:
-            cure = 'see data.chat_template, or set data.unrendered = "drop"'
-            raise ValueError(f"the chat template leaves out {', '.join(left_out)}: {cure}")
+            raise ValueError(f"the chat template leaves out {', '.join(left_out)}: see data.unrendered")
         ids, mask = self.render(messages, template, tools)
         # marked tokens come in runs, one a turn: where each begins and ends, [turns, 2]
         turns = np.flatnonzero(np.diff(mask, prepend=False, append=False)).reshape(-1, 2)
@@ -132,30 +131,20 @@ class ChatEncoder:
     def left_out(self, messages: list[dict], template: str | None, tools: list, last: int) -> list[str]:
         """What the template leaves out of a conversation; `last` is the last message that is trained.
 
-        A copy is rendered with a word of its own in each text: templates trim texts, and short ones stand elsewhere.
+        A copy is rendered with a word of its own in each text, those of tool calls too: short ones stand elsewhere.
         Thoughts before the last question may go. ValueError where the model's own template renders anything else.
         """
         question = max((i for i in range(last) if messages[i]["role"] == "user"), default=0)
         copies = [dict(message) for message in messages]
         places = {}  # of each word
         for number, message in enumerate(copies):
-            for key in ("content", "reasoning_content"):
-                text = message.get(key, "").rstrip()
-                if not text.rpartition("</think>")[2] or (key == "reasoning_content" and number < question):
-                    continue
-                word = f"Zq{len(places)}xK"  # letters and digits: JSON and HTML leave them as they are
-                places[word] = f"message {number} ({message['role']}), {key}"
-                at = text.rfind(" ", text.rfind("</think>") + 1) + 1 or len(text)  # of the last word
-                message[key] = text[:at] + word + message[key][at:]
+            for key in ("content", "reasoning_content", *CALLS):
+                if key in message and (key != "reasoning_content" or number >= question):
+                    message[key] = marked(message[key], f"message {number} ({message['role']}), {key}", places)
         text = self.render(copies, template, tools, tokenize=False)
         if self.own and template == self.template and self.render(copies, self.own, tools, tokenize=False) != text:
             raise ValueError("the model's own chat template renders something else: set data.chat_template")
-        left_out = [place for word, place in places.items() if word not in text]
-        for number, message in enumerate(messages):
-            # as templates ask, message.tool_calls or message['tools']: the word alone may stand in their prose
-            used = [key for key in CALLS if message.get(key)]
-            lost = [key for key in used if message["role"] == "user" or not re.search(rf"[.'\"]{key}\b", template)]
-            left_out += [f"message {number} ({message['role']}), {key}" for key in lost]
+        left_out = list(dict.fromkeys(place for word, place in places.items() if word not in text))
         known = "tools" in template and all(str(tool.get("function", tool).get("name")) in text for tool in tools)
         return left_out + ["tools"] * (bool(tools) and not known)
 
@@ -197,6 +186,22 @@ class ChatEncoder:
             tokenizer.chat_template = MARKS.sub(lambda mark: mark[1] + plain[mark[2]] + mark[3], self.template)
 
 
+def marked(value, place: str, places: dict[str, str]):
+    """A copy with a word of its own, noted in `places`, in each text but ids and types, which templates may drop."""
+    if isinstance(value, list):
+        return [marked(inner, place, places) for inner in value]
+    if isinstance(value, dict):
+        return {k: inner if k in ("id", "type") else marked(inner, place, places) for k, inner in value.items()}
+    if not isinstance(value, str) or not value.rpartition("</think>")[2].strip():
+        return value
+    word = f"Zq{len(places)}xK"  # letters and digits: JSON and HTML leave them as they are
+    places[word] = place
+    end = len(value.rstrip())
+    # before the last word: templates trim, and look at how a text begins and ends
+    at = value.rfind(" ", value.rfind("</think>") + 1, end) + 1 or end
+    return value[:at] + word + value[at:]
+
+
 def recognise(columns: list[str], source: Source) -> str:
     if "rejected" in columns and not source.fields:
         raise ConfigError(f"data.sources {source.path} holds preference pairs: see examples/dpo.py")
@@ -233,20 +238,19 @@ def read_messages(row: dict, row_format: str) -> list[dict]:
         asked = "\n\n".join(filter(None, [row["instruction"], row.get("input")]))
         turns = as_turns(asked, "user") + as_turns(row.get("output", ""), "assistant")
     else:
-        turns = decoded(row[row_format])
+        turns = as_turns(decoded(row[row_format]), "user")
     return [read_turn(turn) for turn in system + turns]
 
 
 def as_turns(said: str | list[dict], role: str) -> list[dict]:
     said = decoded(said) if str(said).startswith('[{"') else said
-    return [{"role": role, "content": said}] if isinstance(said, str) else said
+    return said if isinstance(said, list) else [{"role": role, "content": said}]
 
 
 def read_turn(turn: dict) -> dict:
     """A turn in OpenAI's words, or in ShareGPT's, as one of OpenAI's messages."""
-    turn = {name: value for name, value in turn.items() if value is not None}
-    if turn.get("tool_calls") == []:  # some templates look for the key alone
-        del turn["tool_calls"]
+    # no calls are no key: some templates look for it alone
+    turn = {name: value for name, value in turn.items() if value is not None and (name, value) != ("tool_calls", [])}
     speaker = str(turn.pop("from", turn.get("role")))
     turn["role"] = ROLES.get(speaker.lower())
     if turn["role"] is None:

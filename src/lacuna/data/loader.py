@@ -157,7 +157,6 @@ class Loader:
         # The rows of the run that are consumed, and each stream's StreamState by its number, as text: JSON.
         self.state = self.prepared = dataset.state  # what is prepared is ahead of what is consumed
         self.micro_batch_size = config.train.micro_batch_size
-        # an evaluation takes one micro-batch a step
         self.accumulation = dataset.batch_rows // (self.micro_batch_size * dataset.ranks) if training else 1
         self.rows = iter(dataset)
         self.thread = ThreadPoolExecutor(max_workers=1)
