@@ -1,6 +1,7 @@
 """Checkpoints: what is in them, which are kept, what a run goes on from, and what else they are good for."""
 
 import ctypes
+import errno
 import gc
 import json
 import os
@@ -448,3 +449,18 @@ def test_pinned_host_memory_is_given_back_with_the_run(options, monkeypatch):
     for place, _ in places:
         now = torch.frombuffer((ctypes.c_char * 4).from_address(place), dtype=torch.uint8)
         assert not now.is_pinned()
+
+
+def test_a_checkpoint_that_cannot_get_its_name_is_one_sentence(options, monkeypatch):
+    """Somebody has put another folder there, or has removed the one of all checkpoints."""
+    rename = Path.rename
+
+    def refuse(path, target):
+        if path.name == ".step_4":
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(ConfigError, match="no checkpoint of step 4: the same command goes on .*not empty") as caught:
+        run(load_config(None, options()))
+    assert "\n" not in str(caught.value)

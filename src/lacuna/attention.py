@@ -3,7 +3,7 @@
 transformers calls `packed_attention` in place of its own, without a mask. The document boundaries come as keyword
 arguments of the model's forward: see `boundaries`.
 
-    varlen  torch.nn.attention.varlen: FlashAttention-2 (cuDNN on Hopper from torch 2.15), bf16 on GPUs from Ampere
+    varlen  torch.nn.attention.varlen: FlashAttention-2, bf16 on GPUs from Ampere
     fa4     FlashAttention-4 (extra fa4), bf16 on Hopper and later: 1.5 to 2 times as fast as FlashAttention-2
     sdpa    scaled_dot_product_attention over each row with a mask: any device and dtype, costs seq_len^2 a row
 """

@@ -6,7 +6,6 @@ One is written as .step_N while training goes on, and renamed once all is on dis
 import json
 import os
 import shutil
-import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -21,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import GenerationConfig, PreTrainedModel
 
-from lacuna.config import AGAIN, Config, ConfigError, LoraConfig, log
+from lacuna.config import AGAIN, Config, ConfigError, LoraConfig, blame, log
 from lacuna.data.loader import merge_states
 from lacuna.lora import merge, write_adapter
 from lacuna.parallel import Ranks, local
@@ -159,7 +158,6 @@ class Checkpoints:
 
     def write(self, step: int, state: dict):
         """Write this rank's files; once all ranks have, give the folder its name and remove the oldest."""
-        begin = time.perf_counter()
         path = self.folder / f".step_{step}"
         errors = [""] * self.ranks.world
         try:
@@ -178,11 +176,12 @@ class Checkpoints:
         if any(errors):
             raise ConfigError(f"no checkpoint of step {step}: {next(filter(None, errors))}. Make room there; {AGAIN}")
         if self.ranks.rank == 0:
-            final = path.rename(self.folder / f"step_{step}")
+            with blame(f"no checkpoint of step {step}: {AGAIN}"):
+                path = path.rename(self.folder / f"step_{step}")
+            log.info("step %d: checkpoint in %s", step, path)
             for old in in_order(self.folder)[: -self.config.checkpoint.keep]:
                 # gone at once, whatever happens while it is deleted; what stays is removed when the run starts again
                 shutil.rmtree(old.rename(old.with_name(f".old_{old.name}")), ignore_errors=True)
-            log.info("step %d: checkpoint in %s, written in %.2f s", step, final, time.perf_counter() - begin)
 
     def write_safetensors(self, file: Path):
         """One file of float32 tensors, with their offsets in the whole ones."""

@@ -16,7 +16,7 @@ LOGITS = 2**29  # elements of one chunk's logits: 1 GiB in bf16; larger chunks g
 def head_loss(hidden, weight, batch: PackedBatch, compiled: bool, weights=None, **arithmetic):
     """Sum of weights * -log p of the batch's labels, nats, float32 scalar, and -log p of each, float32 [T].
 
-    hidden is [T, H], weight [V, H]; weights [T] of trained labels are 1 by default. The sum has the gradient.
+    hidden is [T, H], weight [V, H]; weights [T], finite, are 1 by default. The sum has the gradient.
     Arithmetic is what else a model does to its logits: `factor` and `cap` of chunk_loss.
     """
     if weights is None:

@@ -79,6 +79,7 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+@torch.no_grad()
 def sum_over_ranks(parts: list[dict], device: torch.device) -> dict[str, torch.Tensor]:
     """Figures by name, added over parts (micro-batches) and ranks in one collective: float64 scalars on the device.
 

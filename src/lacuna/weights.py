@@ -72,7 +72,7 @@ def stored_parts(folder: Path) -> dict[str, list[Part]]:
         parts.sort(key=lambda part: part.first)
         rows = 0
         for part in parts:
-            if part.first != rows:
+            if part.first != rows or part.values.shape[1:] != parts[0].values.shape[1:]:
                 raise ConfigError(f"{part.file}: {name} begins at {part.first}, not {rows}: a file is lost or doubled")
             rows += len(part.values)
     return stored
