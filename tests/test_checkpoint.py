@@ -461,6 +461,6 @@ def test_a_checkpoint_that_cannot_get_its_name_is_one_sentence(options, monkeypa
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", refuse)
-    with pytest.raises(ConfigError, match="no checkpoint of step 4: the same command goes on .*not empty") as caught:
+    with pytest.raises(ConfigError, match=r"no checkpoint of step 4: the same command goes on .*not empty") as caught:
         run(load_config(None, options()))
     assert "\n" not in str(caught.value)
