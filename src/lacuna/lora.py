@@ -1,7 +1,4 @@
-"""LoRA (arXiv 2106.09685): the model is frozen, and linear layers learn a product of two thin matrices.
-
-A layer keeps its place and its weights' names. The two matrices are layers inside it, named as PEFT does.
-"""
+"""LoRA (arXiv 2106.09685): a frozen linear layer learns a product of two thin ones inside it, named as PEFT does."""
 
 import json
 from pathlib import Path

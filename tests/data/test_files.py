@@ -218,11 +218,18 @@ def test_a_line_that_is_no_row_is_named_by_file_and_number(tmp_path, tokenizer, 
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("word", ["\\ud83d", "\\udc00 \\ud83d"])
-def test_half_a_surrogate_pair_is_named_by_file_and_number(tmp_path, tokenizer, word):
-    (tmp_path / "a.jsonl").write_text(f'{{"text": "\\ud83d\\ude00"}}\n{{"text": "{word}"}}\n')
-    with pytest.raises(ConfigError, match=r"a\.jsonl, row 1: .*surrogate"):
-        read_texts(tmp_path, tokenizer, path=tmp_path / "a.jsonl")
+def test_half_a_surrogate_pair_is_one_sentence(tmp_path, tokenizer):
+    """As a text that was cut in the midst of an emoji; a whole one is a letter like others."""
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "\\ud83d\\ude00"}\n')
+    assert read_texts(tmp_path, tokenizer, path=path) == ["\U0001f600"]
+    path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": "\\ud83d"}\n')
+    words = ["--data.sources", json.dumps({"path": str(path)}), "--train.steps", "1"]
+    config = load_config(None, words, "sft")
+    encoder = make_encoder(config, tokenizer)
+    [source] = config.data.sources
+    with pytest.raises(ConfigError, match=r"a\.jsonl, row 1: no row of JSON: .*surrogates"):
+        sources.open_dataset(source, encoder)
 
 
 def test_bytes_that_are_no_utf_8_are_refused_with_the_file(tmp_path, tokenizer):

@@ -187,7 +187,7 @@ class ChatEncoder:
 
 
 def marked(value, place: str, places: dict[str, str]):
-    """A copy with a word of its own, noted in `places`, in each text but ids and types, which templates may drop."""
+    """A copy with a word of its own, noted in `places`, in each text; templates drop ids and types."""
     if isinstance(value, list):
         return [marked(inner, place, places) for inner in value]
     if isinstance(value, dict):

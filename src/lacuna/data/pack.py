@@ -1,7 +1,6 @@
 """Best-fit packing of document pieces into rows of fixed length: nothing is cut that fits (arXiv 2404.10830).
 
-The paper takes the longest first. Rows then hold documents of one length, so of one kind: on three kinds of short ones
-that cost .06 nats, beside documents as they are drawn (docs/choices.md). So only long ones are sorted.
+Only long ones are sorted: rows of one length are of one kind, too, which cost .06 nats (docs/choices.md).
 """
 
 import bisect

@@ -159,25 +159,26 @@ class StreamSource:
         return key
 
 
+def split_json(file: dict[str, list]) -> dict[str, list]:
+    """A file of JSON, whole, as its rows' JSON: of a list, or as the lines are."""
+    text = file["JSON"][0].removeprefix("\ufeff").strip()
+    rows = map(json.dumps, json.loads(text)) if text.startswith("[") else text.split("\n")
+    return {"JSON": list(rows)}
+
+
 def as_rows(batch: dict[str, list], numbers: Sequence[int], source: Source) -> tuple[list[dict], Sequence[int]]:
-    """Rows and their numbers, of columns, or of texts of JSON: lines, or whole files with a list or a row a line."""
+    """Rows and their numbers, of columns or of JSON."""
     if "JSON" not in batch:
         values = zip(*batch.values(), strict=True)
         return [dict(zip(batch, map(without_nulls, row), strict=True)) for row in values], numbers
-    rows = []
-    places = []
+    rows = {}
     for number, text in zip(numbers, batch["JSON"], strict=False):
-        text = text.removeprefix("\ufeff").strip()
         with blame(f"data.sources {source.path}, row {number}: no row of JSON"):
-            if text.startswith("["):
-                found = json.loads(text)
-            else:
-                found = [json.loads(line) for line in text.split("\n") if line.strip()]
-            rows += [rename(row, source.fields) for row in found]
+            if text.strip():
+                rows[number] = rename(json.loads(text.removeprefix("\ufeff")), source.fields)
             if "\\ud" in text:
-                json.dumps(found, ensure_ascii=False).encode()  # half of a surrogate pair is no text
-        places += range(number, number + len(found))
-    return rows, places
+                json.dumps(rows[number], ensure_ascii=False).encode()  # half of a surrogate pair is no text
+    return list(rows.values()), list(rows)
 
 
 def rename(row: dict, fields: dict[str, str]) -> dict:
@@ -205,6 +206,8 @@ def open_dataset(source: Source, encoder) -> datasets.Dataset | datasets.Iterabl
             options["columns"] = encoder.columns(schema.column_names, source)
         dataset = datasets.load_dataset(**files, **options)
         if "features" in files:
+            if "sample_by" in files:
+                dataset = dataset.map(split_json, batched=True, batch_size=1)
             rows, _ = as_rows(next(dataset.iter(100)), range(100), source)
             encoder.columns(list(dict.fromkeys(itertools.chain.from_iterable(rows))), source)
             return dataset
@@ -220,7 +223,7 @@ def open_dataset(source: Source, encoder) -> datasets.Dataset | datasets.Iterabl
 
 
 def find_files(source: Source) -> dict:
-    """What datasets.load_dataset is to read, and how."""
+    """What datasets is to read, and how."""
     path = Path(source.path)
     files = {"path": source.path, "name": source.name, "data_files": source.data_files}
     if path.is_dir():
@@ -238,7 +241,7 @@ def find_files(source: Source) -> dict:
 
 
 def find_splits(folder: Path, source: Source, files: dict) -> dict[str, list[str]]:
-    """A folder's files by split. Where no README.md says so, those whose names say nothing are `train`, too."""
+    """A folder's files by split: without a README.md, what no name says is `train`."""
     found = datasets.load_dataset_builder(**files).config.data_files
     splits = {str(split): list(paths) for split, paths in found.items()}
     [kind, *_] = map(ending, next(iter(splits.values())))
@@ -254,6 +257,6 @@ def find_splits(folder: Path, source: Source, files: dict) -> dict[str, list[str
 
 
 def ending(path: str | Path) -> str:
-    """The last ending of a file's name, but for one of compression."""
+    """A file's last ending, but for one of compression."""
     found = re.search(r"(\.\w+?)(\.gz|\.zst|\.bz2|\.xz)?$", str(path).lower())
     return found[1] if found else ""
