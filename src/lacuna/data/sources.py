@@ -21,7 +21,8 @@ from lacuna.data.tokenize import digest
 
 READ_CHUNK = 128  # documents tokenised in one call: enough for the tokenizer to use every core
 # JSON is read as text, for Python to parse: Arrow would give all rows one type, make dates of texts, and lose nulls.
-JSON = {"path": "text", "features": datasets.Features({"JSON": datasets.Value("string")})}
+ROW = "a row's JSON"
+JSON = {"path": "text", "features": datasets.Features({ROW: datasets.Value("string")})}
 READERS = {
     ".parquet": {"path": "parquet"},
     ".arrow": {"path": "arrow"},  # as save_to_disk writes
@@ -161,18 +162,18 @@ class StreamSource:
 
 def split_json(file: dict[str, list]) -> dict[str, list]:
     """A file of JSON, whole, as its rows' JSON: of a list, or as the lines are."""
-    text = file["JSON"][0].removeprefix("\ufeff").strip()
+    text = file[ROW][0].removeprefix("\ufeff").strip()
     rows = map(json.dumps, json.loads(text)) if text.startswith("[") else text.split("\n")
-    return {"JSON": list(rows)}
+    return {ROW: list(rows)}
 
 
 def as_rows(batch: dict[str, list], numbers: Sequence[int], source: Source) -> tuple[list[dict], Sequence[int]]:
     """Rows and their numbers, of columns or of JSON."""
-    if "JSON" not in batch:
+    if ROW not in batch:
         values = zip(*batch.values(), strict=True)
         return [dict(zip(batch, map(without_nulls, row), strict=True)) for row in values], numbers
     rows = {}
-    for number, text in zip(numbers, batch["JSON"], strict=False):
+    for number, text in zip(numbers, batch[ROW], strict=False):
         with blame(f"data.sources {source.path}, row {number}: no row of JSON"):
             if text.strip():
                 rows[number] = rename(json.loads(text.removeprefix("\ufeff")), source.fields)
