@@ -57,7 +57,7 @@ def in_order(checkpoints: Path) -> list[Path]:
 
 
 def read_state(checkpoint: Path | None, config: Config) -> dict:
-    """Step, counters and place in the data. ConfigError where the run that goes on would be another one."""
+    """Step, counters and place in the data. ConfigError where the run would be another one."""
     if checkpoint is None:
         return {"step": 0, "tokens": 0, "trained_tokens": 0, "data": None}
     state = state_of(checkpoint)
@@ -204,7 +204,7 @@ def sync(file: Path):
 
 
 def match_eos(config: Config, model: PreTrainedModel, tokenizer):
-    """Model and generation stop where the tokenizer does: at what documents or turns ended with in training."""
+    """Model and generation stop where the tokenizer does: at what ends documents or turns."""
     eos = tokenizer.eos_token_id
     model.config.architectures = [type(model).__name__]
     model.config.eos_token_id = eos
@@ -226,7 +226,7 @@ def match_eos(config: Config, model: PreTrainedModel, tokenizer):
 
 
 def check_base(name: str, state: dict) -> str:
-    """The fingerprint of the weights that a run begins with; ConfigError where its state has another."""
+    """The fingerprint of a run's first weights; ConfigError where its state has another."""
     found = fingerprint(weight_folder(name))
     if state.get("base", found) != found:
         raise ConfigError(f"model.name {name} has other weights than when this run began")

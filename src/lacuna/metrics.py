@@ -62,7 +62,7 @@ class Report:
         self.file = open_metrics(folder, state["step"]) if ranks.rank == 0 else None
 
     def start_clock(self):
-        """Begin a new interval between two lines: an evaluation before it is not measured."""
+        """Begin a new interval between two lines."""
         self.since, self.interval = time.perf_counter(), Counter()
 
     def step(self, facts: dict, sums: dict[str, torch.Tensor]):
@@ -102,13 +102,12 @@ class Report:
         count = interval["steps"]
         slots = count * self.config.train.global_batch_size * self.config.train.seq_len
         speed = interval["tokens"] / seconds
-        world = self.ranks.world
         loss = interval["loss"] / count
         metrics = {"step": facts["step"], "loss": loss, "grad_norm": sums["grad_norm"], "lr": facts["lr"]}
         metrics |= self.totals | {"epoch": round(facts["epoch"], 4), "packing_efficiency": interval["tokens"] / slots}
         work = slots * self.flop_per_token + interval["pairs"] * self.flop_per_pair
-        mfu = work / seconds / world / self.peak if self.peak else None
-        metrics |= {"tokens_per_second": speed, "tokens_per_second_per_device": speed / world, "mfu": mfu}
+        mfu = work / seconds / self.ranks.world / self.peak if self.peak else None
+        metrics |= {"tokens_per_second": speed, "tokens_per_second_per_device": speed / self.ranks.world, "mfu": mfu}
         metrics |= {"step_seconds": seconds / count, "data_seconds": interval["data_seconds"] / count}
         checksum = f"{int(sums['checksum']):016x}"
         metrics |= {"peak_memory_gib": peak_memory(self.ranks.device), "batch_checksum": checksum}

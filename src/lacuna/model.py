@@ -130,7 +130,7 @@ def materialise(trainee: Trainee, device: torch.device, seed: int, folder: Path 
 
 
 def empty_model(config: ModelConfig, tokenizer, dtype: torch.dtype) -> PreTrainedModel:
-    """The model on the meta device, with lacuna's attention; ConfigError where it cannot be trained."""
+    """The model on the meta device, with lacuna's attention; or a ConfigError."""
     with blame(f"model.name {config.name}: its config"):
         hf_config = AutoConfig.from_pretrained(config.name, trust_remote_code=False)
     for key in config.overrides:
@@ -192,7 +192,7 @@ def refuse_unfit(model: PreTrainedModel, layers: list[nn.Module], seq_len: int):
 
 
 def cast_in_forward(model: PreTrainedModel, layers: list[nn.Module], dtype: torch.dtype):
-    """On a rank without FSDP: float32 parameters, computation in dtype, the casts inside what is compiled."""
+    """On a rank without FSDP: float32 parameters, cast to dtype inside what is compiled."""
     inside = {module for layer in layers for module in list(layer.modules())[1:]}
     for module in model.get_decoder().modules():
         if isinstance(module, nn.Embedding):
@@ -227,7 +227,7 @@ def checkpoint_activations(layers: list[nn.Module], how: str):
 
 @torch.no_grad()
 def initialise(model: PreTrainedModel, seed: int, adapters_only: bool):
-    """Weights as transformers, or LoRA, begins with them, on any number of ranks: a seed for each name."""
+    """Weights as transformers, or LoRA, begins with, on any ranks: a seed for each name."""
     done = set()
     for name, module in model.named_modules():
         begin = BEGINNINGS.get(name.rpartition(".")[2])
@@ -253,7 +253,7 @@ def initialise(model: PreTrainedModel, seed: int, adapters_only: bool):
 
 @torch.no_grad()
 def recompute_buffers(model: PreTrainedModel):
-    """`to_empty` leaves garbage in the buffers, such as rotary frequencies; a folder may hold some, too."""
+    """`to_empty` leaves garbage in buffers, such as rotary frequencies; a folder may hold some."""
     for name, module in model.named_modules():
         buffers = list(module.buffers(recurse=False))
         if buffers:

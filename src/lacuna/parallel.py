@@ -27,7 +27,7 @@ class Ranks(NamedTuple):
 
 
 def start(config: DistConfig, train: TrainConfig) -> Ranks:
-    """Join the ranks that torchrun or configs/slurm.sh describe, in a mesh; ConfigError where sizes do not divide."""
+    """Join the ranks that torchrun or configs/slurm.sh describe, in a mesh; or a ConfigError."""
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     shard = config.dp_shard or max(1, world // config.dp_replicate)
@@ -79,7 +79,6 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-@torch.no_grad()
 def sum_over_ranks(parts: list[dict], device: torch.device) -> dict[str, torch.Tensor]:
     """Figures by name, added over parts (micro-batches) and ranks in one collective: float64 scalars on the device.
 

@@ -154,7 +154,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
 
 
 def open_rows(config: Config, encoder, ranks: Ranks, state) -> tuple[RowDataset, RowDataset | None]:
-    """The rows to train on, from a Loader's state on, and those held out, if any: a share of the same, or others."""
+    """The rows to train on, from a Loader's state on, and those held out, if any."""
     fraction = config.eval.fraction or 0.0
     where = {"rank": ranks.rank, "ranks": ranks.world}
     goes_on = {"epochs": config.train.epochs, "share": (fraction, 1.0), "state": state}

@@ -223,7 +223,7 @@ def test_half_a_surrogate_pair_is_one_sentence(tmp_path, tokenizer):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "\\ud83d\\ude00"}\n')
     assert read_texts(tmp_path, tokenizer, path=path) == ["\U0001f600"]
-    path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": "\\ud83d"}\n')
+    path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": "\\uD83D"}\n')
     words = ["--data.sources", json.dumps({"path": str(path)}), "--train.steps", "1"]
     config = load_config(None, words, "sft")
     encoder = make_encoder(config, tokenizer)
@@ -311,9 +311,71 @@ def test_what_a_readme_says_of_a_folder_counts(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+@pytest.mark.parametrize("path", ["link", "f/../f", "f/", "link/sub/.."])
+def test_a_folder_by_another_path_is_read_once_and_without_its_test_split(tmp_path, tokenizer, path, streaming):
+    for name, words in zip(["a", "sub/b", "train_c"], TEXTS, strict=False):
+        write(tmp_path / "f" / f"{name}.jsonl", [words])
+    write(tmp_path / "f" / "test-0.jsonl", ["held out"])
+    (tmp_path / "link").symlink_to(tmp_path / "f")
+    (tmp_path / "other").mkdir()
+    write(tmp_path / "other" / "d.jsonl", [TEXTS[3]])
+    (tmp_path / "f" / "d").symlink_to(tmp_path / "other")
+    got = read_texts(tmp_path, tokenizer, path=f"{tmp_path}/{path}", streaming=streaming)
+    assert sorted(got) == sorted(TEXTS[:4])
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+@pytest.mark.parametrize("first", ["lines", "list"])
+def test_lines_and_lists_of_json_in_one_folder_are_both_read(tmp_path, tokenizer, first, streaming):
+    names = {"lines": ["a.jsonl", "b.json"], "list": ["b.jsonl", "a.json"]}[first]
+    write(tmp_path / "f" / names[0], TEXTS[:3])
+    (tmp_path / "f" / names[1]).write_text(json.dumps([{"text": words} for words in TEXTS[3:]], indent=2))
+    assert sorted(read_texts(tmp_path, tokenizer, path=tmp_path / "f", streaming=streaming)) == sorted(TEXTS)
+
+
+def test_files_of_another_kind_are_named_where_they_are_not_read(tmp_path, tokenizer):
+    write(tmp_path / "f" / "a.jsonl", TEXTS[:1])
+    write(tmp_path / "f" / "b.jsonl", TEXTS[1:2])
+    other = write(tmp_path / "f" / "c.parquet", TEXTS[2:3])
+    with lacuna_log() as messages:
+        assert sorted(read_texts(tmp_path, tokenizer, path=tmp_path / "f")) == sorted(TEXTS[:2])
+    assert any("of split train are not" in message and str(other) in message for message in messages)
+
+
+def test_a_kind_that_datasets_alone_knows_is_left_to_it(tmp_path, tokenizer):
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f" / "a.tsv").write_text("text\tmore\nhello\t1\n")
+    assert read_texts(tmp_path, tokenizer, path=tmp_path / "f") == ["hello"]
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+def test_blank_lines_between_chats_are_no_chats(tmp_path, tokenizer, streaming):
+    """More of them than a stream reads at a time."""
+    chat = json.dumps({"prompt": "a", "completion": "b"})
+    path = tmp_path / "a.jsonl"
+    path.write_text(f"{chat}\n" * 128 + "\n" * 300 + f"{chat}\n")
+    words = ["--data.sources", json.dumps({"path": str(path), "streaming": streaming}), "--train.steps", "1"]
+    config = load_config(None, words, "sft")
+    encoder = make_encoder(config, tokenizer)
+    [source] = config.data.sources
+    counts = [len(encode(encoder, batch, source)) for batch in sources.open_dataset(source, encoder).iter(128)]
+    assert sum(counts) == 129
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+@pytest.mark.parametrize("content", ["", "[]", " \n"])
+def test_a_json_file_without_rows_has_no_data(tmp_path, tokenizer, content, streaming):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"a\.json, split train: .*no data"):
+        read_texts(tmp_path, tokenizer, path=tmp_path / "a.json", streaming=streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
 def test_what_save_to_disk_wrote_is_read(tmp_path, tokenizer, streaming):
     rows = datasets.Dataset.from_dict({"text": TEXTS})
     rows.save_to_disk(tmp_path / "one")
+    datasets.load_from_disk(tmp_path / "one").map(lambda row: {"text": "a cache of datasets' own"})
+    assert list((tmp_path / "one").glob("cache-*.arrow"))
     datasets.DatasetDict({"train": rows, "test": rows.select([0])}).save_to_disk(tmp_path / "two")
     for name in ("one", "two"):
         got = read_texts(tmp_path, tokenizer, path=tmp_path / name, streaming=streaming)

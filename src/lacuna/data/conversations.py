@@ -1,4 +1,4 @@
-"""Conversations to token ids and a loss mask: what stands between the template's {% generation %} marks is trained."""
+"""Conversations to token ids and a loss mask: what the template's {% generation %} marks enclose is trained."""
 
 import copy
 import json
@@ -84,7 +84,7 @@ class ChatEncoder:
 
     def documents(self, rows, source, numbers):
         columns = list({name: None for row in rows for name in row})
-        row_format = recognise(columns, source)
+        row_format = recognise(columns, source) if rows else ""
         documents = []
         for number, row in zip(numbers, rows, strict=True):
             given = {name: row[name] for name in FORMATS[row_format] + OPTIONAL if row.get(name) is not None}
@@ -131,7 +131,7 @@ class ChatEncoder:
     def left_out(self, messages: list[dict], template: str | None, tools: list, last: int) -> list[str]:
         """What the template leaves out of a conversation; `last` is the last message that is trained.
 
-        A copy is rendered with a word of its own in each text, those of tool calls too: short ones stand elsewhere.
+        A copy is rendered with a word of its own in each text, of tool calls too: short ones stand elsewhere.
         Thoughts before the last question may go. ValueError where the model's own template renders anything else.
         """
         question = max((i for i in range(last) if messages[i]["role"] == "user"), default=0)
@@ -293,7 +293,7 @@ def says_something(message: dict) -> bool:
 
 
 def training_template(tokenizer, given: str | None) -> str:
-    """The template with marks: the user's, the tokenizer's, or lacuna's that renders the same; LookupError if none."""
+    """The template with marks: the user's, the tokenizer's, or lacuna's of the same text; or a LookupError."""
     shipped = {file.stem: file.read_text() for file in sorted(TEMPLATES.glob("*.jinja"))}
     if given is not None:
         if "{" not in given and given not in shipped and not Path(given).is_file():

@@ -1,12 +1,12 @@
 """Map-style and streaming datasets: `read` yields the documents of a virtual stream, `load` one's token ids."""
 
-import itertools
 import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from glob import escape, glob
+from itertools import chain, count, filterfalse
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +32,7 @@ READERS = {
     ".jsonl": JSON,
     ".ndjson": JSON,
 }
+CACHE = re.compile(r"/cache-\w+\.arrow$")  # what datasets itself puts beside its .arrow files
 CACHED = datasets.Features({"ids": datasets.List(datasets.Value("int32")), "note": datasets.Value("string")})
 # Where a connection breaks, datasets tries again 8 times, 5 s apart (its own: 20), and silence is at most 10 s (300).
 datasets.config.STREAMING_READ_MAX_RETRIES = 8
@@ -77,8 +78,8 @@ class MapSource:
         self.inventory = f"{len(self.documents)} documents of {self.lengths[self.documents].sum()} tokens"
 
     def read(self, stream: int, num_streams: int, cursor: Cursor) -> Iterator[Document]:
-        """The documents of one virtual stream from a cursor on, in an order of each epoch's own; endless."""
-        for epoch in itertools.count(cursor.epoch):
+        """The documents of one virtual stream from a cursor on, each epoch in an order of its own; endless."""
+        for epoch in count(cursor.epoch):
             order = np.random.default_rng([*self.seed, epoch]).permutation(self.documents)[stream::num_streams]
             lengths = self.lengths[order]
             begin = Cursor(epoch)
@@ -91,7 +92,7 @@ class MapSource:
 
 
 def tokenise(source: Source, encoder, cache: str) -> datasets.Dataset:
-    """A map-style source as Tokens, made once: the cache's key holds data, columns, tokenizer and code."""
+    """A map-style source as Tokens, made once: its key holds data, columns, tokenizer and code."""
     dataset = open_dataset(source, encoder)
     name = digest(dataset._fingerprint, source.column, source.fields, encoder.fingerprint())
     file = Path(cache).expanduser() / f"{name}.arrow"
@@ -111,13 +112,13 @@ def tokenise(source: Source, encoder, cache: str) -> datasets.Dataset:
 
 def warn(where: str, notes: Counter):
     """Say how many documents were cut or dropped, and why."""
-    for note, count in notes.items():
+    for note, number in notes.items():
         if note:
-            log.warning("%s: %d of %d documents %s", where, count, notes.total(), note)
+            log.warning("%s: %d of %d documents %s", where, number, notes.total(), note)
 
 
 class StreamSource:
-    """Documents that are read and tokenised as the run goes. A virtual stream has whole shards to itself."""
+    """Documents that are read and tokenised as the run goes. A virtual stream has whole shards."""
 
     def __init__(self, source: Source, encoder, seed: list[int]):
         self.source, self.encoder, self.seed = source, encoder, seed
@@ -129,7 +130,7 @@ class StreamSource:
         """The documents of one virtual stream from a cursor on, in each epoch's own order of shards; endless."""
         last_epoch = cursor.epoch  # with text; the first may have begun behind its last document
         # From coarse to fine: epochs, shards, chunks, documents; the cursor says where each of them begins.
-        for epoch in itertools.count(cursor.epoch):
+        for epoch in count(cursor.epoch):
             if epoch > last_epoch + 1:
                 raise ConfigError(f"data.sources {self.source.path}: stream {stream} finds no text")
             order = np.random.default_rng([*self.seed, epoch]).permutation(self.num_shards)[stream::num_streams]
@@ -163,7 +164,7 @@ class StreamSource:
 def split_json(file: dict[str, list]) -> dict[str, list]:
     """A file of JSON, whole, as its rows' JSON: of a list, or as the lines are."""
     text = file[ROW][0].removeprefix("\ufeff").strip()
-    rows = map(json.dumps, json.loads(text)) if text.startswith("[") else text.split("\n")
+    rows = map(json.dumps, json.loads(text)) if text.startswith("[") else filter(str.strip, text.split("\n"))
     return {ROW: list(rows)}
 
 
@@ -177,13 +178,13 @@ def as_rows(batch: dict[str, list], numbers: Sequence[int], source: Source) -> t
         with blame(f"data.sources {source.path}, row {number}: no row of JSON"):
             if text.strip():
                 rows[number] = rename(json.loads(text.removeprefix("\ufeff")), source.fields)
-            if "\\ud" in text:
+            if "\\ud" in text.lower():
                 json.dumps(rows[number], ensure_ascii=False).encode()  # half of a surrogate pair is no text
     return list(rows.values()), list(rows)
 
 
 def rename(row: dict, fields: dict[str, str]) -> dict:
-    """A row with columns under lacuna's names, in place of those that have such names."""
+    """A row by lacuna's names, in place of what has such names."""
     others = {column: value for column, value in row.items() if column not in {*fields, *fields.values()}}
     return others | {name: row[column] for name, column in fields.items() if column in row}
 
@@ -196,7 +197,7 @@ def without_nulls(value):
 
 
 def open_dataset(source: Source, encoder) -> datasets.Dataset | datasets.IterableDataset:
-    """A source's dataset, with the columns that are read; ConfigError where it cannot be opened."""
+    """A source's dataset, with the columns that are read; or a ConfigError."""
     remote = {"storage_options": {"http": SILENCE, "https": SILENCE}}
     options = {"split": source.split, "streaming": source.streaming} | (remote if source.streaming else {})
     try:
@@ -210,7 +211,7 @@ def open_dataset(source: Source, encoder) -> datasets.Dataset | datasets.Iterabl
             if "sample_by" in files:
                 dataset = dataset.map(split_json, batched=True, batch_size=1)
             rows, _ = as_rows(next(dataset.iter(100)), range(100), source)
-            encoder.columns(list(dict.fromkeys(itertools.chain.from_iterable(rows))), source)
+            encoder.columns(list(dict.fromkeys(chain.from_iterable(rows))), source)
             return dataset
         if source.fields:
             dataset = dataset.rename_columns({column: name for name, column in source.fields.items()})
@@ -227,15 +228,15 @@ def find_files(source: Source) -> dict:
     """What datasets is to read, and how."""
     path = Path(source.path)
     files = {"path": source.path, "name": source.name, "data_files": source.data_files}
+    splits = {"train": [escape(source.path) if path.is_file() else source.path]}
     if path.is_dir():
         splits = find_splits(path, source, files)
-    elif ending(path) not in READERS:  # on the Hub
+    # of .json and .jsonl the former: it reads lines, too
+    reader = READERS.get(min(map(ending, chain(*splits.values()))))
+    if reader is None:  # on the Hub, or of a kind that datasets alone knows
         return files
-    elif source.name or source.data_files:
+    if not path.is_dir() and (source.name or source.data_files):
         raise ConfigError(f"data.sources: {source.path} is a file: remove name and data_files")
-    else:
-        splits = {"train": [escape(source.path) if path.is_file() else source.path]}
-    reader = READERS[ending(next(iter(splits.values()))[0])]
     if "features" in reader and source.streaming and "://" in source.path:
         reader = {"path": "json"}  # of a text, datasets would lose some where a connection breaks
     return reader | {"data_files": splits}
@@ -244,13 +245,14 @@ def find_files(source: Source) -> dict:
 def find_splits(folder: Path, source: Source, files: dict) -> dict[str, list[str]]:
     """A folder's files by split: without a README.md, what no name says is `train`."""
     found = datasets.load_dataset_builder(**files).config.data_files
-    splits = {str(split): list(paths) for split, paths in found.items()}
-    [kind, *_] = map(ending, next(iter(splits.values())))
-    there = {path for path in glob(f"{escape(str(folder.absolute()))}/**", recursive=True) if ending(path) == kind}
-    left = sorted(there.difference(*splits.values()))
+    splits = {str(split): list(filterfalse(CACHE.search, paths)) for split, paths in found.items()}
+    kinds = set(map(ending, chain(*splits.values())))
+    here = filterfalse(CACHE.search, glob(f"{escape(str(folder.resolve()))}/**", recursive=True))
+    there = {path for path in here if ending(path) in READERS}
+    left = sorted(path for path in there.difference(*splits.values()) if ending(path) in kinds)
     if left and not (source.name or source.data_files or (folder / "README.md").exists()):
         splits["train"] = splits.get("train", []) + left
-    read = [paths for split, paths in splits.items() if split in source.split]
+    read = [paths for split, paths in splits.items() if split in re.findall(r"\w+", source.split)]
     unread = ", ".join(sorted(there.difference(*read)))
     if unread:
         log.warning("%s: of split %s are not: %s", folder, source.split, unread)

@@ -84,7 +84,7 @@ def adds_bos(tokenizer) -> bool:
 
 
 def count_bytes(tokenizer, labels: np.ndarray) -> int:
-    """UTF-8 bytes of the text that rows of labels [B, S] are, for bits a byte; special tokens have none."""
+    """UTF-8 bytes of the text of rows of labels [B, S], without special tokens."""
     rows = [row[row >= 0] for row in labels]
     texts = tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return sum(len(text.encode()) for text in texts)
