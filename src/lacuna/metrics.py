@@ -46,7 +46,7 @@ class Pending(NamedTuple):
 
 
 class Report:
-    """Every rank takes in the outcome of every step; rank 0 reports it."""
+    """Every rank takes in every step's outcome; rank 0 reports it."""
 
     def __init__(self, config: Config, ranks: Ranks, folder: Path, steps: int, model: PreTrainedModel, state: dict):
         self.config = config
@@ -80,7 +80,7 @@ class Report:
             self.report(self.pending.pop(0))
 
     def report(self, step: Pending):
-        if step.done:
+        if step.done and not step.done.query():
             step.done.synchronize()
         sums = dict(zip(step.names, step.values.tolist(), strict=True))
         number = step.facts["step"]

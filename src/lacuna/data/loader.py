@@ -81,7 +81,7 @@ class Stream:
         return [rows[i] for i in rng.permutation(len(rows))]
 
     def draw_documents(self) -> list[tuple[int, Document]]:
-        """The next window's documents, each with its source, the one that was furthest behind its weight."""
+        """The next window's documents, each with its source: the one furthest behind its weight."""
         documents = []
         drawn = list(self.state.drawn)
         # A window of indices has so many documents, one of a stream so many rows' tokens.
