@@ -248,6 +248,5 @@ def export(checkpoint: Path, out: Path):
         write_adapter(adapters, lora, base, out / "adapter")
     else:
         weights = read_whole(checkpoint, dtype)
-    out.mkdir(parents=True, exist_ok=True)
-    save_torch_state_dict(weights, out)
     shutil.copytree(checkpoint, out, ignore=shutil.ignore_patterns("*.safetensors", "state.json"), dirs_exist_ok=True)
+    save_torch_state_dict(weights, out)

@@ -1,4 +1,4 @@
-"""What a run reports: on the terminal, in log.txt, and in metrics.jsonl, which examples/track.py sends on."""
+"""What a run reports: on the terminal, in log.txt, and in metrics.jsonl."""
 
 import json
 import logging

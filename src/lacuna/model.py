@@ -1,6 +1,6 @@
 """The builder: patch -> LoRA -> activation checkpointing -> torch.compile -> FSDP2, then weights into the shards.
 
-Everything replaces `layer.forward` in place: parameter names stay those of Hugging Face from beginning to end.
+Everything replaces `layer.forward` in place: parameter names stay those of Hugging Face throughout.
 """
 
 import copy

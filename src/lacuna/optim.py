@@ -57,7 +57,7 @@ class AdamW:
 
 
 def adamw(tensors: list[tuple], decays: list[float], *, lr, scale, failed, step_size, root, beta1, beta2, eps):
-    """Update parameter, first and second moment in place, by the gradient: the arithmetic of torch.optim.AdamW.
+    """Update parameter and both moments in place: the arithmetic of torch.optim.AdamW.
 
     step_size is lr over the first moment's bias correction, root the square root of the second moment's.
     """

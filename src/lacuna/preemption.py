@@ -1,4 +1,4 @@
-"""What ends a run early: SIGTERM, SIGUSR1 as configs/slurm.sh asks for, Ctrl-C, a terminal that is closed."""
+"""What ends a run early: SIGTERM, configs/slurm.sh's SIGUSR1, Ctrl-C, a terminal that is closed."""
 
 import os
 import signal

@@ -175,7 +175,7 @@ def is_due(step: int, every: int | None, steps: int) -> bool:
 
 
 def accumulate_gradients(trainee: Trainee, batches: list[PackedBatch], units, ranks: Ranks) -> list[dict]:
-    """Forward and backward of this rank's micro-batches; returns of each its part of the mean loss, and figures."""
+    """Forward and backward of this rank's micro-batches: of each its part of the mean loss, and figures."""
     parts = []
     for i, batch in enumerate(batches):
         if ranks.mesh is not None:

@@ -111,14 +111,14 @@ def read_whole(folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 
 def held(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """What a folder of the model holds, by name: no adapters, and nothing that is tied to something else."""
+    """What a folder of the model holds, by name: no adapters, and nothing that is tied to another."""
     tied = set(model.all_tied_weights_keys)
     state = model.state_dict(keep_vars=True)
     return {name: tensor for name, tensor in state.items() if name not in tied and ".lora_" not in name}
 
 
 def load_weights(model: PreTrainedModel, folder: Path):
-    """Read this rank's part of every parameter. ConfigError where names or shapes are not the model's."""
+    """Read this rank's part of every parameter. ConfigError where they are not the model's."""
     stored = stored_parts(folder)
     places = held(model)
     for tied, source in model.all_tied_weights_keys.items():

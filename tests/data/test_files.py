@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from pathlib import Path
 
 import datasets
@@ -153,11 +154,34 @@ def test_columns_are_read_under_the_names_that_a_source_gives_them(tmp_path, tok
     assert documents[0] == documents[1] and all(documents[0])
 
 
-def test_a_field_that_no_column_has_is_one_sentence(tmp_path, tokenizer):
-    path = write(tmp_path / "a.jsonl", ["a"])
-    with pytest.raises(ConfigError, match=r"a\.jsonl has no column 'text'") as caught:
-        read_texts(tmp_path, tokenizer, path=path, fields={"text": "quest"})
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".csv"])
+@pytest.mark.parametrize("optional", [False, True])
+def test_a_field_that_no_column_has_is_one_sentence(tmp_path, tokenizer, suffix, streaming, optional):
+    """Though it is one that a row may lack: without it the run would train on something else."""
+    rows = {"question": ["1 + 1?"], "context": ["Numbers."], "answer": ["2"]}
+    path = tmp_path / f"a{suffix}"
+    if suffix == ".parquet":
+        pa.parquet.write_table(pa.table(rows), path)
+    elif suffix == ".csv":
+        pa.csv.write_csv(pa.table(rows), path)
+    else:
+        path.write_text(json.dumps({name: values[0] for name, values in rows.items()}))
+    fields = {"instruction": "question", "output": "answer", "input": "context"}
+    fields |= {"input": "contxt"} if optional else {"instruction": "quest"}
+    source = {"path": str(path), "streaming": streaming, "fields": fields}
+    config = load_config(None, ["--data.sources", json.dumps(source), "--train.steps", "1"], "sft")
+    encoder = make_encoder(config, tokenizer)
+    with pytest.raises(ConfigError, match=rf"a{re.escape(suffix)}.*(contxt|quest)") as caught:
+        next(iter(sources.open_dataset(config.data.sources[0], encoder)))
     assert "\n" not in str(caught.value)
+
+
+def test_files_that_are_not_there_are_one_short_sentence(tmp_path, tokenizer):
+    write(tmp_path / "f" / "a.jsonl", TEXTS)
+    with pytest.raises(ConfigError, match=r"nope\.jsonl") as caught:
+        read_texts(tmp_path, tokenizer, path=tmp_path / "f", data_files="nope.jsonl")
+    assert len(str(caught.value)) < 500
 
 
 # What rows say
@@ -289,7 +313,7 @@ def test_no_word_in_a_name_leaves_a_file_out_but_that_of_another_split(tmp_path,
     with lacuna_log() as messages:
         got = read_texts(tmp_path, tokenizer, path=tmp_path / "f", streaming=streaming)
     assert sorted(got) == sorted(TEXTS[: len(names)])
-    assert any("of split train are not" in message and str(held_out) in message for message in messages)
+    assert any("not read for split train" in message and str(held_out) in message for message in messages)
     got = read_texts(tmp_path, tokenizer, path=tmp_path / "f", streaming=streaming, split="test")
     assert got == ["held out"]
 
@@ -307,7 +331,7 @@ def test_what_a_readme_says_of_a_folder_counts(tmp_path, tokenizer):
     (tmp_path / "f" / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: a.jsonl\n---\n")
     with lacuna_log() as messages:
         assert read_texts(tmp_path, tokenizer, path=tmp_path / "f") == TEXTS[:1]
-    assert any("of split train are not" in message and "b.jsonl" in message for message in messages)
+    assert any("not read for split train" in message and "b.jsonl" in message for message in messages)
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
@@ -339,7 +363,7 @@ def test_files_of_another_kind_are_named_where_they_are_not_read(tmp_path, token
     other = write(tmp_path / "f" / "c.parquet", TEXTS[2:3])
     with lacuna_log() as messages:
         assert sorted(read_texts(tmp_path, tokenizer, path=tmp_path / "f")) == sorted(TEXTS[:2])
-    assert any("of split train are not" in message and str(other) in message for message in messages)
+    assert any("not read for split train" in message and str(other) in message for message in messages)
 
 
 def test_a_kind_that_datasets_alone_knows_is_left_to_it(tmp_path, tokenizer):

@@ -229,7 +229,7 @@ def read_ids(row: dict, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_messages(row: dict, row_format: str) -> list[dict]:
-    """A row as OpenAI's messages: text in one piece, arguments of tool calls as objects, and `train`, a bool."""
+    """A row as OpenAI's messages: text in one piece, arguments as objects, and `train`, a bool."""
     system = as_turns(row.get("system") or [], "system")
     if row_format == "prompt and completion":  # each of them text or messages; the completion alone is trained
         asked = [turn | {"train": False} for turn in as_turns(row["prompt"], "user")]

@@ -27,7 +27,7 @@ PREFETCH = 3  # micro-batches made ahead
 
 @dataclass
 class StreamState:
-    """Where a window of a stream begins: enough to draw it again. `asdict` makes a checkpoint's JSON of it."""
+    """Where a window of a stream begins: enough to draw it again. `asdict` makes JSON of it."""
 
     cursors: list[dict]  # the Cursor of each source, as JSON
     drawn: list[int]  # tokens drawn from each source: decides whose turn it is in a mixture
@@ -183,7 +183,7 @@ class Loader:
 
 
 def merge_states(states: list[dict]) -> dict:
-    """One state of all ranks': of each stream the latest window, inside which a reader skips ahead."""
+    """One state of all ranks': of each stream the latest window, in which a reader skips ahead."""
     latest = {}
     for state in states:
         for number, stream in state["streams"].items():

@@ -32,7 +32,7 @@ READERS = {
     ".jsonl": JSON,
     ".ndjson": JSON,
 }
-CACHE = re.compile(r"/cache-\w+\.arrow$")  # what datasets itself puts beside its .arrow files
+COPIES = re.compile(r"/cache-\w+\.arrow$")  # what datasets itself puts beside its .arrow files
 CACHED = datasets.Features({"ids": datasets.List(datasets.Value("int32")), "note": datasets.Value("string")})
 # Where a connection breaks, datasets tries again 8 times, 5 s apart (its own: 20), and silence is at most 10 s (300).
 datasets.config.STREAMING_READ_MAX_RETRIES = 8
@@ -42,7 +42,7 @@ SILENCE = {"client_kwargs": {"timeout": aiohttp.ClientTimeout(sock_connect=10, s
 
 @dataclass(frozen=True)
 class Cursor:
-    """A place in a source, before a document; `asdict` makes a checkpoint's JSON of it."""
+    """A place in a source, before a document; `asdict` makes JSON of it."""
 
     epoch: int = 0
     taken: int = 0  # documents before it: of its epoch if data is map-style, of its chunk if it streams
@@ -78,7 +78,7 @@ class MapSource:
         self.inventory = f"{len(self.documents)} documents of {self.lengths[self.documents].sum()} tokens"
 
     def read(self, stream: int, num_streams: int, cursor: Cursor) -> Iterator[Document]:
-        """The documents of one virtual stream from a cursor on, each epoch in an order of its own; endless."""
+        """The documents of a virtual stream from a cursor on, in each epoch's own order; endless."""
         for epoch in count(cursor.epoch):
             order = np.random.default_rng([*self.seed, epoch]).permutation(self.documents)[stream::num_streams]
             lengths = self.lengths[order]
@@ -96,7 +96,6 @@ def tokenise(source: Source, encoder, cache: str) -> datasets.Dataset:
     dataset = open_dataset(source, encoder)
     name = digest(dataset._fingerprint, source.column, source.fields, encoder.fingerprint())
     file = Path(cache).expanduser() / f"{name}.arrow"
-    file.parent.mkdir(parents=True, exist_ok=True)
 
     def encode(batch, numbers):
         rows, numbers = as_rows(batch, numbers, source)
@@ -111,7 +110,7 @@ def tokenise(source: Source, encoder, cache: str) -> datasets.Dataset:
 
 
 def warn(where: str, notes: Counter):
-    """Say how many documents were cut or dropped, and why."""
+    """Say how many documents were cut or dropped."""
     for note, number in notes.items():
         if note:
             log.warning("%s: %d of %d documents %s", where, number, notes.total(), note)
@@ -127,7 +126,7 @@ class StreamSource:
         self.inventory = f"{self.num_shards} shards"
 
     def read(self, stream: int, num_streams: int, cursor: Cursor) -> Iterator[Document]:
-        """The documents of one virtual stream from a cursor on, in each epoch's own order of shards; endless."""
+        """The documents of a virtual stream from a cursor on, in each epoch's own order; endless."""
         last_epoch = cursor.epoch  # with text; the first may have begun behind its last document
         # From coarse to fine: epochs, shards, chunks, documents; the cursor says where each of them begins.
         for epoch in count(cursor.epoch):
@@ -135,8 +134,8 @@ class StreamSource:
                 raise ConfigError(f"data.sources {self.source.path}: stream {stream} finds no text")
             order = np.random.default_rng([*self.seed, epoch]).permutation(self.num_shards)[stream::num_streams]
             for place, shard in enumerate(order[cursor.shard :].tolist(), cursor.shard):
-                for begin, numbers, rows in self.read_shard(shard, cursor):
-                    rows, numbers = as_rows(rows, numbers, self.source)
+                for begin, numbers, batch in self.read_shard(shard, cursor):
+                    rows, numbers = as_rows(batch, numbers, self.source)
                     encoded = self.encoder.documents(rows, self.source, numbers)
                     documents = [tokens.ids for tokens in encoded if len(tokens.ids)]
                     warn(f"{self.source.path}, shard {shard}", Counter(tokens.note for tokens in encoded))
@@ -147,14 +146,14 @@ class StreamSource:
             cursor = Cursor(epoch + 1)
 
     def read_shard(self, shard: int, cursor: Cursor) -> Iterator[tuple[Cursor, range, dict]]:
-        """The chunks of a shard from a cursor on: where each begins, its rows' numbers, and its rows."""
+        """The chunks of a shard from a cursor on: where each begins, its rows' numbers, and it."""
         dataset = self.dataset.shard(self.num_shards, shard)
         if cursor.chunk is not None:
             dataset.load_state_dict(cursor.chunk)
         with blame(f"data.sources {self.source.path}: shard {shard}: see to the file or the server; {AGAIN}"):
-            for rows in dataset.iter(READ_CHUNK):
-                numbers = range(cursor.row, cursor.row + len(next(iter(rows.values()))))
-                yield cursor, numbers, rows
+            for batch in dataset.iter(READ_CHUNK):
+                numbers = range(cursor.row, cursor.row + len(next(iter(batch.values()))))
+                yield cursor, numbers, batch
                 cursor = replace(cursor, taken=0, row=numbers.stop, chunk=dataset.state_dict())
 
     def load(self, key: np.ndarray) -> np.ndarray:
@@ -168,11 +167,11 @@ def split_json(file: dict[str, list]) -> dict[str, list]:
     return {ROW: list(rows)}
 
 
-def as_rows(batch: dict[str, list], numbers: Sequence[int], source: Source) -> tuple[list[dict], Sequence[int]]:
-    """Rows and their numbers, of columns or of JSON."""
+def as_rows(batch: dict[str, list], numbers: Sequence[int], source: Source) -> tuple[list, Sequence]:
+    """Rows and their numbers, of columns or of JSON, under lacuna's names."""
     if ROW not in batch:
-        values = zip(*batch.values(), strict=True)
-        return [dict(zip(batch, map(without_nulls, row), strict=True)) for row in values], numbers
+        rows = [dict(zip(batch, map(without_nulls, row), strict=True)) for row in zip(*batch.values(), strict=True)]
+        return [rename(row, source.fields) for row in rows], numbers
     rows = {}
     for number, text in zip(numbers, batch[ROW], strict=False):
         with blame(f"data.sources {source.path}, row {number}: no row of JSON"):
@@ -207,20 +206,23 @@ def open_dataset(source: Source, encoder) -> datasets.Dataset | datasets.Iterabl
             schema = datasets.load_dataset(**files, split=next(iter(files["data_files"])), streaming=True, **remote)
             options["columns"] = encoder.columns(schema.column_names, source)
         dataset = datasets.load_dataset(**files, **options)
-        if "features" in files:
-            if "sample_by" in files:
-                dataset = dataset.map(split_json, batched=True, batch_size=1)
-            rows, _ = as_rows(next(dataset.iter(100)), range(100), source)
-            encoder.columns(list(dict.fromkeys(chain.from_iterable(rows))), source)
+        if "columns" in options:
             return dataset
-        if source.fields:
-            dataset = dataset.rename_columns({column: name for name, column in source.fields.items()})
-        names = dataset.column_names or list(next(iter(dataset), {}))
-        return dataset.select_columns(options.get("columns") or encoder.columns(names, source))
+        if "features" in files and "sample_by" in files:
+            dataset = dataset.map(split_json, batched=True, batch_size=1)
+        names = dataset.column_names or list(next(iter(dataset)))
+        if names == [ROW]:
+            rows, _ = as_rows(next(dataset.iter(100)), range(100), source.model_copy(update={"fields": {}}))
+            names = list(dict.fromkeys(chain.from_iterable(rows)))
+        if not set(source.fields.values()) <= set(names):
+            raise ConfigError(f"data.sources {source.path}: fields {source.fields} are not all among {names}")
+        read = encoder.columns(list(rename(dict.fromkeys(names), source.fields)), source)
+        columns = [source.fields.get(name, name) for name in read]
+        return dataset if "features" in files else dataset.select_columns(columns)
     except ConfigError:
         raise
     except Exception as error:
-        cause = str(error.__cause__ or error) or "there is no data in it"
+        cause = str(error.__cause__ or error)[:300] or "there is no data in it"
         raise ConfigError(f"data.sources path {source.path}, split {source.split}: {cause}") from None
 
 
@@ -231,8 +233,7 @@ def find_files(source: Source) -> dict:
     splits = {"train": [escape(source.path) if path.is_file() else source.path]}
     if path.is_dir():
         splits = find_splits(path, source, files)
-    # of .json and .jsonl the former: it reads lines, too
-    reader = READERS.get(min(map(ending, chain(*splits.values()))))
+    reader = READERS.get(min(map(ending, chain(*splits.values()))))  # .json before .jsonl: it reads lines, too
     if reader is None:  # on the Hub, or of a kind that datasets alone knows
         return files
     if not path.is_dir() and (source.name or source.data_files):
@@ -245,9 +246,9 @@ def find_files(source: Source) -> dict:
 def find_splits(folder: Path, source: Source, files: dict) -> dict[str, list[str]]:
     """A folder's files by split: without a README.md, what no name says is `train`."""
     found = datasets.load_dataset_builder(**files).config.data_files
-    splits = {str(split): list(filterfalse(CACHE.search, paths)) for split, paths in found.items()}
+    splits = {str(split): list(filterfalse(COPIES.search, paths)) for split, paths in found.items()}
     kinds = set(map(ending, chain(*splits.values())))
-    here = filterfalse(CACHE.search, glob(f"{escape(str(folder.resolve()))}/**", recursive=True))
+    here = filterfalse(COPIES.search, glob(f"{escape(str(folder.resolve()))}/**", recursive=True))
     there = {path for path in here if ending(path) in READERS}
     left = sorted(path for path in there.difference(*splits.values()) if ending(path) in kinds)
     if left and not (source.name or source.data_files or (folder / "README.md").exists()):
@@ -255,7 +256,7 @@ def find_splits(folder: Path, source: Source, files: dict) -> dict[str, list[str
     read = [paths for split, paths in splits.items() if split in re.findall(r"\w+", source.split)]
     unread = ", ".join(sorted(there.difference(*read)))
     if unread:
-        log.warning("%s: of split %s are not: %s", folder, source.split, unread)
+        log.warning("%s: not read for split %s: %s", folder, source.split, unread)
     return {split: list(map(escape, paths)) for split, paths in splits.items()}
 
 
