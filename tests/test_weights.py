@@ -220,7 +220,7 @@ def test_overrides_of_the_wrong_type_or_against_each_other_are_a_sentence(tmp_pa
 @pytest.mark.parametrize("gone", [0, 1])
 def test_a_checkpoint_without_one_of_its_files_is_refused_everywhere(gone, tmp_path):
     """Rows of the last rank would simply not be there: an export would be a smaller model."""
-    (tmp_path / "config.json").write_text('{"dtype": "float32"}')
+    shutil.copy(EXAMPLES / "tiny" / "config.json", tmp_path)
     (tmp_path / "state.json").write_text('{"step": 1, "files": 2, "config": {}}')
     for rank in range(2):
         places = {"DCP_SHARDING_INFO": json.dumps({"w": {"saved_offsets": [2 * rank, 0]}})}

@@ -14,17 +14,16 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from lacuna.config import AGAIN, Config, ConfigError, LoraConfig, blame, log
 from lacuna.data.loader import merge_states
 from lacuna.lora import merge, write_adapter
 from lacuna.parallel import Ranks, local
-from lacuna.weights import fingerprint, read_whole, weight_folder
+from lacuna.weights import fingerprint, held, joined, load_weights, stored_parts, weight_folder
 
 FORMAT = 5  # of names and state in a checkpoint: counted up when no run can go on from those of before
 # What may change when a run goes on: places, reports, hardware. With another value of any other key it is another run.
@@ -237,16 +236,21 @@ def export(checkpoint: Path, out: Path):
     """Make a Hugging Face folder of a checkpoint, in its config's dtype; of LoRA with an adapter/ in it."""
     state = state_of(checkpoint)
     config = state["config"]
-    dtype = getattr(torch, json.loads((checkpoint / "config.json").read_text())["dtype"])
+    hf_config = AutoConfig.from_pretrained(checkpoint)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf_config, dtype=hf_config.dtype)
+    model.to_empty(device="cpu").requires_grad_(False)
+    model.tie_weights(recompute_mapping=False)
     if config.get("lora", {}).get("rank"):
         lora = LoraConfig(**config["lora"])
         base = config["model"]["name"]
         check_base(base, state)
-        adapters = read_whole(checkpoint, torch.float32)
-        weights = read_whole(weight_folder(base), dtype)
-        merge(weights, adapters, lora)
+        load_weights(model, weight_folder(base))
+        stored = stored_parts(checkpoint)
+        adapters = {name: joined(parts) for name, parts in stored.items() if not name.startswith("optimizer.")}
+        merge(held(model), adapters, lora)
         write_adapter(adapters, lora, base, out / "adapter")
     else:
-        weights = read_whole(checkpoint, dtype)
+        load_weights(model, checkpoint)
+    model.save_pretrained(out)  # under the names of the folder that it came from: experts one by one
     shutil.copytree(checkpoint, out, ignore=shutil.ignore_patterns("*.safetensors", "state.json"), dirs_exist_ok=True)
-    save_torch_state_dict(weights, out)

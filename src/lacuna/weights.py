@@ -1,7 +1,9 @@
 """Folders of weights, a model's or a checkpoint's: which files count, and what is in them."""
 
+import copy
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,12 +14,15 @@ from safetensors import safe_open
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-from lacuna.config import ConfigError, blame
+from lacuna.config import ConfigError, blame, log
 from lacuna.parallel import local
 
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"  # of a model in several files
+TEXT = re.compile(r"(model\.)?language_model\.|(?=lm_head\.)")  # how names begin in a model that sees or hears, too
 
 
 class Part(NamedTuple):
@@ -82,32 +87,33 @@ def whole_shape(parts: list[Part]) -> list[int]:
     return [sum(len(part.values) for part in parts), *parts[0].values.shape[1:]]
 
 
-@torch.no_grad()
+def joined(parts: list[Part]) -> torch.Tensor:
+    return torch.cat([part.values for part in parts])
+
+
 def read_tensors(tensors: dict[str, torch.Tensor], folder: Path):
     """Fill tensors, sharded or not, from a folder's files, however many ranks wrote them."""
     stored = stored_parts(folder)
     for name, tensor in tensors.items():
-        wanted = list(tensor.shape) or [1]
-        found = whole_shape(stored[name]) if name in stored else None
-        if found != wanted:
-            raise ConfigError(f"{folder} does not fit: {name} is {found or 'missing'}, and should be {wanted}")
-        share = torch.atleast_1d(local(tensor))
-        first = 0
-        if isinstance(tensor, DTensor):  # FSDP shards rows
-            _, [first, *_] = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-        for part in stored[name]:
-            begin = max(first, part.first)
-            end = min(first + len(share), part.first + len(part.values))
-            if begin < end:
-                share[begin - first : end - first] = part.values[begin - part.first : end - part.first]
+        fill(tensor, stored.get(name, []), f"{folder} does not fit: {name}")
 
 
-def read_whole(folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The weights in a folder, by name, without an optimizer's state."""
-    stored = {name: parts for name, parts in stored_parts(folder).items() if not name.startswith("optimizer.")}
-    weights = {name: torch.empty(whole_shape(parts), dtype=dtype) for name, parts in stored.items()}
-    read_tensors(weights, folder)
-    return weights
+@torch.no_grad()
+def fill(tensor: torch.Tensor, parts: list[Part], where: str):
+    """Copy what is this rank's of the parts of a tensor. ConfigError where it has another shape."""
+    wanted = list(tensor.shape) or [1]
+    found = whole_shape(parts) if parts else None
+    if found != wanted:
+        raise ConfigError(f"{where} is {found or 'missing'}, and should be {wanted}")
+    share = torch.atleast_1d(local(tensor))
+    first = 0
+    if isinstance(tensor, DTensor):  # FSDP shards rows
+        _, [first, *_] = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    for part in parts:
+        begin = max(first, part.first)
+        end = min(first + len(share), part.first + len(part.values))
+        if begin < end:
+            share[begin - first : end - first] = part.values[begin - part.first : end - part.first]
 
 
 def held(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -117,22 +123,56 @@ def held(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in state.items() if name not in tied and ".lora_" not in name}
 
 
+def in_memory(model: PreTrainedModel, stored: dict[str, list[Part]], places) -> tuple[dict, dict]:
+    """Stored tensors by the model's own names: those that are whole, and converters that make one of several.
+
+    transformers knows which names were others once, and that experts are stored one by one.
+    """
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    whole = {}
+    made = {}
+    for name in sorted(stored, key=dot_natural_key):
+        new = name
+        pattern = None
+        if name not in places and not name.startswith("optimizer."):  # as lacuna's checkpoints have them
+            new, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, places)
+        if pattern is None:
+            whole[new] = stored[name]
+            continue
+        if new not in made:
+            made[new] = copy.deepcopy(next(rule for rule in converters if pattern in rule.source_patterns))
+        made[new].add_tensor(new, name, pattern, stored[name][0].values)
+    return whole, made
+
+
 def load_weights(model: PreTrainedModel, folder: Path):
     """Read this rank's part of every parameter. ConfigError where they are not the model's."""
     stored = stored_parts(folder)
     places = held(model)
+    if any("language_model." in name for name in stored):
+        text = {TEXT.sub("", name, 1): parts for name, parts in stored.items() if TEXT.match(name)}
+        log.warning("%s sees or hears, too: %d tensors are left out", folder, len(stored) - len(text))
+        stored = text
+    stored, made = in_memory(model, stored, places)
     for tied, source in model.all_tied_weights_keys.items():
         if tied in stored and source not in stored:  # the one that is there counts
             places[tied] = places.pop(source)
         elif tied in stored and not torch.equal(stored[tied][0].values, stored[source][0].values):
             raise ConfigError(f"{tied} differs from {source}: set model.overrides.tie_word_embeddings = false")
-    missing = sorted(places.keys() - stored)
-    unknown = sorted(stored.keys() - places - set(model.all_tied_weights_keys))
-    # a checkpoint also holds the optimizer, old folders the rotary frequencies
-    unknown = [name for name in unknown if not name.startswith("optimizer.") and not name.endswith("inv_freq")]
+    missing = sorted(places.keys() - {*stored, *made})
+    unknown = sorted(stored.keys() - {*places, *model.all_tied_weights_keys})
+    # a checkpoint also holds the optimizer, old folders the rotary frequencies, some a part that guesses ahead
+    ignored = "|".join([r"^optimizer\.", "inv_freq$", *model._keys_to_ignore_on_load_unexpected])
+    unknown = [name for name in unknown if not re.search(ignored, name)]
     if any(".lora_" in name for name in unknown):
         raise ConfigError(f"model.name {folder} holds LoRA's adapters alone: `lacuna export` makes a model of them")
     if missing or unknown:
         misfit = f"model.name {folder} does not fit {type(model).__name__}"
         raise ConfigError(f"{misfit}: missing {missing[:3]}, unknown {unknown[:3]}")
-    read_tensors(places, folder)
+    for name, tensor in places.items():
+        if name in made:  # a layer's experts at a time: all of them would be a second model on the host
+            converted = made.pop(name).convert(name, model=model, config=model.config)
+            stored[name] = [Part(folder, 0, converted[name])]
+        fill(tensor, stored.pop(name), f"{folder} does not fit: {name}")
