@@ -68,10 +68,12 @@ ARCHITECTURES = {
     "granite": {"tie_word_embeddings": True, "logits_scaling": 0.25, "embedding_multiplier": 3.0},
     "gemma2": {"tie_word_embeddings": True, "final_logit_softcapping": 2.0, "attn_logit_softcapping": None},
 }
+# A mixture of experts: it cannot be initialised.
+MIXTURES = {"qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}}
 
 
 def model_config(name: str):
-    fields = SMALL | {"model_type": name} | ARCHITECTURES[name]
+    fields = SMALL | {"model_type": name} | (ARCHITECTURES | MIXTURES)[name]
     return AutoConfig.for_model(**fields)
 
 

@@ -83,7 +83,8 @@ def batch_of(rows):
 
 def reference_gradients(folder) -> tuple[float, dict]:
     """Mean loss over all trained tokens in float64, each document alone in plain transformers."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
+    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, **eager)
     nats, count = 0.0, 0
     for documents, trained in uneven_rows():
         for n, document in enumerate(documents):
@@ -99,9 +100,10 @@ def reference_gradients(folder) -> tuple[float, dict]:
 MANY = [pytest.param(split, marks=pytest.mark.slow) for split in ("1x4 ranks x2", "2x2 ranks x2", "4x1 ranks x2")]
 
 
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_moe"])
 @pytest.mark.parametrize("split", ["8x1", "2x4", *MANY])
-def test_the_gradient_of_a_global_batch_is_the_same_for_every_split(split, model_folder, tmp_path):
-    folder = model_folder("qwen3")
+def test_the_gradient_of_a_global_batch_is_the_same_for_every_split(split, name, model_folder, tmp_path):
+    folder = model_folder(name)
     if "ranks" in split:
         singles = [pack([documents], 64, trained) for documents, trained in uneven_rows()]
         torch.save([tuple(single) for single in singles], tmp_path / "batches.pt")

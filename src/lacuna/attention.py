@@ -64,7 +64,7 @@ def packed_attention(module, query, key, value, attention_mask=None, *, backend=
     cu_seqlens = options["cu_seqlens"]
     max_seqlen = options["max_seqlen"]
     scale = options.get("scaling") or query.shape[-1] ** -0.5
-    window = options.get("sliding_window")
+    window = options.get("sliding_window", getattr(module, "sliding_window", None))
     # keys to its left that a query sees; -1: all of its document's
     left = -1 if window is None or window >= max_seqlen else window - 1
     if backend == "sdpa":
@@ -74,7 +74,11 @@ def packed_attention(module, query, key, value, attention_mask=None, *, backend=
         out, _ = fa4(q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens, max_seqlen, scale, left)
         return out[None], None
     limits = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-    return varlen_attn(q, k, v, *limits, scale=scale, window_size=(left, 0))[None], None
+    narrower = q.shape[-1] - v.shape[-1]  # as DeepSeek's values are, 128 beside keys of 192
+    if narrower:
+        v = F.pad(v, (0, narrower))
+    out = varlen_attn(q, k, v, *limits, scale=scale, window_size=(left, 0))
+    return out[None, ..., : value.shape[-1]], None
 
 
 def sdpa(query, key, value, mask, scale: float, left: int) -> torch.Tensor:
@@ -124,6 +128,6 @@ def fa4_grads(ctx, grad, _):
 
 
 AttentionInterface.register("lacuna", packed_attention)
-fa4.register_fake(lambda q, k, v, *_: (torch.empty_like(q), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)))
+fa4.register_fake(lambda q, k, v, *_: (v.new_empty(*q.shape[:2], v.shape[2]), q.new_empty(q.shape[1::-1]).float()))
 fa4_backward.register_fake(lambda grad, q, k, v, *_: tuple(map(torch.empty_like, (q, k, v))))
 fa4.register_autograd(fa4_grads, setup_context=fa4_save)

@@ -13,9 +13,11 @@ from typing import NamedTuple
 
 import datasets
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from lacuna.config import Config, NonFinite, log
+from lacuna.model import experts
 from lacuna.parallel import Ranks
 
 # Dense bf16 peaks, FLOP/s, from the vendors' datasheets; the first name that the device's name contains counts.
@@ -25,15 +27,21 @@ PEAKS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S"
 def flop(model: PreTrainedModel) -> tuple[int, int]:
     """FLOP of training for a token, 6 a weight (4 a frozen one, none an input embedding), and for a query and key.
 
-    A window counts as full attention; what is recomputed, or masked as not causal, does not.
+    A window counts as full attention; what is recomputed, or masked as not causal, does not. Of a mixture's experts
+    those count that a token goes through.
     """
     config = model.config
-    head_dim = config.to_dict().get("head_dim") or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", 0)
+    head_dim = config.to_dict().get("head_dim") or config.hidden_size // max(heads, 1)
     embeddings = model.get_input_embeddings().weight
     untied = embeddings is not model.get_output_embeddings().weight
     multiplied = [p for p in model.parameters() if not (untied and p is embeddings)]
     per_token = sum(p.numel() * (4 + 2 * p.requires_grad) for p in multiplied)
-    return per_token, 6 * config.num_hidden_layers * config.num_attention_heads * head_dim
+    chosen = next((module.top_k for module in model.modules() if hasattr(module, "top_k")), None)
+    for p in nn.ModuleList(experts(model)).parameters():  # [experts, out, in]
+        if chosen and p.ndim == 3:
+            per_token -= p.numel() * (4 + 2 * p.requires_grad) * (1 - chosen / len(p))
+    return per_token, 6 * config.num_hidden_layers * heads * head_dim
 
 
 class Pending(NamedTuple):

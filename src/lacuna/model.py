@@ -6,11 +6,13 @@ Everything replaces `layer.forward` in place: parameter names stay those of Hugg
 import copy
 import functools
 import hashlib
-import runpy
+import math
 import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.func import functional_call
@@ -26,6 +28,8 @@ from lacuna.loss import head_loss
 from lacuna.optim import trained
 from lacuna.parallel import Ranks, shard_model
 from lacuna.weights import load_weights, read_tensors, weight_folder
+
+HEAD_KEYS = ("logit_scale", "logits_scaling", "final_logit_softcapping", "logits_soft_cap")
 
 
 class Trainee(nn.Module):
@@ -48,16 +52,20 @@ class Trainee(nn.Module):
 
     def head(self, batch: PackedBatch):
         """`head_loss` over a batch, as a function of its labels' weights."""
-        weight = self.model.get_output_embeddings().weight
+        head = self.model.get_output_embeddings()
+        weight = head.weight
+        hidden = self.hidden(batch)
+        if head.bias is not None:  # one more column, for an input of 1
+            weight = torch.cat([weight, head.bias[:, None]], 1)
+            hidden = F.pad(hidden, (0, 1), value=1.0)
         config = self.model.config
-        keys = ("logit_scale", "logits_scaling", "final_logit_softcapping")
         # transformers keeps keys, too, that a config's class does not know, and does nothing with them
-        known = {key: getattr(config, key) for key in keys if hasattr(type(config), key)}
+        known = {key: getattr(config, key) for key in HEAD_KEYS if hasattr(type(config), key)}
         factor = known.get("logit_scale") or 1.0
         scaling = known.get("logits_scaling") or 1.0
         factor *= scaling if config.model_type == "hyperclovax" else 1 / scaling  # others divide
-        arithmetic = {"factor": factor, "cap": known.get("final_logit_softcapping") or None}
-        return functools.partial(head_loss, self.hidden(batch), weight, batch, self.compiled, **arithmetic)
+        cap = known.get("final_logit_softcapping") or known.get("logits_soft_cap")
+        return functools.partial(head_loss, hidden, weight, batch, self.compiled, factor=factor, cap=cap)
 
     def hidden(self, batch: PackedBatch) -> torch.Tensor:
         """The decoder's last hidden states [T, H]."""
@@ -90,12 +98,12 @@ def assemble(config: Config, ranks: Ranks, tokenizer, frozen: bool = False) -> T
     model = empty_model(config.model, tokenizer, dtype if frozen or config.lora.rank else torch.float32)
     model.requires_grad_(not frozen)
     layers = [module for module in model.get_decoder().modules() if isinstance(module, GradientCheckpointingLayer)]
-    refuse_unfit(model, layers, config.train.seq_len)
     # a patch replaces modules, so it comes first
     if config.model.patch:
         file, _, function = config.model.patch.rpartition(":")
         with blame(f"model.patch {config.model.patch} (a file.py:function)"):
-            runpy.run_path(file)[function](model)
+            getattr(import_file(file), function)(model)
+    refuse_unfit(model, layers, config)
     if config.lora.rank:
         add_adapters(model, layers, config.lora)
     if ranks.mesh is None and dtype != torch.float32:
@@ -105,7 +113,8 @@ def assemble(config: Config, ranks: Ranks, tokenizer, frozen: bool = False) -> T
     # Compile wraps the checkpointed layer: the partitioner recomputes inside it, and the other way round it would be
     # done twice. Regional: all layers share one graph, which takes seconds; the whole model would take minutes.
     for layer in layers if compiled else []:
-        layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)
+        if not hasattr(layer, "sees_to_documents"):
+            layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)
     # last, because FSDP2's hooks would break the graphs
     trainee = Trainee(model, layers, dtype=dtype, compiled=compiled, backend=backend)
     if ranks.mesh is not None:
@@ -116,6 +125,14 @@ def assemble(config: Config, ranks: Ranks, tokenizer, frozen: bool = False) -> T
     return trainee
 
 
+def import_file(file: str):
+    """A user's file as a module: torch.compile looks up by its name what a layer calls there."""
+    spec = spec_from_file_location(f"patch_{Path(file).stem}", file)
+    module = sys.modules[spec.name] = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def materialise(trainee: Trainee, device: torch.device, seed: int, folder: Path | None):
     """Allocate this rank's share and fill it: from a folder's weights, or without one from scratch."""
     model = trainee.model
@@ -123,7 +140,7 @@ def materialise(trainee: Trainee, device: torch.device, seed: int, folder: Path 
     model.tie_weights(recompute_mapping=False)  # to_empty gives each module a tensor of its own
     for parameter in model.parameters():
         parameter._is_hf_initialized = True  # what `initialise` puts in their place is not
-    recompute_buffers(model)
+    recompute_buffers(model, from_scratch=folder is None)
     if folder is not None:
         load_weights(model, folder)
     initialise(model, seed, adapters_only=folder is not None)
@@ -132,7 +149,8 @@ def materialise(trainee: Trainee, device: torch.device, seed: int, folder: Path 
 def empty_model(config: ModelConfig, tokenizer, dtype: torch.dtype) -> PreTrainedModel:
     """The model on the meta device, with lacuna's attention; or a ConfigError."""
     with blame(f"model.name {config.name}: its config"):
-        hf_config = AutoConfig.from_pretrained(config.name, trust_remote_code=False)
+        whole = AutoConfig.from_pretrained(config.name, trust_remote_code=False)
+    hf_config = whole.get_text_config()  # of a model that sees or hears, too
     for key in config.overrides:
         if not hasattr(hf_config, key):
             raise ConfigError(f"model.overrides.{key} is no field of {config.name}'s config: see its config.json")
@@ -144,7 +162,7 @@ def empty_model(config: ModelConfig, tokenizer, dtype: torch.dtype) -> PreTraine
             setattr(hf_config, key, getattr(tokenizer, key))
     # before the model is built: transformers would fetch and run a kernel that a config names as its attention
     hf_config._attn_implementation = "lacuna"
-    stored = hf_config.dtype
+    stored = whole.dtype
     with blame(f"model.name {config.name}, model.overrides {config.overrides}"), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
     model.config.dtype = stored
@@ -157,30 +175,34 @@ def empty_model(config: ModelConfig, tokenizer, dtype: torch.dtype) -> PreTraine
 def override(hf_config: PretrainedConfig, config: ModelConfig) -> PretrainedConfig:
     """The config with model.overrides, made anew of its file: what follows from other fields still does."""
     fields, _ = hf_config.get_config_dict(config.name)
+    fields = fields.get("text_config", fields)
     if {"num_hidden_layers", "sliding_window", "use_sliding_window", "max_window_layers"} & config.overrides.keys():
         fields.pop("layer_types", None)  # which layers have a window
     return type(hf_config).from_dict(fields | copy.deepcopy(config.overrides))
 
 
-def refuse_unfit(model: PreTrainedModel, layers: list[nn.Module], seq_len: int):
+def refuse_unfit(model: PreTrainedModel, layers: list[nn.Module], run: Config):
     """Refuse, by name and with the reason, what would not be exact."""
     config = model.config
-    leaks = sorted(set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"})
-    if any(isinstance(module, nn.Conv1d) for module in model.modules()):
-        leaks.append("convolutions")
-    if "ALL_ATTENTION_FUNCTIONS" not in vars(sys.modules[type(model).__module__]):
-        leaks.append("attention that cannot be replaced")
+    unseen = [layer for layer in layers if not hasattr(layer, "sees_to_documents")]  # of a patch's, each by itself
+    kinds = zip(getattr(config, "layer_types", None) or [], layers, strict=False)
+    leaks = {kind for kind, layer in kinds if layer in unseen} - {"full_attention", "sliding_attention", "mlp", "moe"}
+    if any(isinstance(module, nn.Conv1d) for layer in unseen for module in layer.modules()):
+        leaks.add("convolutions")
+    if unseen and "ALL_ATTENTION_FUNCTIONS" not in vars(sys.modules[type(model).__module__]):
+        leaks.add("attention that cannot be replaced")
     ropes = str(getattr(config, "rope_parameters", None))
     longest = getattr(config, "original_max_position_embeddings", None) or getattr(config, "max_position_embeddings", 0)
-    if seq_len > longest and ("'longrope'" in ropes or "'dynamic'" in ropes):
-        leaks.append(f"rotations by the longest document of a batch: set train.seq_len to {longest}")
-    inside = {*model.get_decoder().parameters(), model.get_output_embeddings().weight}
-    experts = any(p.ndim == 3 for p in inside) or config.model_type == "dbrx"  # whose are one matrix
+    if run.train.seq_len > longest and ("'longrope'" in ropes or "'dynamic'" in ropes):
+        leaks.add(f"rotations by the longest document of a batch: set train.seq_len to {longest}")
+    mixture = experts(model)
+    window = getattr(config, "sliding_window", None) or math.inf
+    inside = {*model.get_decoder().parameters(), *model.get_output_embeddings().parameters()}
     problems = {
-        f"cannot keep packed documents apart ({', '.join(leaks)})": leaks,
-        "has attn_logit_softcapping, which lacuna does not compute": getattr(config, "attn_logit_softcapping", None),
+        f"cannot keep packed documents apart ({', '.join(sorted(leaks))}): see examples/hybrid.py": leaks,
         "has more in its head than one matrix": set(model.parameters()) - inside,
-        "is a mixture of experts, whose balancing loss lacuna does not compute": experts,
+        "has a window that its mask alone knows": config.model_type == "phimoe" and window < run.train.seq_len,
+        "is a mixture of experts, which from_scratch would need a balancing loss": run.model.from_scratch and mixture,
         "attends to later tokens, too": not all(getattr(module, "is_causal", True) for module in model.modules()),
         "is quantized: take a copy without quantization_config": getattr(config, "quantization_config", None),
         "must have model.overrides.attention_dropout = 0.0": getattr(config, "attention_dropout", 0.0),
@@ -189,6 +211,11 @@ def refuse_unfit(model: PreTrainedModel, layers: list[nn.Module], seq_len: int):
     for problem, there in problems.items():
         if there:
             raise ConfigError(f"{type(model).__name__} {problem}")
+
+
+def experts(model: nn.Module) -> list[nn.Module]:
+    """Those of a mixture: one module holds all of a layer's, whatever the config calls them."""
+    return [module for module in model.modules() if type(module).__name__.endswith("Experts")]
 
 
 def cast_in_forward(model: PreTrainedModel, layers: list[nn.Module], dtype: torch.dtype):
@@ -210,6 +237,7 @@ def run_in(template: nn.Module, module: nn.Module, dtype: torch.dtype, *args, **
 # Dear to recompute: matrix products and attention. Everything else is cheap and recomputed.
 SAVED_OPS = [
     torch.ops.aten.mm.default,
+    torch.ops.aten._grouped_mm.default,
     torch.ops.aten._scaled_mm.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.lacuna.fa4.default,
@@ -252,10 +280,11 @@ def initialise(model: PreTrainedModel, seed: int, adapters_only: bool):
 
 
 @torch.no_grad()
-def recompute_buffers(model: PreTrainedModel):
-    """`to_empty` leaves garbage in buffers, such as rotary frequencies; a folder may hold some."""
+def recompute_buffers(model: PreTrainedModel, from_scratch: bool):
+    """`to_empty` leaves garbage in buffers, such as rotary frequencies; those that persist, a folder holds."""
     for name, module in model.named_modules():
-        buffers = list(module.buffers(recurse=False))
+        computed = set(module._buffers) if from_scratch else module._non_persistent_buffers_set
+        buffers = [module._buffers[key] for key in computed]
         if buffers:
             fill_by_transformers(model, module, name, buffers)
 
