@@ -9,7 +9,6 @@ from datetime import timedelta
 from typing import NamedTuple
 
 import torch
-import torch._inductor.config
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -43,7 +42,6 @@ def start(config: DistConfig, train: TrainConfig) -> Ranks:
     if train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        torch._inductor.config.deterministic = True  # a kernel chosen by its time could be another one next time
     if world == 1:
         return Ranks(rank, world, device, None)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
