@@ -2,7 +2,6 @@
 
 import gc
 import os
-import signal
 import sys
 import traceback
 from contextlib import suppress
@@ -22,8 +21,6 @@ USAGE = """usage: lacuna pt [CONFIG.toml] [--section.key VALUE ...]    train on 
 
 
 def main():
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # in the background it is ignored
-        signal.signal(signal.SIGINT, lambda number, frame: leave(130, "interrupted"))
     preemption = None
     try:
         command, config, words = parse(sys.argv[1:])
@@ -42,6 +39,8 @@ def main():
         leave(0)
     except Preempted as error:
         leave(REQUEUE, str(error))
+    except KeyboardInterrupt:  # of an export: training has handlers of its own
+        leave(130, "interrupted")
     except (ConfigError, NonFinite) as error:
         leave(1, str(error))
     except Exception as error:
