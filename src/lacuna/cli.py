@@ -77,10 +77,10 @@ def leave(status: int, sentence: str = ""):
     """Exit, saying why."""
     rank = os.environ.get("RANK")
     name = f"lacuna (rank {rank})" if rank else "lacuna"
-    if sentence:
-        log.debug(sentence)  # to log.txt, where a run has one by now
     with suppress(OSError, AttributeError):  # the terminal may be gone, or never have been there
-        sys.stderr.write(f"{name}: {sentence}\n" if sentence else "")
+        if sentence:
+            log.debug(sentence)  # to log.txt, where a run has one by now
+            sys.stderr.write(f"{name}: {sentence}\n")
         sys.stdout.flush()
     # threads of gloo's, or a loader's that stands still in a read, outlive the interpreter: 1 run in 20 aborted
     if status or rank:
