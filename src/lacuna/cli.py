@@ -9,7 +9,7 @@ from glob import glob
 from importlib import import_module
 from pathlib import Path
 
-from lacuna.config import AGAIN, Config, ConfigError, NonFinite, Preempted, blame, fault, load_config, log
+from lacuna.config import AGAIN, Config, ConfigError, Preempted, blame, fault, load_config, log
 from lacuna.preemption import REQUEUE, SIGNALS, Preemption
 
 USAGE = """usage: lacuna pt [CONFIG.toml] [--section.key VALUE ...]    train on text: every token
@@ -41,7 +41,7 @@ def main():
         leave(REQUEUE, str(error))
     except KeyboardInterrupt:  # of an export: training has handlers of its own
         leave(130, "interrupted")
-    except (ConfigError, NonFinite) as error:
+    except (ConfigError, FloatingPointError) as error:
         leave(1, str(error))
     except Exception as error:
         log.debug("", exc_info=True)

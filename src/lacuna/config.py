@@ -25,10 +25,6 @@ class ConfigError(Exception):
     """What the user asked for cannot be done; the message names key and cure."""
 
 
-class NonFinite(Exception):
-    """A loss or gradient is not a number; the parameters are those of the step before."""
-
-
 class Preempted(Exception):
     """A signal ended the run, after a checkpoint: started again, it goes on from there."""
 

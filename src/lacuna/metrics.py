@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lacuna.config import Config, NonFinite, log
+from lacuna.config import Config, log
 from lacuna.model import experts
 from lacuna.parallel import Ranks
 
@@ -74,7 +74,7 @@ class Report:
         self.since, self.interval = time.perf_counter(), Counter()
 
     def step(self, facts: dict, sums: dict[str, torch.Tensor]):
-        """Take in a step's figures, on their way to the host, and report it. Raises NonFinite."""
+        """Take in a step's figures, on their way to the host, and report it. Raises FloatingPointError."""
         on_gpu = self.ranks.device.type == "cuda"
         values = torch.stack(list(sums.values())).to("cpu", non_blocking=True)
         done = torch.cuda.current_stream().record_event() if on_gpu else None
@@ -95,7 +95,7 @@ class Report:
         self.stop_asked |= sums["stop_asked"] > 0
         if not math.isfinite(sums["loss"] + sums["grad_norm"]):
             what = f"loss {sums['loss']:g}, gradient norm {sums['grad_norm']:g}: not finite"
-            raise NonFinite(f"step {number}: {what}; it updated nothing. Lower optim.lr, or see the data")
+            raise FloatingPointError(f"step {number}: {what}; it updated nothing. Lower optim.lr, or see the data")
         for key in self.totals:
             self.totals[key] += int(sums[key])
         self.interval.update(sums | {"steps": 1, "data_seconds": step.facts["data_seconds"]})

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from filelock import FileLock
 
 from lacuna.checkpoint import Checkpoints, check_base, export, find_checkpoint, in_order, match_eos, read_state
-from lacuna.config import Config, ConfigError, NonFinite, Preempted, blame, log
+from lacuna.config import Config, ConfigError, Preempted, blame, log
 from lacuna.data.batch import PackedBatch
 from lacuna.data.conversations import make_encoder
 from lacuna.data.loader import Loader, RowDataset
@@ -122,7 +122,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
             report.step(facts, sums | {"grad_norm": norm})
             if evaluating or saving or report.stop_asked:
                 report.flush()  # what is saved must be finite, and done: another stream copies it
-        except NonFinite:
+        except FloatingPointError:
             checkpoints.finish()  # the last good one may be half written
             raise
         if evaluating and not report.stop_asked:
