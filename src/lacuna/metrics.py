@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import resource
 import sys
 import time
@@ -151,14 +152,12 @@ def in_words(step: int, figures: dict) -> str:
 def open_metrics(folder: Path, step: int):
     """metrics.jsonl up to a step that a run goes on from, to be added to."""
     file = folder / "metrics.jsonl"
-    kept = ""
-    for line in file.read_text().splitlines(keepends=True) if step and file.exists() else []:
-        metrics = json.loads(line) if line.endswith("\n") else {"step": math.inf}  # cut off
-        if metrics["step"] < step or (metrics["step"] == step and "eval_loss" not in metrics):
-            kept += line
-    new = folder / ".metrics.jsonl"
-    new.write_text(kept)
-    new.replace(file)  # at once: a run killed just now loses no line
+    file.touch()
+    lines = file.read_text().splitlines(keepends=True)
+    whole = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may be cut off
+    # of the step itself the evaluation, its last line, is done again
+    kept = sum(m["step"] < step or (m["step"] == step and "eval_loss" not in m) for m in whole)
+    os.truncate(file, sum(map(len, lines[:kept])))
     return open(file, "a", buffering=1)  # line by line: a killed run keeps its lines
 
 
