@@ -183,15 +183,14 @@ class Checkpoints:
                 shutil.rmtree(old.rename(old.with_name(f".old_{old.name}")), ignore_errors=True)
 
     def write_safetensors(self, file: Path):
-        """One file of float32 tensors, with their offsets in the whole ones."""
+        """One file of float32 tensors, with the offsets of sharded ones in the whole."""
         # torch's own writer holds the interpreter's lock, up to 3 s a GB on a CPU, in which training stands still
         shares, offsets = {}, {}
         for (name, tensor), place in zip(self.tensors.items(), self.memory.result().places, strict=True):
             shares[name] = place.view(local(tensor).shape)
-            begin = [0] * tensor.ndim
             if isinstance(tensor, DTensor):
                 _, begin = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-            offsets[name] = {"saved_offsets": begin}
+                offsets[name] = {"saved_offsets": begin}
         save_file(shares, file, {"DCP_SHARDING_INFO": json.dumps(offsets)})  # one: two have no order
         sync(file)
 
