@@ -3,6 +3,7 @@
 import difflib
 import errno
 import logging
+import os
 import re
 import tomllib
 from argparse import ArgumentParser
@@ -187,6 +188,10 @@ def contradictions(config: Config) -> list[tuple]:
     """What keys may say against each other: whether they do, and a sentence."""
     data = config.data
     train = config.train
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    rows = train.micro_batch_size * ranks
+    product = f"train.micro_batch_size {train.micro_batch_size} x {ranks} rank(s) = {rows}"
+    uneven = f"train.global_batch_size {train.global_batch_size} is no multiple of {product}"
     held_out = config.eval.sources
     fraction = config.eval.fraction
     streams = any(source.streaming for source in data.sources)
@@ -199,7 +204,7 @@ def contradictions(config: Config) -> list[tuple]:
         (train.epochs and any(weights), "train.epochs of a weighted mixture: set train.steps, or drop the weights"),
         (any(weights) and not all(weights), "data.sources: give every source a weight, or none"),
         (streams and len(weights) > 1 and not all(weights), "data.sources: a mixture that streams needs weights"),
-        (train.global_batch_size % train.micro_batch_size, uneven_batch(train)),
+        (train.global_batch_size % rows, uneven),
         (config.lora.rank and config.model.from_scratch, "lora.rank adapts a model that is there, not from_scratch"),
         (config.recipe and not config.task.endswith(".py"), "recipe: these keys are for lacuna RECIPE.py"),
         (config.task.endswith(".py") and not config.optim.lr, "optim.lr: a recipe has no default: give one"),
@@ -212,12 +217,6 @@ def contradictions(config: Config) -> list[tuple]:
         (fraction and (streams or any(weights)), "eval.fraction: data streams or has weights: name eval.sources"),
         (config.eval.every and not (held_out or fraction), "eval.every needs eval.sources or eval.fraction"),
     ]
-
-
-def uneven_batch(train: TrainConfig, ranks: int = 1) -> str:
-    """A sentence for a global batch that does not divide into the micro-batches of all ranks."""
-    product = f"train.micro_batch_size {train.micro_batch_size} x {ranks} rank(s) = {train.micro_batch_size * ranks}"
-    return f"train.global_batch_size {train.global_batch_size} is no multiple of {product}"
 
 
 class Parser(ArgumentParser):

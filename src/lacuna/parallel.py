@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from lacuna.config import ConfigError, DistConfig, TrainConfig, log, uneven_batch
+from lacuna.config import ConfigError, DistConfig, TrainConfig, log
 
 
 class Ranks(NamedTuple):
@@ -33,8 +33,6 @@ def start(config: DistConfig, train: TrainConfig) -> Ranks:
     if config.dp_replicate * shard != world or rank not in range(world):
         size = f"dist.dp_replicate {config.dp_replicate} x dist.dp_shard {shard}"
         raise ConfigError(f"{size} is not the {world} ranks (WORLD_SIZE), or this rank none of them (RANK {rank})")
-    if train.global_batch_size % (train.micro_batch_size * world):
-        raise ConfigError(uneven_batch(train, world))
     device = torch.device("cpu")
     if torch.cuda.is_available():  # with srun --gpus-per-task, a task sees one device only
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
