@@ -137,10 +137,6 @@ class Checkpoints:
         self.copied = self.thread.submit(self.copy, shares)
         self.written = self.thread.submit(self.write, step, state)
 
-    def wait_for_copy(self):
-        """Before parameters change: whatever is being saved must be on the host."""
-        self.copied.result()
-
     def finish(self):
         """Wait until what is being saved is whole. ConfigError where it cannot be."""
         self.written.result()

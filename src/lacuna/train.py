@@ -108,7 +108,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
         sums = sum_over_ranks([part | {"stop_asked": preemption.asked} for part in parts], ranks.device) | sums
         failed |= ~(norm + sums["loss"]).isfinite()
         lr = learning_rate(config.optim, step - 1, steps)
-        checkpoints.wait_for_copy()
+        checkpoints.copied.result()  # before parameters change
         optimizer.step(lr, (config.train.max_grad_norm / (norm + 1e-6)).clamp(max=1).float(), failed)
         trainee.zero_grad()
 
