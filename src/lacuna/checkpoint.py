@@ -83,10 +83,10 @@ class HostMemory:
     """Room on the host for a checkpoint's tensors, pinned for a GPU: else copies take ten times as long."""
 
     def __init__(self, sizes: list[int], pinned: bool):
-        memory = torch.zeros(sum(sizes) or 1)  # float32
-        self.places = memory[: sum(sizes)].split(sizes)  # flat
+        memory = torch.zeros(sum(sizes))  # float32
+        self.places = memory.split(sizes)  # flat
         # not by `pin_memory`, which takes a power of two; while the driver pins 20 GB, launches wait for .8 s, once
-        if pinned:
+        if pinned and memory.nbytes:
             torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
             # or else, in a process that lives on, copies from what lies there next would read the old memory
             weakref.finalize(self, torch.cuda.cudart().cudaHostUnregister, memory.data_ptr()).atexit = False
