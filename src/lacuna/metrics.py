@@ -72,7 +72,8 @@ class Report:
 
     def start_clock(self):
         """Begin a new interval between two lines."""
-        self.since, self.interval = time.perf_counter(), Counter()
+        self.since = time.perf_counter()
+        self.interval = Counter()
 
     def step(self, facts: dict, sums: dict[str, torch.Tensor]):
         """Take in a step's figures, on their way to the host, and report it. Raises FloatingPointError."""
