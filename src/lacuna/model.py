@@ -6,7 +6,6 @@ Everything replaces `layer.forward` in place: parameter names stay those of Hugg
 import copy
 import functools
 import hashlib
-import math
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -28,8 +27,6 @@ from lacuna.loss import head_loss
 from lacuna.optim import trained
 from lacuna.parallel import Ranks, shard_model
 from lacuna.weights import load_weights, read_tensors, weight_folder
-
-HEAD_KEYS = ("logit_scale", "logits_scaling", "final_logit_softcapping", "logits_soft_cap")
 
 
 class Trainee(nn.Module):
@@ -59,8 +56,9 @@ class Trainee(nn.Module):
             weight = torch.cat([weight, head.bias[:, None]], 1)
             hidden = F.pad(hidden, (0, 1), value=1.0)
         config = self.model.config
+        keys = ("logit_scale", "logits_scaling", "final_logit_softcapping", "logits_soft_cap")
         # transformers keeps keys, too, that a config's class does not know, and does nothing with them
-        known = {key: getattr(config, key) for key in HEAD_KEYS if hasattr(type(config), key)}
+        known = {key: getattr(config, key) for key in keys if hasattr(type(config), key)}
         factor = known.get("logit_scale") or 1.0
         scaling = known.get("logits_scaling") or 1.0
         factor *= scaling if config.model_type == "hyperclovax" else 1 / scaling  # others divide
@@ -102,7 +100,11 @@ def assemble(config: Config, ranks: Ranks, tokenizer, frozen: bool = False) -> T
     if config.model.patch:
         file, _, function = config.model.patch.rpartition(":")
         with blame(f"model.patch {config.model.patch} (a file.py:function)"):
-            getattr(import_file(file), function)(model)
+            # a module: torch.compile looks up by its name what layers call there
+            spec = spec_from_file_location(f"patch_{Path(file).stem}", file)
+            patch = sys.modules[spec.name] = module_from_spec(spec)
+            spec.loader.exec_module(patch)
+            getattr(patch, function)(model)
     refuse_unfit(model, layers, config)
     if config.lora.rank:
         add_adapters(model, layers, config.lora)
@@ -123,14 +125,6 @@ def assemble(config: Config, ranks: Ranks, tokenizer, frozen: bool = False) -> T
     if config.model.from_scratch or config.model.dtype or model.config.dtype is None:
         model.config.dtype = dtype
     return trainee
-
-
-def import_file(file: str):
-    """A user's file as a module: torch.compile looks up by its name what a layer calls there."""
-    spec = spec_from_file_location(f"patch_{Path(file).stem}", file)
-    module = sys.modules[spec.name] = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def materialise(trainee: Trainee, device: torch.device, seed: int, folder: Path | None):
@@ -187,7 +181,7 @@ def refuse_unfit(model: PreTrainedModel, layers: list[nn.Module], run: Config):
     unseen = [layer for layer in layers if not hasattr(layer, "sees_to_documents")]  # of a patch's, each by itself
     kinds = zip(getattr(config, "layer_types", None) or [], layers, strict=False)
     leaks = {kind for kind, layer in kinds if layer in unseen} - {"full_attention", "sliding_attention", "mlp", "moe"}
-    if any(isinstance(module, nn.Conv1d) for layer in unseen for module in layer.modules()):
+    if any(isinstance(module, nn.Conv1d) for module in nn.ModuleList(unseen).modules()):
         leaks.add("convolutions")
     if unseen and "ALL_ATTENTION_FUNCTIONS" not in vars(sys.modules[type(model).__module__]):
         leaks.add("attention that cannot be replaced")
@@ -196,12 +190,12 @@ def refuse_unfit(model: PreTrainedModel, layers: list[nn.Module], run: Config):
     if run.train.seq_len > longest and ("'longrope'" in ropes or "'dynamic'" in ropes):
         leaks.add(f"rotations by the longest document of a batch: set train.seq_len to {longest}")
     mixture = experts(model)
-    window = getattr(config, "sliding_window", None) or math.inf
     inside = {*model.get_decoder().parameters(), *model.get_output_embeddings().parameters()}
     problems = {
         f"cannot keep packed documents apart ({', '.join(sorted(leaks))}): see examples/hybrid.py": leaks,
         "has more in its head than one matrix": set(model.parameters()) - inside,
-        "has a window that its mask alone knows": config.model_type == "phimoe" and window < run.train.seq_len,
+        "has a window that its mask alone knows": config.model_type == "phimoe"
+        and 0 < (config.sliding_window or 0) < run.train.seq_len,
         "is a mixture of experts, which from_scratch would need a balancing loss": run.model.from_scratch and mixture,
         "attends to later tokens, too": not all(getattr(module, "is_causal", True) for module in model.modules()),
         "is quantized: take a copy without quantization_config": getattr(config, "quantization_config", None),

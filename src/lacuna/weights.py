@@ -22,7 +22,7 @@ from lacuna.parallel import local
 
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"  # of a model in several files
-TEXT = re.compile(r"(model\.)?language_model\.|(?=lm_head\.)")  # how names begin in a model that sees or hears, too
+TEXT = re.compile(r"^(model\.)?language_model\.")  # how names begin in a model that sees or hears, too
 
 
 class Part(NamedTuple):
@@ -123,39 +123,34 @@ def held(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in state.items() if name not in tied and ".lora_" not in name}
 
 
-def in_memory(model: PreTrainedModel, stored: dict[str, list[Part]], places) -> tuple[dict, dict]:
-    """Stored tensors by the model's own names: those that are whole, and converters that make one of several.
+def in_memory(model: PreTrainedModel, stored: dict[str, list[Part]], places) -> dict[str, WeightConverter]:
+    """Name stored tensors as the model does, in place; what makes one of several is taken out, and returned by name.
 
     transformers knows which names were others once, and that experts are stored one by one.
     """
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    whole = {}
     made = {}
-    for name in sorted(stored, key=dot_natural_key):
-        new = name
-        pattern = None
-        if name not in places and not name.startswith("optimizer."):  # as lacuna's checkpoints have them
-            new, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, places)
+    for name in sorted(stored.keys() - places, key=dot_natural_key):
+        short = TEXT.sub("", name)
+        new, pattern = rename_source_key(short, renamings, converters, model.base_model_prefix, places)
+        parts = stored.pop(name)
         if pattern is None:
-            whole[new] = stored[name]
+            stored[new] = parts
             continue
         if new not in made:
             made[new] = copy.deepcopy(next(rule for rule in converters if pattern in rule.source_patterns))
-        made[new].add_tensor(new, name, pattern, stored[name][0].values)
-    return whole, made
+        made[new].add_tensor(new, name, pattern, parts[0].values)
+    return made
 
 
 def load_weights(model: PreTrainedModel, folder: Path):
     """Read this rank's part of every parameter. ConfigError where they are not the model's."""
     stored = stored_parts(folder)
     places = held(model)
-    if any("language_model." in name for name in stored):
-        text = {TEXT.sub("", name, 1): parts for name, parts in stored.items() if TEXT.match(name)}
-        log.warning("%s sees or hears, too: %d tensors are left out", folder, len(stored) - len(text))
-        stored = text
-    stored, made = in_memory(model, stored, places)
+    multimodal = any(map(TEXT.match, stored))
+    made = in_memory(model, stored, places)
     for tied, source in model.all_tied_weights_keys.items():
         if tied in stored and source not in stored:  # the one that is there counts
             places[tied] = places.pop(source)
@@ -166,6 +161,9 @@ def load_weights(model: PreTrainedModel, folder: Path):
     # a checkpoint also holds the optimizer, old folders the rotary frequencies, some a part that guesses ahead
     ignored = "|".join([r"^optimizer\.", "inv_freq$", *model._keys_to_ignore_on_load_unexpected])
     unknown = [name for name in unknown if not re.search(ignored, name)]
+    if multimodal:
+        log.warning("%s sees or hears, too: %d tensors of it are left out", folder, len(unknown))
+        unknown = []
     if any(".lora_" in name for name in unknown):
         raise ConfigError(f"model.name {folder} holds LoRA's adapters alone: `lacuna export` makes a model of them")
     if missing or unknown:
