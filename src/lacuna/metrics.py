@@ -67,7 +67,6 @@ class Report:
         self.totals = {key: state[key] for key in ("tokens", "trained_tokens")}
         self.stop_asked = False  # by a signal on any rank
         self.pending = []
-        self.first = None  # line: its step, and when it was written
         self.file = open_metrics(folder, state["step"]) if ranks.rank == 0 else None
 
     def start_clock(self):
@@ -124,11 +123,7 @@ class Report:
         own = {name: interval[name] / max(interval["units"], 1) for name in facts["figures"]}  # a recipe's
         self.start_clock()
         self.write(metrics | own)
-        # as fast as since the first line, evaluations included; what was before it, such as compilation, is over
-        self.first = self.first or (facts["step"], self.since)
-        done = facts["step"] - self.first[0]
-        pace = (self.since - self.first[1]) / done if done else metrics["step_seconds"]
-        left = timedelta(seconds=round((self.steps - facts["step"]) * pace))
+        left = timedelta(seconds=round((self.steps - facts["step"]) * metrics["step_seconds"]))
         share = f"  mfu {mfu:.0%}" if mfu else ""
         learned = f"loss {loss:.4f}  norm {sums['grad_norm']:.2f}"
         log.info(f"step {facts['step']}/{self.steps}  {learned}  {speed:,.0f} tok/s{share}  {left}")
