@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
 
 import datasets
 import torch
@@ -45,15 +44,6 @@ def flop(model: PreTrainedModel) -> tuple[int, int]:
     return per_token, 6 * config.num_hidden_layers * heads * head_dim
 
 
-class Pending(NamedTuple):
-    """A step whose figures are on their way to the host."""
-
-    facts: dict  # known at once: step, lr, epoch, data_seconds, figures' names, ends_interval
-    names: list[str]  # of the sums
-    values: torch.Tensor  # float64 [names]
-    done: torch.cuda.Event | None  # when the values are there; None on a CPU: at once
-
-
 class Report:
     """Every rank takes in every step's outcome; rank 0 reports it."""
 
@@ -66,7 +56,7 @@ class Report:
         self.peak = next((peak for key, peak in PEAKS.items() if key in self.device), None)
         self.totals = {key: state[key] for key in ("tokens", "trained_tokens")}
         self.stop_asked = False  # by a signal on any rank
-        self.pending = []
+        self.pending = []  # steps whose figures are on their way to the host
         self.file = open_metrics(folder, state["step"]) if ranks.rank == 0 else None
 
     def start_clock(self):
@@ -76,32 +66,33 @@ class Report:
 
     def step(self, facts: dict, sums: dict[str, torch.Tensor]):
         """Take in a step's figures, on their way to the host, and report it. Raises FloatingPointError."""
+        # facts are known at once: step, lr, epoch, data_seconds, ends_interval, names of a recipe's figures
         on_gpu = self.ranks.device.type == "cuda"
-        values = torch.stack(list(sums.values())).to("cpu", non_blocking=True)
-        done = torch.cuda.current_stream().record_event() if on_gpu else None
-        self.pending.append(Pending(facts, list(sums), values, done))
+        values = torch.stack(list(sums.values())).to("cpu", non_blocking=True)  # float64 [names]
+        done = torch.cuda.current_stream().record_event() if on_gpu else None  # when the values are there
+        self.pending.append((facts, list(sums), values, done))
         # on a GPU that is the step before the last one: it is done by now, so that neither waits for the other
         self.flush(in_flight=2 if on_gpu else 0)
 
     def flush(self, in_flight: int = 0):
         """Report all steps taken in, but the last so many."""
         while len(self.pending) > in_flight:
-            self.report(self.pending.pop(0))
+            self.report(*self.pending.pop(0))
 
-    def report(self, step: Pending):
-        if step.done and not step.done.query():
-            step.done.synchronize()
-        sums = dict(zip(step.names, step.values.tolist(), strict=True))
-        number = step.facts["step"]
+    def report(self, facts: dict, names: list[str], values: torch.Tensor, done):
+        if done and not done.query():
+            done.synchronize()
+        sums = dict(zip(names, values.tolist(), strict=True))
+        number = facts["step"]
         self.stop_asked |= sums["stop_asked"] > 0
         if not math.isfinite(sums["loss"] + sums["grad_norm"]):
             what = f"loss {sums['loss']:g}, gradient norm {sums['grad_norm']:g}: not finite"
             raise FloatingPointError(f"step {number}: {what}; it updated nothing. Lower optim.lr, or see the data")
         for key in self.totals:
             self.totals[key] += int(sums[key])
-        self.interval.update(sums | {"steps": 1, "data_seconds": step.facts["data_seconds"]})
-        if number == 1 or number % self.config.log.every == 0 or step.facts["ends_interval"] or self.stop_asked:
-            self.report_interval(step.facts, sums)
+        self.interval.update(sums | {"steps": 1, "data_seconds": facts["data_seconds"]})
+        if number == 1 or number % self.config.log.every == 0 or facts["ends_interval"] or self.stop_asked:
+            self.report_interval(facts, sums)
 
     def report_interval(self, facts: dict, sums: dict):
         """One line: means since the last one, speed and fill, and this step's norm."""
