@@ -18,12 +18,10 @@ class TextEncoder:
     Other encoders have its `eos`, and its methods from `columns` on; training and evaluation call them at one time.
     """
 
-    eos: int  # ends documents or turns, and fills what is left of a row
-
     def __init__(self, tokenizer):
         if tokenizer.eos_token_id is None:
             raise ConfigError(f"model.tokenizer {tokenizer.name_or_path} has no EOS token: set one in its folder")
-        self.eos = tokenizer.eos_token_id
+        self.eos = tokenizer.eos_token_id  # ends documents or turns, and fills what is left of a row
         self.bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
         self.backend = copy.deepcopy(tokenizer).backend_tokenizer
         self.backend.no_truncation()
