@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 from threading import Lock
 
-import jinja2
 import numpy as np
 import transformers
 from tokenizers.processors import ByteLevel
@@ -59,11 +58,10 @@ class ChatEncoder:
         self.bos = tokenizer.bos_token if adds_bos(tokenizer) else ""
         try:
             self.template = training_template(tokenizer, self.data.chat_template)
-            self.tokenizer.eos_token = self.stop_token()
+            with blame("data.chat_template"):
+                self.tokenizer.eos_token = self.stop_token()
             if not self.data.chat_template and self.template != tokenizer.get_chat_template():
                 self.own = tokenizer.get_chat_template()
-        except jinja2.TemplateError as error:
-            raise ConfigError(f"data.chat_template: {error}") from None
         except LookupError as error:  # token ids, and prompts and completions of plain text, need no template
             self.template, self.problem = None, error
         self.eos = self.tokenizer.eos_token_id
