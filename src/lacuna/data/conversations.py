@@ -139,6 +139,8 @@ class ChatEncoder:
             for key in ("content", "reasoning_content", *CALLS):
                 if key in message and (key != "reasoning_content" or number >= question):
                     message[key] = marked(message[key], f"message {number} ({message['role']}), {key}", places)
+            if "reasoning_content" in message:
+                message |= dict.fromkeys(REASONING, message["reasoning_content"])
         text = self.render(copies, template, tools, tokenize=False)
         if self.own and template == self.template and self.render(copies, self.own, tools, tokenize=False) != text:
             raise ValueError("the model's own chat template renders something else: set data.chat_template")
@@ -150,14 +152,9 @@ class ChatEncoder:
         """Token ids [n] of a conversation, and which of them the template marks, bool [n]; or its text."""
         if template is None:
             raise ConfigError(self.problem)
-        named = []
-        for message in messages:
-            # reasoning under each of its names: templates differ in which they read
-            thought = {name: message["reasoning_content"] for name in REASONING if "reasoning_content" in message}
-            named.append(message | thought)
         options = options or {"return_dict": True, "return_assistant_tokens_mask": True}
         with RENDERING:
-            out = self.tokenizer.apply_chat_template(named, tools=tools or None, chat_template=template, **options)
+            out = self.tokenizer.apply_chat_template(messages, tools=tools or None, chat_template=template, **options)
         if isinstance(out, str):
             return out
         return np.asarray(out["input_ids"], dtype=np.int32), np.asarray(out["assistant_masks"], dtype=bool)
@@ -274,7 +271,8 @@ def read_turn(turn: dict) -> dict:
         raise ValueError(f"content of a turn is {type(content).__name__}, not text")
     turn["content"] = content
     if any(thoughts):
-        turn["reasoning_content"] = "\n".join(dict.fromkeys(thoughts))  # often the same twice
+        thought = "\n".join(dict.fromkeys(thoughts))  # often the same twice
+        turn |= dict.fromkeys(REASONING, thought)  # templates differ in which of the names they read
     for call in turn.get("tool_calls", []):
         function = call.get("function", call)
         function["arguments"] = decoded(function.get("arguments") or "{}")  # or templates quote them twice
