@@ -52,8 +52,6 @@ class Cursor:
 
 
 class Document(NamedTuple):
-    """The next document of a virtual stream."""
-
     key: int | np.ndarray  # what its source loads it by
     length: int  # tokens
     begin: Cursor  # of its epoch (map-style) or its chunk (streaming)
@@ -110,7 +108,6 @@ def tokenise(source: Source, encoder, cache: str) -> datasets.Dataset:
 
 
 def warn(where: str, notes: Counter):
-    """Say how many documents were cut or dropped."""
     for note, number in notes.items():
         if note:
             log.warning("%s: %d of %d documents %s", where, number, notes.total(), note)
@@ -126,7 +123,6 @@ class StreamSource:
         self.inventory = f"{self.num_shards} shards"
 
     def read(self, stream: int, num_streams: int, cursor: Cursor) -> Iterator[Document]:
-        """The documents of a virtual stream from a cursor on, in each epoch's own order; endless."""
         last_epoch = cursor.epoch  # with text; the first may have begun behind its last document
         # From coarse to fine: epochs, shards, chunks, documents; the cursor says where each of them begins.
         for epoch in count(cursor.epoch):

@@ -65,7 +65,6 @@ def digest(*parts) -> str:
 
 
 def load_tokenizer(model: ModelConfig):
-    """The tokenizer of `model.tokenizer`, or else of `model.name`."""
     name = model.tokenizer or model.name
     if "/" in name and Path(name).parent.is_dir() and not Path(name).is_dir():
         raise ConfigError(f"model.name or model.tokenizer {name}: no such folder")
