@@ -23,7 +23,7 @@ from lacuna.config import AGAIN, Config, ConfigError, LoraConfig, blame, log
 from lacuna.data.loader import merge_states
 from lacuna.lora import merge, write_adapter
 from lacuna.parallel import Ranks, local
-from lacuna.weights import fingerprint, held, joined, load_weights, stored_parts, weight_folder
+from lacuna.weights import fingerprint, held, load_weights, stored_parts, weight_folder
 
 FORMAT = 5  # of names and state in a checkpoint: counted up when no run can go on from those of before
 # What may change when a run goes on: places, reports, hardware. With another value of any other key it is another run.
@@ -241,11 +241,15 @@ def export(checkpoint: Path, out: Path):
         base = config["model"]["name"]
         check_base(base, state)
         load_weights(model, weight_folder(base))
-        stored = stored_parts(checkpoint)
-        adapters = {name: joined(parts) for name, parts in stored.items() if not name.startswith("optimizer.")}
+        adapters = {}
+        for name, parts in stored_parts(checkpoint).items():
+            if not name.startswith("optimizer."):
+                adapters[name] = torch.cat([part.values for part in parts])
         merge(held(model), adapters, lora)
         write_adapter(adapters, lora, base, out / "adapter")
     else:
         load_weights(model, checkpoint)
     model.save_pretrained(out)  # under the names of the folder that it came from: experts one by one
-    shutil.copytree(checkpoint, out, ignore=shutil.ignore_patterns("*.safetensors", "state.json"), dirs_exist_ok=True)
+    shutil.copytree(
+        checkpoint, out, ignore=shutil.ignore_patterns("*.safetensors", "state.json"), dirs_exist_ok=True
+    )

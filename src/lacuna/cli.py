@@ -3,13 +3,12 @@
 import gc
 import os
 import sys
-import traceback
 from contextlib import suppress
 from glob import glob
 from importlib import import_module
 from pathlib import Path
 
-from lacuna.config import AGAIN, Config, ConfigError, Preempted, blame, fault, load_config, log
+from lacuna.config import Config, ConfigError, Preempted, blame, fault, load_config, log
 from lacuna.preemption import REQUEUE, SIGNALS, Preemption
 
 USAGE = """usage: lacuna pt [CONFIG.toml] [--section.key VALUE ...]    train on text: every token
@@ -21,16 +20,13 @@ USAGE = """usage: lacuna pt [CONFIG.toml] [--section.key VALUE ...]    train on 
 
 
 def main():
-    preemption = None
     try:
         command, config, words = parse(sys.argv[1:])
         if config:
             launch(words)
-            preemption = Preemption()  # imports alone take seconds, and one or two more with garbage collection
-            gc.disable()
+            preemption = Preemption()  # imports alone take seconds
             train = import_module("lacuna.train")
             gc.freeze()  # what imports make stays: looking through it takes half a second every few dozen steps
-            gc.enable()
             train.run(config, preemption)
         if command == "export":
             with blame(f"lacuna export {' '.join(words)}"):
@@ -44,13 +40,8 @@ def main():
     except (ConfigError, FloatingPointError) as error:
         leave(1, str(error))
     except Exception as error:
-        log.debug("", exc_info=True)
-        sentence = fault(error)
-        if AGAIN not in sentence:
-            sentence += ". If no step was done, see model.overrides, train.compile, or state.json"
-            if preemption and preemption.can_save:
-                traceback.print_exc()  # a bug
-        leave(1, sentence)
+        log.debug("", exc_info=True)  # to log.txt, where a run has one by now
+        leave(1, f"{fault(error)}. If no step was done, see model.overrides or train.compile; else log.txt says where")
 
 
 def parse(argv: list[str]) -> tuple[str, Config | None, list[str]]:

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import CliSettingsSource
 
@@ -93,7 +92,7 @@ class DataConfig(Section):
     sources: Annotated[list[Source], OneOrSeveral] = key([], "[[data.sources]] in TOML, JSON here; keys: " + SOURCE)
     chat_template: str | None = key(None, "sft: file, text or name; default: the tokenizer's")
     unrendered: Literal["error", "drop"] = key("error", "sft: rows of which the template leaves something out")
-    overlong: Literal["drop", "truncate", "error"] = key("drop", "sft: conversations over seq_len")
+    overlong: Literal["drop", "truncate"] = key("drop", "sft: conversations over seq_len")
     mask_boundary: bool = key(True, "a document does not predict the next one's first token")
     cache: str = key("~/.cache/lacuna", "folder of the token cache")
 
@@ -172,10 +171,6 @@ class Config(Section):
         for broken, message in contradictions(self):
             if broken:
                 raise ValueError(message)
-        try:
-            tomli_w.dumps({"a": self.model.overrides, "b": self.recipe})
-        except TypeError:
-            raise ValueError("model.overrides or recipe holds a null, which TOML has not") from None
         rate = 3e-4 if self.task == "pt" else 2e-5
         if self.lora.rank:
             rate = 2e-4  # ten times full fine-tuning's
@@ -189,14 +184,12 @@ def contradictions(config: Config) -> list[tuple]:
     data = config.data
     train = config.train
     ranks = int(os.environ.get("WORLD_SIZE", 1))
-    rows = train.micro_batch_size * ranks
-    product = f"train.micro_batch_size {train.micro_batch_size} x {ranks} rank(s) = {rows}"
-    uneven = f"train.global_batch_size {train.global_batch_size} is no multiple of {product}"
+    uneven = f"train.global_batch_size is no multiple of train.micro_batch_size x {ranks} rank(s)"
+    nulls = [*config.model.overrides.values(), *config.recipe.values()].count(None)
     held_out = config.eval.sources
     fraction = config.eval.fraction
     streams = any(source.streaming for source in data.sources)
     weights = [source.weight for source in data.sources]
-    flash_in_float32 = config.model.attention in ("varlen", "fa4") and config.model.dtype == "float32"
     return [
         (not data.sources, "data.sources is empty: add a [[data.sources]] table with a path"),
         ((train.steps is None) == (train.epochs is None), "give exactly one of train.steps and train.epochs"),
@@ -204,13 +197,13 @@ def contradictions(config: Config) -> list[tuple]:
         (train.epochs and any(weights), "train.epochs of a weighted mixture: set train.steps, or drop the weights"),
         (any(weights) and not all(weights), "data.sources: give every source a weight, or none"),
         (streams and len(weights) > 1 and not all(weights), "data.sources: a mixture that streams needs weights"),
-        (train.global_batch_size % rows, uneven),
+        (train.global_batch_size % (train.micro_batch_size * ranks), uneven),
+        (nulls, "model.overrides or recipe holds a null, which TOML has not"),
         (config.lora.rank and config.model.from_scratch, "lora.rank adapts a model that is there, not from_scratch"),
         (config.recipe and not config.task.endswith(".py"), "recipe: these keys are for lacuna RECIPE.py"),
         (config.task.endswith(".py") and not config.optim.lr, "optim.lr: a recipe has no default: give one"),
         (config.task == "pt" and data.chat_template, "data.chat_template belongs to lacuna sft: text has no template"),
         (config.optim.decay_steps and config.optim.schedule != "wsd", 'optim.decay_steps needs optim.schedule = "wsd"'),
-        (flash_in_float32, f'model.attention = "{config.model.attention}" needs model.dtype = "bfloat16"; or "sdpa"'),
         (any(source.weight for source in held_out), "eval.sources have no weight: all of their data counts"),
         (len(held_out) > 1 and any(s.streaming for s in held_out), "eval.sources: what streams must stand alone"),
         (fraction and held_out, "give eval.sources or eval.fraction, not both"),

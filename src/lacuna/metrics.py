@@ -110,7 +110,11 @@ class Report:
         metrics |= {"tokens_per_second": speed, "tokens_per_second_per_device": speed / self.ranks.world, "mfu": mfu}
         metrics |= {"step_seconds": seconds / count, "data_seconds": interval["data_seconds"] / count}
         checksum = f"{int(sums['checksum']):016x}"
-        metrics |= {"peak_memory_gib": peak_memory(self.ranks.device), "batch_checksum": checksum}
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # GiB, of this process on a CPU
+        if self.ranks.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.ranks.device) / 2**30
+            torch.cuda.reset_peak_memory_stats(self.ranks.device)
+        metrics |= {"peak_memory_gib": peak, "batch_checksum": checksum}
         own = {name: interval[name] / max(interval["units"], 1) for name in facts["figures"]}  # a recipe's
         self.start_clock()
         self.write(metrics | own)
@@ -162,12 +166,3 @@ def start_logging(folder: Path, rank: int):
         log.addHandler(logging.FileHandler(folder / "log.txt", mode="a"))
     for handler in log.handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-
-
-def peak_memory(device: torch.device) -> float:
-    """GiB: of the device since the last call, or of this process on a CPU."""
-    if device.type != "cuda":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    peak = torch.cuda.max_memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    return peak / 2**30

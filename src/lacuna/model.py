@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lacuna.attention import boundaries, choose_backend
@@ -148,9 +148,13 @@ def empty_model(config: ModelConfig, tokenizer, dtype: torch.dtype) -> PreTraine
     for key in config.overrides:
         if not hasattr(hf_config, key):
             raise ConfigError(f"model.overrides.{key} is no field of {config.name}'s config: see its config.json")
-    if config.overrides:
+    if config.overrides:  # made anew of its file: what follows from other fields still does
+        fields, _ = hf_config.get_config_dict(config.name)
+        fields = fields.get("text_config", fields)
+        if {"num_hidden_layers", "sliding_window", "use_sliding_window", "max_window_layers"} & config.overrides.keys():
+            fields.pop("layer_types", None)  # which layers have a window
         with blame(f"model.overrides {config.overrides}"):
-            hf_config = override(hf_config, config)
+            hf_config = type(hf_config).from_dict(fields | copy.deepcopy(config.overrides))
     if config.tokenizer:  # before the model is built: the row of an old padding_idx would have no gradient
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(hf_config, key, getattr(tokenizer, key))
@@ -161,18 +165,8 @@ def empty_model(config: ModelConfig, tokenizer, dtype: torch.dtype) -> PreTraine
         model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
     model.config.dtype = stored
     if len(tokenizer) > hf_config.vocab_size:
-        sizes = f"the tokenizer has {len(tokenizer)} tokens, the model {hf_config.vocab_size}"
-        raise ConfigError(f"{sizes}: set model.tokenizer, or train from_scratch with model.overrides.vocab_size")
+        raise ConfigError(f"{len(tokenizer)} tokens in the tokenizer, {model.vocab_size} in the model: set model.tokenizer")
     return model
-
-
-def override(hf_config: PretrainedConfig, config: ModelConfig) -> PretrainedConfig:
-    """The config with model.overrides, made anew of its file: what follows from other fields still does."""
-    fields, _ = hf_config.get_config_dict(config.name)
-    fields = fields.get("text_config", fields)
-    if {"num_hidden_layers", "sliding_window", "use_sliding_window", "max_window_layers"} & config.overrides.keys():
-        fields.pop("layer_types", None)  # which layers have a window
-    return type(hf_config).from_dict(fields | copy.deepcopy(config.overrides))
 
 
 def refuse_unfit(model: PreTrainedModel, layers: list[nn.Module], run: Config):
@@ -192,7 +186,7 @@ def refuse_unfit(model: PreTrainedModel, layers: list[nn.Module], run: Config):
     mixture = experts(model)
     inside = {*model.get_decoder().parameters(), *model.get_output_embeddings().parameters()}
     problems = {
-        f"cannot keep packed documents apart ({', '.join(sorted(leaks))}): see examples/hybrid.py": leaks,
+        f"cannot keep packed documents apart ({', '.join(sorted(leaks))}): see docs/models.md": leaks,
         "has more in its head than one matrix": set(model.parameters()) - inside,
         "has a window that its mask alone knows": config.model_type == "phimoe"
         and 0 < (config.sliding_window or 0) < run.train.seq_len,

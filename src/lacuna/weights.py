@@ -87,10 +87,6 @@ def whole_shape(parts: list[Part]) -> list[int]:
     return [sum(len(part.values) for part in parts), *parts[0].values.shape[1:]]
 
 
-def joined(parts: list[Part]) -> torch.Tensor:
-    return torch.cat([part.values for part in parts])
-
-
 def read_tensors(tensors: dict[str, torch.Tensor], folder: Path):
     """Fill tensors, sharded or not, from a folder's files, however many ranks wrote them."""
     stored = stored_parts(folder)
@@ -167,8 +163,7 @@ def load_weights(model: PreTrainedModel, folder: Path):
     if any(".lora_" in name for name in unknown):
         raise ConfigError(f"model.name {folder} holds LoRA's adapters alone: `lacuna export` makes a model of them")
     if missing or unknown:
-        misfit = f"model.name {folder} does not fit {type(model).__name__}"
-        raise ConfigError(f"{misfit}: missing {missing[:3]}, unknown {unknown[:3]}")
+        raise ConfigError(f"{folder} does not fit {type(model).__name__}: missing {missing[:3]}, unknown {unknown[:3]}")
     for name, tensor in places.items():
         if name in made:  # a layer's experts at a time: all of them would be a second model on the host
             converted = made.pop(name).convert(name, model=model, config=model.config)
