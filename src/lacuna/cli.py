@@ -116,4 +116,4 @@ def set_threads(processes: int):
         os.environ["OMP_NUM_THREADS"] = threads
     os.environ.setdefault("RAYON_NUM_THREADS", threads)  # the tokenizers' threads
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")  # no request to the Hub for reading a local file
+    os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")  # no requests for local files

@@ -62,6 +62,6 @@ def write_adapter(adapters: dict[str, torch.Tensor], config: LoraConfig, base: s
     tensors = {f"base_model.model.{name}": tensor for name, tensor in adapters.items()}
     save_file(tensors, folder / "adapter_model.safetensors")
     targets = sorted({name.split(".")[-3] for name in adapters})
-    about = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "target_modules": targets}
-    about |= {"r": config.rank, "lora_alpha": config.alpha, "lora_dropout": 0.0, "bias": "none"}
+    about = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base}
+    about |= {"r": config.rank, "lora_alpha": config.alpha, "target_modules": targets}
     (folder / "adapter_config.json").write_text(json.dumps(about, indent=2))
