@@ -202,28 +202,18 @@ CONTRADICTIONS = {  # name: (what is wrong, words of the sentence, what the sent
     ),
     "uneven micro-batches": (
         ["--train.global_batch_size", "8", "--train.micro_batch_size", "3"],
-        ["train.global_batch_size 8", "train.micro_batch_size 3", "rank(s) = 3"],
+        ["train.global_batch_size", "train.micro_batch_size x 1 rank(s)"],
         ["--train.global_batch_size", "9", "--train.micro_batch_size", "3"],
     ),
     "micro-batch above global": (
         ["--train.global_batch_size", "8", "--train.micro_batch_size", "16"],
-        ["train.global_batch_size 8", "train.micro_batch_size 16"],
+        ["train.global_batch_size", "train.micro_batch_size"],
         ["--train.global_batch_size", "16", "--train.micro_batch_size", "16"],
     ),
     "decay steps of another schedule": (
         ["--optim.decay_steps", "5"],
         ["optim.decay_steps", 'optim.schedule = "wsd"'],
         ["--optim.decay_steps", "5", "--optim.schedule", "wsd"],
-    ),
-    "flash attention in float32": (
-        ["--model.dtype", "float32", "--model.attention", "varlen"],
-        ['model.attention = "varlen"', 'model.dtype = "bfloat16"', '"sdpa"'],
-        ["--model.dtype", "bfloat16", "--model.attention", "varlen"],
-    ),
-    "fa4 in float32": (
-        ["--model.dtype", "float32", "--model.attention", "fa4"],
-        ['model.attention = "fa4"', 'model.dtype = "bfloat16"', '"sdpa"'],
-        ["--model.dtype", "float32", "--model.attention", "sdpa"],
     ),
     "a streaming mixture without weights": (
         ["--data.sources", '[{"path": "a", "streaming": true}, {"path": "b"}]'],
@@ -579,7 +569,7 @@ def test_every_key_is_read_somewhere():
 def test_a_null_in_overrides_could_not_be_repeated_and_is_refused():
     words = ["--data.sources", '[{"path": "x"}]', "--train.steps", "1", "--model.overrides"]
     with pytest.raises(ConfigError, match=r"model\.overrides or recipe holds a null"):
-        load_config(None, [*words, '{"rope_parameters": {"factor": 2.0, "type": null}}'])
+        load_config(None, [*words, '{"rope_parameters": null}'])
     fields = {"rope_parameters": {"factor": 2.0}, "layer_types": ["full_attention"], "hidden_size": 64}
     again = tomllib.loads(to_toml(load_config(None, [*words, json.dumps(fields)])))
     assert again["model"]["overrides"] == fields

@@ -228,7 +228,7 @@ def test_another_base_is_refused_and_so_is_an_adapters_checkpoint_as_a_model(lor
         export(path / "checkpoints/step_3", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     alone = options(path / "checkpoints/step_6", texts, tmp_path, "--train.steps", "1", "--name", "alone")
-    with pytest.raises(ConfigError, match="holds LoRA's adapters alone: `lacuna export` makes a model of them"):
+    with pytest.raises(ConfigError, match="holds adapters alone: `lacuna export` makes a model of them"):
         run(load_config(None, alone))
 
 
@@ -267,7 +267,7 @@ def test_one_two_and_four_ranks_train_the_same_adapters(model_folder, texts, tmp
             ("--lora.targets", '["q_proj", "w1"]'),
             r"lora.targets .*'w1'.* are not all among the linear layers: .*q_proj",
         ),
-        (("--model.from_scratch", "true"), "lora.rank adapts a model that is there, not from_scratch"),
+        (("--model.from_scratch", "true"), "lora.rank adapts a model: not from_scratch"),
     ],
 )
 def test_what_cannot_be_adapted_is_refused(words, sentence, model_folder):

@@ -45,7 +45,7 @@ def find_checkpoint(config: Config, folder: Path, rank: int) -> Path | None:
 
 def state_of(checkpoint: Path) -> dict:
     if not (checkpoint / "state.json").exists():
-        raise ConfigError(f"{checkpoint} is no checkpoint: give a folder such as runs/NAME/checkpoints/step_N")
+        raise ConfigError(f"{checkpoint} is no checkpoint, such as runs/NAME/checkpoints/step_N")
     return json.loads((checkpoint / "state.json").read_text())
 
 
@@ -250,6 +250,4 @@ def export(checkpoint: Path, out: Path):
     else:
         load_weights(model, checkpoint)
     model.save_pretrained(out)  # under the names of the folder that it came from: experts one by one
-    shutil.copytree(
-        checkpoint, out, ignore=shutil.ignore_patterns("*.safetensors", "state.json"), dirs_exist_ok=True
-    )
+    shutil.copytree(checkpoint, out, ignore=shutil.ignore_patterns("*.safetensors", "state.json"), dirs_exist_ok=True)

@@ -8,7 +8,7 @@ from glob import glob
 from importlib import import_module
 from pathlib import Path
 
-from lacuna.config import Config, ConfigError, Preempted, blame, fault, load_config, log
+from lacuna.config import AGAIN, Config, ConfigError, Preempted, blame, fault, load_config, log
 from lacuna.preemption import REQUEUE, SIGNALS, Preemption
 
 USAGE = """usage: lacuna pt [CONFIG.toml] [--section.key VALUE ...]    train on text: every token
@@ -26,7 +26,7 @@ def main():
             launch(words)
             preemption = Preemption()  # imports alone take seconds
             train = import_module("lacuna.train")
-            gc.freeze()  # what imports make stays: looking through it takes half a second every few dozen steps
+            gc.freeze()  # what imports make: to look through it takes .5 s every few dozen steps
             train.run(config, preemption)
         if command == "export":
             with blame(f"lacuna export {' '.join(words)}"):
@@ -41,7 +41,10 @@ def main():
         leave(1, str(error))
     except Exception as error:
         log.debug("", exc_info=True)  # to log.txt, where a run has one by now
-        leave(1, f"{fault(error)}. If no step was done, see model.overrides or train.compile; else log.txt says where")
+        sentence = fault(error)
+        if AGAIN not in sentence:
+            sentence += ". If no step was done, see model.overrides or train.compile; log.txt says where it was"
+        leave(1, sentence)
 
 
 def parse(argv: list[str]) -> tuple[str, Config | None, list[str]]:

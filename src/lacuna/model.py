@@ -147,7 +147,7 @@ def empty_model(config: ModelConfig, tokenizer, dtype: torch.dtype) -> PreTraine
     hf_config = whole.get_text_config()  # of a model that sees or hears, too
     for key in config.overrides:
         if not hasattr(hf_config, key):
-            raise ConfigError(f"model.overrides.{key} is no field of {config.name}'s config: see its config.json")
+            raise ConfigError(f"model.overrides.{key} is no field of {config.name}'s config")
     if config.overrides:  # made anew of its file: what follows from other fields still does
         fields, _ = hf_config.get_config_dict(config.name)
         fields = fields.get("text_config", fields)
@@ -165,14 +165,14 @@ def empty_model(config: ModelConfig, tokenizer, dtype: torch.dtype) -> PreTraine
         model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
     model.config.dtype = stored
     if len(tokenizer) > hf_config.vocab_size:
-        raise ConfigError(f"{len(tokenizer)} tokens in the tokenizer, {model.vocab_size} in the model: set model.tokenizer")
+        raise ConfigError(f"the model knows {hf_config.vocab_size} of {len(tokenizer)} tokens: set model.tokenizer")
     return model
 
 
 def refuse_unfit(model: PreTrainedModel, layers: list[nn.Module], run: Config):
     """Refuse, by name and with the reason, what would not be exact."""
     config = model.config
-    unseen = [layer for layer in layers if not hasattr(layer, "sees_to_documents")]  # of a patch's, each by itself
+    unseen = [layer for layer in layers if not hasattr(layer, "sees_to_documents")]
     kinds = zip(getattr(config, "layer_types", None) or [], layers, strict=False)
     leaks = {kind for kind, layer in kinds if layer in unseen} - {"full_attention", "sliding_attention", "mlp", "moe"}
     if any(isinstance(module, nn.Conv1d) for module in nn.ModuleList(unseen).modules()):

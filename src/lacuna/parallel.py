@@ -32,7 +32,7 @@ def start(config: DistConfig, train: TrainConfig) -> Ranks:
     shard = config.dp_shard or max(1, world // config.dp_replicate)
     if config.dp_replicate * shard != world or rank not in range(world):
         size = f"dist.dp_replicate {config.dp_replicate} x dist.dp_shard {shard}"
-        raise ConfigError(f"{size} is not the {world} ranks (WORLD_SIZE), or this rank none of them (RANK {rank})")
+        raise ConfigError(f"{size} is not WORLD_SIZE {world}, or RANK {rank} none of them")
     device = torch.device("cpu")
     if torch.cuda.is_available():  # with srun --gpus-per-task, a task sees one device only
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())

@@ -55,7 +55,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
         steps = config.train.steps or math.ceil(dataset.count_rows() / config.train.global_batch_size)
         loader = Loader(config, dataset, ranks.device)
     if config.optim.warmup_steps >= steps:
-        raise ConfigError(f"optim.warmup_steps {config.optim.warmup_steps} must be below the run's {steps} steps")
+        raise ConfigError(f"optim.warmup_steps must be below the run's {steps} steps")
 
     # Model, optimizer, checkpoints, and where the run reports to.
     with blame(f"model.name {config.model.name} with model.overrides {config.model.overrides}"):

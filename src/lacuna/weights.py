@@ -52,7 +52,7 @@ def weight_files(folder: Path) -> list[Path]:
         written = json.loads((folder / "state.json").read_text()).get("files")
         files = sorted(folder.glob("rank_*.safetensors"))
         if written not in (None, len(files)):
-            raise ConfigError(f"{folder} has {len(files)} of its {written} files rank_*.safetensors: take another one")
+            raise ConfigError(f"{folder} has {len(files)} of its {written} files rank_*.safetensors")
         return files
     if index.exists():
         with blame(f"{index} cannot be read"):
@@ -161,7 +161,7 @@ def load_weights(model: PreTrainedModel, folder: Path):
         log.warning("%s sees or hears, too: %d tensors of it are left out", folder, len(unknown))
         unknown = []
     if any(".lora_" in name for name in unknown):
-        raise ConfigError(f"model.name {folder} holds LoRA's adapters alone: `lacuna export` makes a model of them")
+        raise ConfigError(f"model.name {folder} holds adapters alone: `lacuna export` makes a model of them")
     if missing or unknown:
         raise ConfigError(f"{folder} does not fit {type(model).__name__}: missing {missing[:3]}, unknown {unknown[:3]}")
     for name, tensor in places.items():

@@ -310,15 +310,13 @@ def test_the_mask_is_the_templates_where_pad_is_eos_or_any_other_token(tokenizer
 # Long rows
 
 
-def test_overlong_rows_are_dropped_cut_or_refused_as_asked(tokenizer):
+def test_overlong_rows_are_dropped_or_cut_as_asked(tokenizer):
     ids, mask = expected(tokenizer, chatml(LONG))
     for seq_len in (len(ids), len(ids) - 1, len(ids) - 12):
-        for overlong in ("drop", "truncate", "error"):
+        for overlong in ("drop", "truncate"):
             encoder = make(tokenizer, "--train.seq_len", str(seq_len), "--data.overlong", overlong)
             if seq_len == len(ids):
                 assert encoded(encoder, {"messages": LONG}) == (ids, mask)
-            elif overlong == "error":
-                refused(lambda e=encoder: documents(e, {"messages": LONG}), "row 41", "train.seq_len", "data.overlong")
             else:
                 kept = 0 if overlong == "drop" else seq_len
                 ((*got, note),) = documents(encoder, {"messages": LONG})
@@ -371,10 +369,7 @@ def test_the_tokenizers_own_template_with_marks_wins_over_one_that_ships(tokeniz
     ("shipped", "old", "new"),
     [
         ("chatml", "'<|im_end|>'", "'<|im_end|> '"),
-        ("chatml", "message['content']", "message['content'].strip()"),
-        ("qwen3", "<tool_call>", "<tool-call>"),
         ("qwen3", "\\n<think>\\n", "\\n<think>"),
-        ("qwen3", "# Tools", "#Tools"),
     ],
 )
 def test_a_template_that_ships_is_taken_only_where_it_renders_the_same(tokenizer, shipped, old, new):
@@ -384,6 +379,28 @@ def test_a_template_that_ships_is_taken_only_where_it_renders_the_same(tokenizer
     tokenizer.chat_template = own.replace(old, new)
     cure = ["{% generation %}", "data.chat_template"]
     refused(lambda: documents(make(tokenizer), {"messages": LONG}), tokenizer.name_or_path, *cure)
+
+
+@pytest.mark.parametrize(
+    ("shipped", "old", "new"),
+    [
+        ("chatml", "message['content']", "message['content'].strip()"),
+        ("qwen3", "<tool_call>", "<tool-call>"),
+        ("qwen3", "# Tools", "#Tools"),
+    ],
+)
+def test_a_row_that_the_models_own_template_renders_otherwise_is_refused(tokenizer, shipped, old, new):
+    """Templates that agree on the simplest chat may differ on tools, or on space at an edge."""
+    own = QWEN3 if shipped == "qwen3" else tokenizer.chat_template
+    tokenizer.chat_template = own.replace(old, new)
+    encoder = make(tokenizer)
+    assert encoder.template == (SHIPPED / f"{shipped}.jinja").read_text()
+    plain = {"messages": say("user: a", "assistant: b")}
+    assert encoded(encoder, plain)
+    call = {"type": "function", "function": {"name": "rain", "arguments": {"where": "here"}}}
+    chat = [*say("user: Rain? ", "assistant: ", tool_calls=[call]), *AFTER]
+    row = {"messages": chat, "tools": TOOLS} if shipped == "qwen3" else {"messages": say("user: a ", "assistant: b")}
+    refused(lambda: documents(encoder, row), "row 41", "own chat template", "{% generation %}", "data.chat_template")
 
 
 def test_without_any_template_only_conversations_are_refused(tokenizer):

@@ -143,7 +143,7 @@ class ChatEncoder:
                 message |= dict.fromkeys(REASONING, message["reasoning_content"])
         text = self.render(copies, template, tools, tokenize=False)
         if self.own and template == self.template and self.render(copies, self.own, tools, tokenize=False) != text:
-            raise ValueError("the model's own chat template renders something else: set data.chat_template")
+            raise ValueError(f"the model's own chat template renders another text: set data.chat_template, and {CURE}")
         left_out = list(dict.fromkeys(place for word, place in places.items() if word not in text))
         known = "tools" in template and all(str(tool.get("function", tool).get("name")) in text for tool in tools)
         return left_out + ["tools"] * (bool(tools) and not known)
@@ -291,7 +291,7 @@ def training_template(tokenizer, given: str | None) -> str:
     shipped = {file.stem: file.read_text() for file in sorted(TEMPLATES.glob("*.jinja"))}
     if given is not None:
         if "{" not in given and given not in shipped and not Path(given).is_file():
-            raise ConfigError(f"data.chat_template {given}: no such file, no Jinja text, none of {', '.join(shipped)}")
+            raise ConfigError(f"data.chat_template {given}: no file, no Jinja, none of {', '.join(shipped)}")
         template = given if "{" in given else shipped.get(given) or Path(given).read_text()
         if not MARKS.search(template):
             raise ConfigError(f"data.chat_template has no marks: {CURE}")
