@@ -279,6 +279,18 @@ def test_a_null_in_the_arguments_of_a_call_is_trained(tmp_path, tokenizer, strea
     assert '"arguments": {"key": "a", "value": null}' in tokenizer.decode(ids[trained])
 
 
+def test_nulls_that_arrow_fills_in_are_no_keys_where_a_dataset_is_mapped():
+    """There a batch is no dict, but reads its columns when they are asked for."""
+    rows = [{"messages": [{"a": 1}]}, {"messages": [{"b": 2}]}]
+    got = []
+
+    def encode(batch):
+        got.extend(sources.as_rows(batch, range(2), Source(path="some.parquet"))[0])
+
+    datasets.Dataset.from_list(rows).map(encode, batched=True, new_fingerprint="any")
+    assert got == rows
+
+
 def test_a_column_that_the_format_does_not_have_changes_nothing(tmp_path, tokenizer):
     """A prompt and a completion beside messages, of the same words: the messages are what is rendered."""
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
