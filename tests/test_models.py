@@ -52,7 +52,7 @@ def test_mixtures_equal_plain_transformers_and_go_out_as_they_came(name):
     row = models.row(name, runs=True)
     assert row["class"] == "equal" and row["run"] == "ok", row
     assert isinstance(row["bf16"], float) and row["bf16"] < 2e-3
-    assert "is a mixture of experts, which from_scratch would need a balancing loss" in str(row["scratch"])
+    assert "is a mixture of experts: from scratch it needs a balancing loss" in str(row["scratch"])
 
 
 def test_saved_buffers_and_layers_that_share_keys_go_through_a_whole_run():

@@ -61,7 +61,7 @@ def read_state(checkpoint: Path | None, config: Config) -> dict:
         return {"step": 0, "tokens": 0, "trained_tokens": 0, "data": None}
     state = state_of(checkpoint)
     if state.get("format") != FORMAT:
-        raise ConfigError(f"{checkpoint} was written by another version of lacuna: begin a run with it as model.name")
+        raise ConfigError(f"{checkpoint} is of another version of lacuna: begin a run with it as model.name")
     old, new = flat(state["config"]), flat(config.model_dump(mode="json"))
     changed = [key for key in sorted(old.keys() & new.keys()) if old[key] != new[key] and not key.startswith(FREE)]
     if changed and not config.checkpoint.resume_changed:

@@ -190,7 +190,7 @@ def refuse_unfit(model: PreTrainedModel, layers: list[nn.Module], run: Config):
         "has more in its head than one matrix": set(model.parameters()) - inside,
         "has a window that its mask alone knows": config.model_type == "phimoe"
         and 0 < (config.sliding_window or 0) < run.train.seq_len,
-        "is a mixture of experts, which from_scratch would need a balancing loss": run.model.from_scratch and mixture,
+        "is a mixture of experts: from scratch it needs a balancing loss": run.model.from_scratch and mixture,
         "attends to later tokens, too": not all(getattr(module, "is_causal", True) for module in model.modules()),
         "is quantized: take a copy without quantization_config": getattr(config, "quantization_config", None),
         "must have model.overrides.attention_dropout = 0.0": getattr(config, "attention_dropout", 0.0),

@@ -137,7 +137,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
             checkpoints.finish()
             # all leave together: Slurm ends the others of one that has left
             sum_over_ranks([{"left": 1}], ranks.device)["left"].item()
-            raise Preempted(f"stopped by a signal after step {step} of {steps}; the same command goes on from there")
+            raise Preempted(f"stopped by a signal after step {step} of {steps}; the same command goes on")
 
     # The end: a plain Hugging Face folder. A signal ends it at once, since the checkpoint is whole.
     loader.close()

@@ -22,7 +22,7 @@ from lacuna.parallel import local
 
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"  # of a model in several files
-TEXT = re.compile(r"^(model\.)?language_model\.")  # how names begin in a model that sees or hears, too
+TEXT = re.compile(r"^(model\.)?language_model\.")  # of models that see or hear, too
 
 
 class Part(NamedTuple):
@@ -158,7 +158,7 @@ def load_weights(model: PreTrainedModel, folder: Path):
     ignored = "|".join([r"^optimizer\.", "inv_freq$", *model._keys_to_ignore_on_load_unexpected])
     unknown = [name for name in unknown if not re.search(ignored, name)]
     if multimodal:
-        log.warning("%s sees or hears, too: %d tensors of it are left out", folder, len(unknown))
+        log.warning("%s: %d tensors that see or hear are left out", folder, len(unknown))
         unknown = []
     if any(".lora_" in name for name in unknown):
         raise ConfigError(f"model.name {folder} holds adapters alone: `lacuna export` makes a model of them")

@@ -143,7 +143,7 @@ class ChatEncoder:
                 message |= dict.fromkeys(REASONING, message["reasoning_content"])
         text = self.render(copies, template, tools, tokenize=False)
         if self.own and template == self.template and self.render(copies, self.own, tools, tokenize=False) != text:
-            raise ValueError(f"the model's own chat template renders another text: set data.chat_template, and {CURE}")
+            raise ValueError(f"the model's own chat template differs: set data.chat_template, and {CURE}")
         left_out = list(dict.fromkeys(place for word, place in places.items() if word not in text))
         known = "tools" in template and all(str(tool.get("function", tool).get("name")) in text for tool in tools)
         return left_out + ["tools"] * (bool(tools) and not known)
