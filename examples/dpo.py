@@ -178,7 +178,7 @@ class PairEncoder:
 
     def __init__(self, tokenizer, config: Config):
         if config.data.overlong == "truncate":
-            raise ConfigError('data.overlong: a pair is not cut: "drop" or "error"')
+            raise ConfigError('data.overlong: a pair is not cut: "drop" it')
         read_keys(config)  # refused before data is read
         self.chats = ChatEncoder(tokenizer, config)
         self.eos = self.chats.eos

@@ -1,15 +1,30 @@
 """Architectures, by the script that makes the table of docs/models.md: equal to plain transformers, or refused."""
 
 import importlib.util
+from itertools import chain
 
 import pytest
+import torch
+import torch.nn.functional as F
 from conftest import REPO
+from safetensors.torch import load_file, save_file
+from transformers import AttentionInterface, AutoModelForImageTextToText
 
+from lacuna.attention import packed_attention
 from lacuna.config import ConfigError
+from lacuna.metrics import flop
 
 spec = importlib.util.spec_from_file_location("models", REPO / "benchmarks" / "models.py")
 models = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(models)
+
+
+@pytest.fixture(autouse=True)
+def attention_as_it_is():
+    """A patch may put another function in its place, for the whole process."""
+    yield
+    AttentionInterface.register("lacuna", packed_attention)
+
 
 # Each another head, norm, rotation, window, or way to hold its parts.
 EQUAL = ["arcee", "bitnet", "cwm", "diffllama", "ernie4_5", "exaone4", "gemma", "gemma3_text", "gemma4_text", "glm4"]
@@ -60,6 +75,95 @@ def test_saved_buffers_and_layers_that_share_keys_go_through_a_whole_run():
     assert row["class"] == "equal" and row["run"] == "ok", row
 
 
+@pytest.mark.parametrize("kind", ["gemma3", "qwen3_5"])
+def test_the_text_of_a_multimodal_checkpoint_is_trained_as_the_whole_model_computes_it(kind, tmp_path, caplog):
+    """Its names are under `language_model`; what sees is left out, and said so; what goes out is a text model."""
+    text = models.tiny_config(f"{kind}_text").to_dict()
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "depth": 1}
+    sizes |= {"image_size": 28, "patch_size": 14, "num_heads": 2, "out_hidden_size": 64}
+    config = models.CONFIG_MAPPING[kind](text_config=text)
+    vision = config.vision_config.to_dict()
+    config = models.CONFIG_MAPPING[kind](text_config=text, vision_config={k: sizes.get(k, vision[k]) for k in vision})
+    torch.manual_seed(1)
+    whole = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
+    whole.save_pretrained(tmp_path / "whole")
+    models.AutoTokenizer.from_pretrained(models.TINY).save_pretrained(tmp_path / "whole")
+    assert any("language_model." in name for name in load_file(tmp_path / "whole" / "model.safetensors"))
+    patch = ["--model.patch", f"{models.EXAMPLES}/hybrid.py:on_each_document"] if kind == "qwen3_5" else []
+    trainee = models.build(tmp_path / "whole", *patch)
+    assert "tensors that see or hear are left out" in caplog.text
+    want = 0.0
+    for document in chain(*models.documents()):
+        ids = torch.tensor([document])
+        logits = whole(input_ids=ids).logits[0]
+        want += F.cross_entropy(logits[:-1], ids[0, 1:], reduction="sum").item()
+    loss, _ = trainee(models.pack(models.documents()))
+    assert loss.item() == pytest.approx(want, rel=1e-6)
+    assert models.whole_run(tmp_path / "whole", tmp_path, patch) == "ok"
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "mixtral"])
+def test_what_goes_out_has_the_names_shapes_and_bytes_of_what_came_in(name, tmp_path):
+    models.make_folder(name, tmp_path / "model")
+    before = load_file(tmp_path / "model" / "model.safetensors")
+    assert any(".experts.3." in stored or stored == "embed_out.weight" for stored in before)
+    models.whole_run(tmp_path / "model", tmp_path, ["--optim.lr", "1e-40"])  # which changes nothing
+    after = load_file(tmp_path / "runs" / "run" / "hf" / "model.safetensors")
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[stored], before[stored]) for stored in before)
+
+
+def test_an_expert_that_is_missing_or_one_too_many_is_refused(tmp_path):
+    models.make_folder("mixtral", tmp_path)
+    file = tmp_path / "model.safetensors"
+    whole = load_file(file)
+    gone = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
+    save_file({name: tensor for name, tensor in whole.items() if name != gone}, file)
+    with pytest.raises(ConfigError, match=r"model\.layers\.1\.mlp\.experts\.down_proj is \[3, 64, 96\]"):
+        models.build(tmp_path)
+    save_file(whole | {gone.replace("experts.2", "experts.4"): whole[gone].clone()}, file)
+    with pytest.raises(ConfigError, match=r"down_proj is \[5, 64, 96\], and should be \[4, 64, 96\]"):
+        models.build(tmp_path)
+
+
+def test_of_a_mixtures_experts_those_count_as_work_that_a_token_goes_through(tmp_path):
+    for chosen in (1, 2):
+        config = models.tiny_config("qwen3_moe")
+        config.num_experts_per_tok = chosen
+        model = models.AutoModelForCausalLM.from_config(config)
+        experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+        embeddings = model.get_input_embeddings().weight.numel()
+        others = model.num_parameters() - experts - embeddings
+        assert flop(model)[0] == 6 * (others + experts * chosen / 4)
+
+
+GPU = {
+    "qwen3_moe": {"moe_intermediate_size": 64},
+    "deepseek_v3": {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "num_key_value_heads": 4},
+    "gemma2": {"head_dim": 64},
+    "gpt_oss": {"head_dim": 64},
+    "qwen3_5_text": {"head_dim": 64},
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", GPU)
+def test_on_a_gpu_too_compiled_in_bf16(name, tmp_path, monkeypatch):
+    fields = models.tiny_config(name).to_dict() | {"hidden_size": 256, "head_dim": 64} | GPU[name]
+    config = models.CONFIG_MAPPING[fields.pop("model_type")](**fields)
+    monkeypatch.setattr(models, "tiny_config", lambda name: config)
+    monkeypatch.setattr(models, "ONE", models.Ranks(0, 1, torch.device("cuda"), None))
+    models.make_folder(name, tmp_path)
+    want, _ = models.reference(tmp_path)
+    patch = ["--model.patch", f"{models.EXAMPLES}/{models.PATCHED[name]}"] if name in models.PATCHED else []
+    trainee = models.build(tmp_path, *patch)
+    assert trainee.compiled and trainee.backend != "sdpa"
+    loss, _ = trainee(models.pack(models.documents()).to(torch.device("cuda")))
+    loss.backward()
+    assert loss.item() == pytest.approx(want, rel=2e-3)
+    assert all(p.grad is None or p.grad.isfinite().all() for p in trainee.model.parameters())
+
+
 REFUSED = {
     "aria_text": "mixture of experts",  # whose config says moe_topk
     "bloom": "attention that cannot be replaced",
@@ -70,7 +174,7 @@ REFUSED = {
     "modernbert-decoder": "more in its head",
     "phi3+longrope": "set train.seq_len to 32",
     "phimoe+sliding": "a window that its mask alone knows",
-    "qwen3_5_text": r"linear_attention\): see examples/hybrid.py",
+    "qwen3_5_text": r"linear_attention\): see docs/models.md",
     "qwen4_exp_text": "qwen_sparse_attention",
     "qwen3_moe": "mixture of experts",
     "recurrent_gemma": "cannot keep packed documents apart",
