@@ -173,7 +173,7 @@ REFUSED = {
     "llama+dynamic-rope": "set train.seq_len to 16",
     "modernbert-decoder": "more in its head",
     "phi3+longrope": "set train.seq_len to 32",
-    "phimoe+sliding": "a window that its mask alone knows",
+    "phimoe+sliding": "hides a window in its mask",
     "qwen3_5_text": r"linear_attention\): see docs/models.md",
     "qwen4_exp_text": "qwen_sparse_attention",
     "qwen3_moe": "mixture of experts",

@@ -31,7 +31,7 @@ def choose_backend(asked: str | None, device: torch.device, dtype: torch.dtype) 
     can = {"fa4": capability >= (9, 0) and has_fa4, "varlen": capability >= (8, 0), "sdpa": True}
     possible = [backend for backend in can if can[backend]]
     if asked and asked not in possible:
-        needs = "varlen needs bfloat16 and an Ampere GPU or later, fa4 Hopper or later and its extra"
+        needs = "varlen needs bfloat16 on Ampere or later, fa4 Hopper or later and its extra"
         raise ConfigError(f'model.attention = "{asked}" does not run here; possible: {", ".join(possible)}. {needs}')
     return asked or possible[0]
 

@@ -26,7 +26,7 @@ def main():
             launch(words)
             preemption = Preemption()  # imports alone take seconds
             train = import_module("lacuna.train")
-            gc.freeze()  # what imports make: to look through it takes .5 s every few dozen steps
+            gc.freeze()  # or imports are looked through, .5 s every few dozen steps
             train.run(config, preemption)
         if command == "export":
             with blame(f"lacuna export {' '.join(words)}"):
@@ -71,7 +71,7 @@ def leave(status: int, sentence: str = ""):
     """Exit, saying why."""
     rank = os.environ.get("RANK")
     name = f"lacuna (rank {rank})" if rank else "lacuna"
-    with suppress(OSError, AttributeError):  # the terminal may be gone, or never have been there
+    with suppress(OSError, AttributeError):  # the terminal may be gone
         if sentence:
             log.debug(sentence)  # to log.txt, where a run has one by now
             sys.stderr.write(f"{name}: {sentence}\n")

@@ -110,7 +110,7 @@ class Report:
         metrics |= {"tokens_per_second": speed, "tokens_per_second_per_device": speed / self.ranks.world, "mfu": mfu}
         metrics |= {"step_seconds": seconds / count, "data_seconds": interval["data_seconds"] / count}
         checksum = f"{int(sums['checksum']):016x}"
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # GiB, of this process on a CPU
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # GiB, of the process
         if self.ranks.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.ranks.device) / 2**30
             torch.cuda.reset_peak_memory_stats(self.ranks.device)

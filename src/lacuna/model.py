@@ -105,7 +105,7 @@ def assemble(config: Config, ranks: Ranks, tokenizer, frozen: bool = False) -> T
             patch = sys.modules[spec.name] = module_from_spec(spec)
             spec.loader.exec_module(patch)
             getattr(patch, function)(model)
-    refuse_unfit(model, layers, config)
+    refuse_unfit(model, layers, config.train.seq_len, config.model.from_scratch)
     if config.lora.rank:
         add_adapters(model, layers, config.lora)
     if ranks.mesh is None and dtype != torch.float32:
@@ -169,7 +169,7 @@ def empty_model(config: ModelConfig, tokenizer, dtype: torch.dtype) -> PreTraine
     return model
 
 
-def refuse_unfit(model: PreTrainedModel, layers: list[nn.Module], run: Config):
+def refuse_unfit(model: PreTrainedModel, layers: list[nn.Module], seq_len: int, from_scratch: bool):
     """Refuse, by name and with the reason, what would not be exact."""
     config = model.config
     unseen = [layer for layer in layers if not hasattr(layer, "sees_to_documents")]
@@ -181,16 +181,15 @@ def refuse_unfit(model: PreTrainedModel, layers: list[nn.Module], run: Config):
         leaks.add("attention that cannot be replaced")
     ropes = str(getattr(config, "rope_parameters", None))
     longest = getattr(config, "original_max_position_embeddings", None) or getattr(config, "max_position_embeddings", 0)
-    if run.train.seq_len > longest and ("'longrope'" in ropes or "'dynamic'" in ropes):
+    if seq_len > longest and ("'longrope'" in ropes or "'dynamic'" in ropes):
         leaks.add(f"rotations by the longest document of a batch: set train.seq_len to {longest}")
     mixture = experts(model)
     inside = {*model.get_decoder().parameters(), *model.get_output_embeddings().parameters()}
     problems = {
         f"cannot keep packed documents apart ({', '.join(sorted(leaks))}): see docs/models.md": leaks,
         "has more in its head than one matrix": set(model.parameters()) - inside,
-        "has a window that its mask alone knows": config.model_type == "phimoe"
-        and 0 < (config.sliding_window or 0) < run.train.seq_len,
-        "is a mixture of experts: from scratch it needs a balancing loss": run.model.from_scratch and mixture,
+        "hides a window in its mask": config.model_type == "phimoe" and seq_len > (config.sliding_window or seq_len),
+        "is a mixture of experts: from scratch it needs a balancing loss": from_scratch and mixture,
         "attends to later tokens, too": not all(getattr(module, "is_causal", True) for module in model.modules()),
         "is quantized: take a copy without quantization_config": getattr(config, "quantization_config", None),
         "must have model.overrides.attention_dropout = 0.0": getattr(config, "attention_dropout", 0.0),
@@ -199,6 +198,8 @@ def refuse_unfit(model: PreTrainedModel, layers: list[nn.Module], run: Config):
     for problem, there in problems.items():
         if there:
             raise ConfigError(f"{type(model).__name__} {problem}")
+    if mixture:
+        log.info("experts: no balancing loss; LoRA leaves them alone")
 
 
 def experts(model: nn.Module) -> list[nn.Module]:

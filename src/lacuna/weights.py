@@ -30,7 +30,7 @@ class Part(NamedTuple):
 
     file: Path
     first: int  # their place in the whole tensor
-    values: torch.Tensor  # the file itself, mapped into memory: read where it is looked at
+    values: torch.Tensor  # the file itself, mapped: read where it is looked at
 
 
 def weight_folder(name: str) -> Path:
@@ -129,8 +129,7 @@ def in_memory(model: PreTrainedModel, stored: dict[str, list[Part]], places) -> 
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     made = {}
     for name in sorted(stored.keys() - places, key=dot_natural_key):
-        short = TEXT.sub("", name)
-        new, pattern = rename_source_key(short, renamings, converters, model.base_model_prefix, places)
+        new, pattern = rename_source_key(TEXT.sub("", name), renamings, converters, model.base_model_prefix, places)
         parts = stored.pop(name)
         if pattern is None:
             stored[new] = parts

@@ -308,4 +308,4 @@ def training_template(tokenizer, given: str | None) -> str:
     for template in shipped.values():
         if tokenizer.apply_chat_template(probe, chat_template=template, tokenize=False) == wanted:
             return template
-    raise LookupError(f"{name}'s chat template has no marks: set data.chat_template to a copy of it, and {CURE}")
+    raise LookupError(f"{name}'s chat template has no marks: set data.chat_template to a copy, and {CURE}")
