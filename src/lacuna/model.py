@@ -199,7 +199,7 @@ def refuse_unfit(model: PreTrainedModel, layers: list[nn.Module], seq_len: int, 
         if there:
             raise ConfigError(f"{type(model).__name__} {problem}")
     if mixture:
-        log.info("experts: no balancing loss; LoRA leaves them alone")
+        log.info("experts: no balancing loss, no LoRA")
 
 
 def experts(model: nn.Module) -> list[nn.Module]:
