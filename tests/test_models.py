@@ -175,7 +175,7 @@ REFUSED = {
     "phi3+longrope": "set train.seq_len to 32",
     "phimoe+sliding": "hides a window in its mask",
     "qwen3_5_text": r"linear_attention\): see docs/models.md",
-    "qwen4_exp_text": "qwen_sparse_attention",
+    "qwen4_exp_text": r"convolutions, \w+_attention",
     "qwen3_moe": "mixture of experts",
     "recurrent_gemma": "cannot keep packed documents apart",
 }

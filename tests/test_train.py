@@ -385,12 +385,11 @@ def test_a_batch_that_does_not_divide_over_the_ranks_names_what_does(model_folde
     argv = options(model_folder("llama"), texts, tmp_path, "--train.steps", "1", "--train.global_batch_size", "6")
     done = finish(tmp_path, "pt", *no_config(tmp_path), *argv, ranks=2)
     assert done.status == 1
-    sizes = "train.global_batch_size 6 is no multiple of train.micro_batch_size 2 x 2 rank(s) = 4"
-    assert sizes in done.output
+    assert "train.global_batch_size is no multiple of train.micro_batch_size x 2 rank(s)" in done.output
 
 
 def test_a_warmup_as_long_as_the_run_is_refused_before_it_begins(model_folder, texts, tmp_path):
     argv = options(model_folder("llama"), texts, tmp_path, "--optim.warmup_steps", "30")
     for length in (["--train.steps", "30"], ["--train.epochs", "1"]):
-        with pytest.raises(ConfigError, match=r"optim.warmup_steps 30 must be below the run's \d+ steps"):
+        with pytest.raises(ConfigError, match=r"optim.warmup_steps must be below the run's \d+ steps"):
             run(load_config(None, [*argv, *length]))
