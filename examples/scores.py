@@ -10,6 +10,9 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from lacuna.attention import packed_attention
 
+# compiled, or it would hold an index for each pair of slots: 2 GB for 16,384 of them
+block_mask = torch.compile(create_block_mask, dynamic=False)
+
 
 def scores(model: PreTrainedModel):
     AttentionInterface.register("lacuna", attend)
@@ -30,8 +33,12 @@ def attend(module, query, key, value, attention_mask=None, *, softcap=None, s_au
     def cap(score, *_):
         return score if softcap is None else softcap * torch.tanh(score / softcap)
 
-    block_mask = block_masks["all" if window is None else "window"]
-    masked = {"block_mask": block_mask, "scale": scale, "enable_gqa": True, "return_aux": AuxRequest(lse=True)}
+    masked = {
+        "block_mask": block_masks["all" if window is None else "window"],
+        "scale": scale,
+        "enable_gqa": True,
+        "return_aux": AuxRequest(lse=True),
+    }
     out, aux = flex_attention(query, key, value, cap, **masked)  # [1, heads, T, D]
     if s_aux is not None:
         # the sink's share of the weights goes to nothing
@@ -55,7 +62,7 @@ def add_block_masks(decoder, args, kwargs):
         return causal(b, h, q, k) & (q - k < window)
 
     size = {"B": None, "H": None, "Q_LEN": len(slots), "KV_LEN": len(slots), "device": bounds.device}
-    masks = {"all": create_block_mask(causal, **size), "window": create_block_mask(in_window, **size)}
+    masks = {"all": block_mask(causal, **size), "window": block_mask(in_window, **size)}
     return args, kwargs | {"block_masks": masks}
 
 

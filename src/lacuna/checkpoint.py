@@ -233,7 +233,7 @@ def export(checkpoint: Path, out: Path):
     config = state["config"]
     hf_config = AutoConfig.from_pretrained(checkpoint)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf_config, dtype=hf_config.dtype)
+        model = AutoModelForCausalLM.from_config(hf_config, dtype=hf_config.dtype, attn_implementation="eager")
     model.to_empty(device="cpu").requires_grad_(False)
     model.tie_weights(recompute_mapping=False)
     if config.get("lora", {}).get("rank"):
@@ -249,5 +249,5 @@ def export(checkpoint: Path, out: Path):
         write_adapter(adapters, lora, base, out / "adapter")
     else:
         load_weights(model, checkpoint)
-    model.save_pretrained(out)  # under the names of the folder that it came from: experts one by one
+    model.save_pretrained(out)  # under the names that came in, experts one by one
     shutil.copytree(checkpoint, out, ignore=shutil.ignore_patterns("*.safetensors", "state.json"), dirs_exist_ok=True)

@@ -164,7 +164,7 @@ def load_weights(model: PreTrainedModel, folder: Path):
     if missing or unknown:
         raise ConfigError(f"{folder} does not fit {type(model).__name__}: missing {missing[:3]}, unknown {unknown[:3]}")
     for name, tensor in places.items():
-        if name in made:  # a layer's experts at a time: all of them would be a second model on the host
+        if name in made:  # a layer's experts at a time: all would be a second model on the host
             converted = made.pop(name).convert(name, model=model, config=model.config)
             stored[name] = [Part(folder, 0, converted[name])]
         fill(tensor, stored.pop(name), f"{folder} does not fit: {name}")
