@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AttentionInterface, AutoModelForImageTextToText
 
 from lacuna.attention import packed_attention
+from lacuna.checkpoint import export
 from lacuna.config import ConfigError
 from lacuna.metrics import flop
 
@@ -100,6 +101,8 @@ def test_the_text_of_a_multimodal_checkpoint_is_trained_as_the_whole_model_compu
     loss, _ = trainee(models.pack(models.documents()))
     assert loss.item() == pytest.approx(want, rel=1e-6)
     assert models.whole_run(tmp_path / "whole", tmp_path, patch) == "ok"
+    with pytest.raises(ConfigError, match="does not fit"):  # half of the text is no text
+        models.build(tmp_path / "whole", *patch, "--model.overrides", '{"num_hidden_layers": 2}')
 
 
 @pytest.mark.parametrize("name", ["gpt_neox", "mixtral"])
@@ -111,6 +114,52 @@ def test_what_goes_out_has_the_names_shapes_and_bytes_of_what_came_in(name, tmp_
     after = load_file(tmp_path / "runs" / "run" / "hf" / "model.safetensors")
     assert after.keys() == before.keys()
     assert all(torch.equal(after[stored], before[stored]) for stored in before)
+
+
+def test_an_export_leaves_no_older_weights_beside_it(tmp_path):
+    """transformers would read a model.safetensors before the shards, and an index before a model.safetensors."""
+    models.make_folder("llama", tmp_path / "model")
+    assert models.whole_run(tmp_path / "model", tmp_path, []) == "ok"
+    hf = tmp_path / "runs" / "run" / "hf"
+    right = load_file(hf / "model.safetensors")
+    (hf / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
+    save_file({"a": torch.zeros(1)}, hf / "model-00001-of-00002.safetensors")
+    export(tmp_path / "runs" / "run" / "checkpoints" / "step_2", hf)
+    assert [file.name for file in hf.glob("*safetensors*")] == ["model.safetensors"]
+    got = load_file(hf / "model.safetensors")
+    assert all(torch.equal(got[name], right[name]) for name in right)
+
+
+def test_a_routers_bias_stays_float32_in_a_bf16_model(tmp_path):
+    """transformers keeps it so: in bf16 the exported model would choose other experts than were trained."""
+    models.make_folder("deepseek_v3", tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    bias = torch.tensor([7.0001, 7.0032, 7.0086, 7.0008])
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    save_file(load_file(file) | {name: bias}, file)
+    lora = models.build(tmp_path / "model", "--lora.rank", "2", "--model.dtype", "bfloat16")
+    assert torch.equal(lora.model.state_dict()[name], bias)
+    models.whole_run(tmp_path / "model", tmp_path, ["--model.dtype", "bfloat16", "--optim.lr", "1e-40"])
+    assert torch.equal(load_file(tmp_path / "runs" / "run" / "hf" / "model.safetensors")[name], bias)
+
+
+def test_a_tensor_that_is_there_under_two_names_is_refused(tmp_path):
+    models.make_folder("gpt_neox", tmp_path)
+    file = tmp_path / "model.safetensors"
+    whole = load_file(file)
+    save_file(whole | {"lm_head.weight": torch.zeros_like(whole["embed_out.weight"])}, file)
+    with pytest.raises(ConfigError, match=r"embed_out\.weight is another lm_head\.weight"):
+        models.build(tmp_path)
+
+
+def test_an_adapter_is_written_only_where_peft_has_the_same_names(tmp_path, caplog):
+    """Of a mixture it takes some for the experts', and those of a text in a multimodal folder match nothing."""
+    for name, written in (("llama", True), ("deepseek_v3", False)):
+        models.make_folder(name, tmp_path / name)
+        models.whole_run(tmp_path / name, tmp_path / name, ["--lora.rank", "2"])
+        hf = tmp_path / name / "runs" / "run" / "hf"
+        assert (hf / "adapter" / "adapter_config.json").exists() == written
+        assert (hf / "model.safetensors").exists()
 
 
 def test_an_expert_that_is_missing_or_one_too_many_is_refused(tmp_path):

@@ -385,7 +385,7 @@ def test_a_batch_that_does_not_divide_over_the_ranks_names_what_does(model_folde
     argv = options(model_folder("llama"), texts, tmp_path, "--train.steps", "1", "--train.global_batch_size", "6")
     done = finish(tmp_path, "pt", *no_config(tmp_path), *argv, ranks=2)
     assert done.status == 1
-    assert "train.global_batch_size is no multiple of train.micro_batch_size x 2 rank(s)" in done.output
+    assert "train.global_batch_size is no multiple of micro_batch_size x ranks, 4" in done.output
 
 
 def test_a_warmup_as_long_as_the_run_is_refused_before_it_begins(model_folder, texts, tmp_path):

@@ -246,8 +246,13 @@ def export(checkpoint: Path, out: Path):
             if not name.startswith("optimizer."):
                 adapters[name] = torch.cat([part.values for part in parts])
         merge(held(model), adapters, lora)
-        write_adapter(adapters, lora, base, out / "adapter")
+        if held(model).keys() <= stored_parts(weight_folder(base)).keys():
+            write_adapter(adapters, lora, base, out / "adapter")
+        else:  # peft would lose some
+            log.warning("no adapter/: peft names %s otherwise", base)
     else:
         load_weights(model, checkpoint)
-    model.save_pretrained(out)  # under the names that came in, experts one by one
+    for old in out.glob("model*.safetensors*"):
+        old.unlink()
+    model.save_pretrained(out, max_shard_size="5GB")  # under the names that came in
     shutil.copytree(checkpoint, out, ignore=shutil.ignore_patterns("*.safetensors", "state.json"), dirs_exist_ok=True)

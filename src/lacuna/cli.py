@@ -43,7 +43,7 @@ def main():
         log.debug("", exc_info=True)  # to log.txt, where a run has one by now
         sentence = fault(error)
         if AGAIN not in sentence:
-            sentence += ". If no step was done, see model.overrides or train.compile; log.txt says where"
+            sentence += ". If no step was done, see model.overrides; log.txt says where"
         leave(1, sentence)
 
 

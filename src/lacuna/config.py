@@ -66,12 +66,11 @@ class ModelConfig(Section):
     overrides: dict[str, Any] = key({}, "fields of the model's config to replace")
     tokenizer: str | None = key(None, "Hub id or folder; default: the model's own")
     patch: str | None = key(None, "file.py:function, called with the empty model before all else")
-    dtype: Literal["bfloat16", "float32"] | None = key(None, "of computation and hf/; default: bf16 on GPUs, hf/ kept")
+    dtype: Literal["bfloat16", "float32"] | None = key(None, "of computation and hf/; default: bf16 on GPUs")
     attention: Literal["varlen", "fa4", "sdpa"] | None = key(None, "default: fa4, varlen or sdpa, what runs")
 
 
 OneOrSeveral = BeforeValidator(lambda value: [value] if isinstance(value, str | dict) else value)
-Rate = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Source(Section):
@@ -106,13 +105,13 @@ class TrainConfig(Section):
     compile: bool | None = key(None, "torch.compile each layer; default: on a GPU")
     activation_checkpointing: Literal["none", "full", "selective"] = key("none", "recompute all, or what is cheap")
     max_grad_norm: float = key(1.0, "gradients are scaled down to this global L2 norm", gt=0)
-    deterministic: bool = key(False, "deterministic GPU kernels, where they exist (slower)")
+    deterministic: bool = key(False, "deterministic GPU kernels (slower)")
 
 
 class OptimConfig(Section):
     lr: float | None = key(None, "peak (learning_rate); default: pt 3e-4, sft 2e-5, LoRA 2e-4", gt=0, le=100)
     weight_decay: float = key(0.1, "of matrices; embeddings, norms and biases have none", ge=0)
-    betas: list[Rate] = key([0.9, 0.95], "AdamW's two decay rates", min_length=2, max_length=2)
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = key([0.9, 0.95], "AdamW's two", min_length=2, max_length=2)
     eps: float = key(1e-8, "AdamW's epsilon", gt=0, le=1)
     schedule: Literal["constant", "linear", "cosine", "wsd"] = key("cosine", "wsd: constant, then linear")
     warmup_steps: int = key(0, "steps of linear warmup from 0 (warmup_ratio)", ge=0)
@@ -135,7 +134,7 @@ class DistConfig(Section):
 class CheckpointConfig(Section):
     every: int = key(500, "steps between checkpoints; the last step has one too", ge=1)
     keep: int = key(2, "newest checkpoints that are kept", ge=1)
-    resume: str | None = key(None, "folder to begin from, where the run has no checkpoint yet")
+    resume: str | None = key(None, "folder to begin from, if the run has none")
     resume_changed: bool = key(False, "go on though a key has changed that changes the run")
 
 
@@ -183,9 +182,7 @@ def contradictions(config: Config) -> list[tuple]:
     """What keys may say against each other: whether they do, and a sentence."""
     data = config.data
     train = config.train
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    uneven = f"train.global_batch_size is no multiple of train.micro_batch_size x {ranks} rank(s)"
-    nulls = [*config.model.overrides.values(), *config.recipe.values()].count(None)
+    rows = train.micro_batch_size * int(os.environ.get("WORLD_SIZE", 1))
     held_out = config.eval.sources
     fraction = config.eval.fraction
     streams = any(source.streaming for source in data.sources)
@@ -197,8 +194,7 @@ def contradictions(config: Config) -> list[tuple]:
         (train.epochs and any(weights), "train.epochs of a mixture with weights: set train.steps"),
         (any(weights) and not all(weights), "data.sources: give every source a weight, or none"),
         (streams and len(weights) > 1 and not all(weights), "data.sources: a mixture that streams needs weights"),
-        (train.global_batch_size % (train.micro_batch_size * ranks), uneven),
-        (nulls, "model.overrides or recipe holds a null, which TOML has not"),
+        (train.global_batch_size % rows, f"train.global_batch_size is no multiple of micro_batch_size x ranks, {rows}"),
         (config.lora.rank and config.model.from_scratch, "lora.rank adapts a model: not from_scratch"),
         (config.recipe and not config.task.endswith(".py"), "recipe: these keys are for lacuna RECIPE.py"),
         (config.task.endswith(".py") and not config.optim.lr, "optim.lr: a recipe has no default: give one"),

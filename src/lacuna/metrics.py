@@ -4,7 +4,6 @@ import json
 import logging
 import math
 import os
-import resource
 import sys
 import time
 from collections import Counter
@@ -24,11 +23,10 @@ from lacuna.parallel import Ranks
 PEAKS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10": 125e12, "4090": 165e12}
 
 
-def flop(model: PreTrainedModel) -> tuple[int, int]:
+def flop(model: PreTrainedModel) -> tuple[float, int]:
     """FLOP of training for a token, 6 a weight (4 a frozen one, none an input embedding), and for a query and key.
 
-    A window counts as full attention; what is recomputed, or masked as not causal, does not. Of a mixture's experts
-    those count that a token goes through.
+    A window counts as full attention, and experts that a token goes through; what is recomputed or masked does not.
     """
     config = model.config
     heads = getattr(config, "num_attention_heads", 0)
@@ -37,7 +35,8 @@ def flop(model: PreTrainedModel) -> tuple[int, int]:
     untied = embeddings is not model.get_output_embeddings().weight
     multiplied = [p for p in model.parameters() if not (untied and p is embeddings)]
     per_token = sum(p.numel() * (4 + 2 * p.requires_grad) for p in multiplied)
-    chosen = next((module.top_k for module in model.modules() if hasattr(module, "top_k")), None)
+    routers = [module for module in model.modules() if hasattr(module, "top_k")]
+    chosen = routers[0].top_k if routers else getattr(config, "top_k_experts", None)
     for p in nn.ModuleList(experts(model)).parameters():  # [experts, out, in]
         if chosen and p.ndim == 3:
             per_token -= p.numel() * (4 + 2 * p.requires_grad) * (1 - chosen / len(p))
@@ -110,7 +109,7 @@ class Report:
         metrics |= {"tokens_per_second": speed, "tokens_per_second_per_device": speed / self.ranks.world, "mfu": mfu}
         metrics |= {"step_seconds": seconds / count, "data_seconds": interval["data_seconds"] / count}
         checksum = f"{int(sums['checksum']):016x}"
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # GiB, of the process
+        peak = None
         if self.ranks.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.ranks.device) / 2**30
             torch.cuda.reset_peak_memory_stats(self.ranks.device)

@@ -160,7 +160,7 @@ def empty_model(config: ModelConfig, tokenizer, dtype: torch.dtype) -> PreTraine
             setattr(hf_config, key, getattr(tokenizer, key))
     # before the model is built: transformers would fetch and run a kernel that a config names as its attention
     hf_config._attn_implementation = "lacuna"
-    stored = whole.dtype
+    stored = whole.dtype or hf_config.dtype
     with blame(f"model.name {config.name}, model.overrides {config.overrides}"), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
     model.config.dtype = stored

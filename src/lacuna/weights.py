@@ -131,6 +131,8 @@ def in_memory(model: PreTrainedModel, stored: dict[str, list[Part]], places) -> 
     for name in sorted(stored.keys() - places, key=dot_natural_key):
         new, pattern = rename_source_key(TEXT.sub("", name), renamings, converters, model.base_model_prefix, places)
         parts = stored.pop(name)
+        if new in stored:
+            raise ConfigError(f"{parts[0].file}: {name} is another {new}")
         if pattern is None:
             stored[new] = parts
             continue
@@ -144,7 +146,10 @@ def load_weights(model: PreTrainedModel, folder: Path):
     """Read this rank's part of every parameter. ConfigError where they are not the model's."""
     stored = stored_parts(folder)
     places = held(model)
-    multimodal = any(map(TEXT.match, stored))
+    if any(map(TEXT.match, stored)):
+        text = {name: parts for name, parts in stored.items() if TEXT.match(name) or name.startswith("lm_head.")}
+        log.warning("%s: %d tensors that see or hear are left out", folder, len(stored) - len(text))
+        stored = text
     made = in_memory(model, stored, places)
     for tied, source in model.all_tied_weights_keys.items():
         if tied in stored and source not in stored:  # the one that is there counts
@@ -152,19 +157,19 @@ def load_weights(model: PreTrainedModel, folder: Path):
         elif tied in stored and not torch.equal(stored[tied][0].values, stored[source][0].values):
             raise ConfigError(f"{tied} differs from {source}: set model.overrides.tie_word_embeddings = false")
     missing = sorted(places.keys() - {*stored, *made})
-    unknown = sorted(stored.keys() - {*places, *model.all_tied_weights_keys})
+    unknown = sorted({*stored, *made} - {*places, *model.all_tied_weights_keys})
     # a checkpoint also holds the optimizer, old folders the rotary frequencies, some a part that guesses ahead
     ignored = "|".join([r"^optimizer\.", "inv_freq$", *model._keys_to_ignore_on_load_unexpected])
     unknown = [name for name in unknown if not re.search(ignored, name)]
-    if multimodal:
-        log.warning("%s: %d tensors that see or hear are left out", folder, len(unknown))
-        unknown = []
     if any(".lora_" in name for name in unknown):
         raise ConfigError(f"model.name {folder} holds adapters alone: `lacuna export` makes a model of them")
     if missing or unknown:
         raise ConfigError(f"{folder} does not fit {type(model).__name__}: missing {missing[:3]}, unknown {unknown[:3]}")
+    kept = re.compile("|".join(model._get_dtype_plan(torch.bfloat16)) or "$^")  # as transformers keeps them
     for name, tensor in places.items():
-        if name in made:  # a layer's experts at a time: all would be a second model on the host
+        if kept.search(name) and not isinstance(tensor, DTensor):
+            tensor.data = tensor.data.float()
+        if name in made:  # one layer's at a time: all would be a second model
             converted = made.pop(name).convert(name, model=model, config=model.config)
             stored[name] = [Part(folder, 0, converted[name])]
         fill(tensor, stored.pop(name), f"{folder} does not fit: {name}")

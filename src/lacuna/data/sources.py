@@ -174,8 +174,6 @@ def as_rows(batch: dict[str, list], numbers: Sequence[int], source: Source) -> t
         with blame(f"data.sources {source.path}, row {number}: no row of JSON"):
             if text.strip():
                 rows[number] = rename(json.loads(text.removeprefix("\ufeff")), source.fields)
-            if "\\ud" in text.lower():
-                json.dumps(rows[number], ensure_ascii=False).encode()  # half of a surrogate pair is no text
     return list(rows.values()), list(rows)
 
 

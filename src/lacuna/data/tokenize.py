@@ -69,10 +69,7 @@ def load_tokenizer(model: ModelConfig):
     if "/" in name and Path(name).parent.is_dir() and not Path(name).is_dir():
         raise ConfigError(f"model.name or model.tokenizer {name}: no such folder")
     with blame(f"model.name or model.tokenizer {name}: no tokenizer there"):
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    if not tokenizer.is_fast:
-        raise ConfigError(f"model.tokenizer {name} is written in Python: use one of the tokenizers library")
-    return tokenizer
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
 def adds_bos(tokenizer) -> bool:
