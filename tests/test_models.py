@@ -217,6 +217,8 @@ REFUSED = {
     "aria_text": "mixture of experts",  # whose config says moe_topk
     "bloom": "attention that cannot be replaced",
     "falcon_h1": "convolutions",
+    "gemma2": "capped scores or sinks: see docs/models.md",
+    "gpt_oss": "capped scores or sinks: see docs/models.md",
     "gemma3_text+bidirectional": "attends to later tokens",
     "gemma4_text+moe": "mixture of experts",  # whose config says top_k_experts
     "llama+dynamic-rope": "set train.seq_len to 16",

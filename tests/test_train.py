@@ -391,5 +391,5 @@ def test_a_batch_that_does_not_divide_over_the_ranks_names_what_does(model_folde
 def test_a_warmup_as_long_as_the_run_is_refused_before_it_begins(model_folder, texts, tmp_path):
     argv = options(model_folder("llama"), texts, tmp_path, "--optim.warmup_steps", "30")
     for length in (["--train.steps", "30"], ["--train.epochs", "1"]):
-        with pytest.raises(ConfigError, match=r"optim.warmup_steps must be below the run's \d+ steps"):
+        with pytest.raises(ConfigError, match=r"optim.warmup_steps must be below the \d+ steps"):
             run(load_config(None, [*argv, *length]))

@@ -65,7 +65,7 @@ class ModelConfig(Section):
     from_scratch: bool = key(False, "initialise the weights instead of reading them")
     overrides: dict[str, Any] = key({}, "fields of the model's config to replace")
     tokenizer: str | None = key(None, "Hub id or folder; default: the model's own")
-    patch: str | None = key(None, "file.py:function, called with the empty model before all else")
+    patch: str | None = key(None, "file.py:function, called first with the empty model")
     dtype: Literal["bfloat16", "float32"] | None = key(None, "of computation and hf/; default: bf16 on GPUs")
     attention: Literal["varlen", "fa4", "sdpa"] | None = key(None, "default: fa4, varlen or sdpa, what runs")
 
@@ -78,7 +78,7 @@ class Source(Section):
     name: str | None = key(None, "configuration of a Hub dataset")
     split: str = key("train", "split, slices allowed: train[:1000]")
     data_files: Annotated[list[str] | None, OneOrSeveral] = key(None, "files in `path`, or globs")
-    streaming: bool = key(False, "read while training instead of tokenising all of it first")
+    streaming: bool = key(False, "read while training, not tokenised before")
     weight: float | None = key(None, "share of the tokens; default: all data once an epoch", ge=1e-9, le=1e9)
     column: str = key("text", "pt: column that holds the text")
     fields: dict[str, str] = key({}, 'renamed columns: {instruction = "question"}')
@@ -98,13 +98,13 @@ class DataConfig(Section):
 
 class TrainConfig(Section):
     seq_len: int = key(1024, "slots a row, tokens (sequence_len) (max_length)", ge=8, le=2**24)
-    micro_batch_size: int = key(8, "rows a device takes through the model at once", ge=1, le=2**16)
+    micro_batch_size: int = key(8, "rows a device takes at once", ge=1, le=2**16)
     global_batch_size: int = key(8, "rows a step over all devices (gradient_accumulation_steps)", ge=1, le=2**24)
     steps: int | None = key(None, "optimizer steps, or give train.epochs (max_steps)", ge=1, le=10**9)
     epochs: int | None = key(None, "passes over map-style data, or give train.steps (num_epochs)", ge=1)
     compile: bool | None = key(None, "torch.compile each layer; default: on a GPU")
     activation_checkpointing: Literal["none", "full", "selective"] = key("none", "recompute all, or what is cheap")
-    max_grad_norm: float = key(1.0, "gradients are scaled down to this global L2 norm", gt=0)
+    max_grad_norm: float = key(1.0, "gradients are scaled down to this L2 norm", gt=0)
     deterministic: bool = key(False, "deterministic GPU kernels (slower)")
 
 
@@ -133,9 +133,9 @@ class DistConfig(Section):
 
 class CheckpointConfig(Section):
     every: int = key(500, "steps between checkpoints; the last step has one too", ge=1)
-    keep: int = key(2, "newest checkpoints that are kept", ge=1)
+    keep: int = key(2, "newest checkpoints kept", ge=1)
     resume: str | None = key(None, "folder to begin from, if the run has none")
-    resume_changed: bool = key(False, "go on though a key has changed that changes the run")
+    resume_changed: bool = key(False, "go on though a key has changed")
 
 
 class LogConfig(Section):
@@ -145,7 +145,7 @@ class LogConfig(Section):
 class EvalConfig(Section):
     sources: Annotated[list[Source], OneOrSeveral] = key([], "held-out data, same keys as data.sources")
     fraction: float | None = key(None, "or this share of data.sources' documents (val_set_size)", gt=0, lt=1)
-    every: int | None = key(None, "steps between evaluations; default: only at start and end", ge=1)
+    every: int | None = key(None, "steps between; default: only at start and end", ge=1)
     rows: int = key(512, "rows evaluated at most", ge=1)
 
 
@@ -182,7 +182,7 @@ def contradictions(config: Config) -> list[tuple]:
     """What keys may say against each other: whether they do, and a sentence."""
     data = config.data
     train = config.train
-    rows = train.micro_batch_size * int(os.environ.get("WORLD_SIZE", 1))
+    rows = train.micro_batch_size * max(1, int(os.environ.get("WORLD_SIZE") or 1))
     held_out = config.eval.sources
     fraction = config.eval.fraction
     streams = any(source.streaming for source in data.sources)

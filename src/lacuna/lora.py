@@ -16,7 +16,7 @@ BEGINNINGS = {"lora_A": nn.Linear.reset_parameters, "lora_B": lambda module: nn.
 class LoRALinear(nn.Linear):
     """x W' + b + alpha / rank * x A' B': W [out, in], b frozen, A [rank, in], B [out, rank] trained."""
 
-    active = True  # of the class: layers may run through copies of theirs, see cast_in_forward
+    active = True  # of the class: layers may run as copies, see cast_in_forward
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         own = super().forward(x)

@@ -143,8 +143,8 @@ def open_metrics(folder: Path, step: int):
     """metrics.jsonl up to a step that a run goes on from, to be added to."""
     file = folder / "metrics.jsonl"
     file.touch()
-    lines = file.read_text().splitlines(keepends=True)
-    whole = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may be cut off
+    lines = file.read_bytes().splitlines(keepends=True) if step else []
+    whole = [json.loads(line) for line in lines if line.endswith(b"\n")]  # the last may be cut off
     # of the step itself the evaluation, its last line, is done again
     kept = sum(m["step"] < step or (m["step"] == step and "eval_loss" not in m) for m in whole)
     os.truncate(file, sum(map(len, lines[:kept])))
@@ -160,8 +160,8 @@ def start_logging(folder: Path, rank: int):
     log.propagate = False  # other libraries print their own: on the root logger their lines would stand twice
     log.handlers = [logging.StreamHandler()]
     log.handlers[0].setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    if rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        log.addHandler(logging.FileHandler(folder / "log.txt", mode="a"))
+    folder.mkdir(parents=True, exist_ok=True)
+    log.addHandler(logging.FileHandler(folder / "log.txt", mode="a"))
+    log.handlers[1].addFilter(lambda record: rank == 0 or record.exc_info)
     for handler in log.handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))

@@ -16,10 +16,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lacuna.attention import boundaries, choose_backend
+from lacuna.attention import boundaries, choose_backend, packed_attention
 from lacuna.config import Config, ConfigError, ModelConfig, blame, log
 from lacuna.data.batch import PackedBatch
 from lacuna.lora import BEGINNINGS, add_adapters
@@ -39,7 +39,7 @@ class Trainee(nn.Module):
         self.dtype = dtype  # of computation; what is trained is float32
         self.compiled = compiled
         self.backend = backend  # of attention
-        self.objective = None  # a recipe's, called in place of the sum of losses
+        self.objective = None  # a recipe's, in place of the sum of losses
 
     def forward(self, batch: PackedBatch) -> tuple[torch.Tensor, dict]:
         """The sum of the batch's losses, nats, and a recipe's figures by name: sums over the same units."""
@@ -184,9 +184,11 @@ def refuse_unfit(model: PreTrainedModel, layers: list[nn.Module], seq_len: int, 
     if seq_len > longest and ("'longrope'" in ropes or "'dynamic'" in ropes):
         leaks.add(f"rotations by the longest document of a batch: set train.seq_len to {longest}")
     mixture = experts(model)
+    scores = getattr(config, "attn_logit_softcapping", None) or "sinks" in " ".join(dict(model.named_parameters()))
     inside = {*model.get_decoder().parameters(), *model.get_output_embeddings().parameters()}
     problems = {
         f"cannot keep packed documents apart ({', '.join(sorted(leaks))}): see docs/models.md": leaks,
+        "has capped scores or sinks: see docs/models.md": scores and AttentionInterface()["lacuna"] is packed_attention,
         "has more in its head than one matrix": set(model.parameters()) - inside,
         "hides a window in its mask": config.model_type == "phimoe" and seq_len > (config.sliding_window or seq_len),
         "is a mixture of experts: from scratch it needs a balancing loss": from_scratch and mixture,

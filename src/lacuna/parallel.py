@@ -34,7 +34,7 @@ def start(config: DistConfig, train: TrainConfig) -> Ranks:
         size = f"{config.dp_replicate} x {shard} (dist.dp_replicate x dist.dp_shard)"
         raise ConfigError(f"{size} is not the {world} ranks (WORLD_SIZE), or RANK {rank} none of them")
     device = torch.device("cpu")
-    if torch.cuda.is_available():  # with srun --gpus-per-task, a task sees one device only
+    if torch.cuda.is_available():  # with srun --gpus-per-task, a task sees one
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         torch.cuda.set_device(device)
     if train.deterministic:
@@ -43,11 +43,8 @@ def start(config: DistConfig, train: TrainConfig) -> Ranks:
     if world == 1:
         return Ranks(rank, world, device, None)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    timeout = timedelta(seconds=config.timeout)
-    dist.init_process_group(backend, timeout=timeout)
+    dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout))
     mesh = init_device_mesh(device.type, (config.dp_replicate, shard), mesh_dim_names=("dp_replicate", "dp_shard"))
-    for group in mesh.get_all_groups():  # HSDP's own groups would wait for 10 (NCCL) or 30 minutes (gloo)
-        dist.distributed_c10d._set_pg_timeout(timeout, group)
     return Ranks(rank, world, device, mesh)
 
 

@@ -50,12 +50,12 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
         dataset, held_out = open_rows(config, encoder, ranks, state["data"])
         if state.get("inventory", dataset.inventory) != dataset.inventory and not config.checkpoint.resume_changed:
             change = f"the data of {checkpoint} was {state['inventory']}, now {dataset.inventory}"
-            raise ConfigError(f"data.sources: {change}: bring it back, or set checkpoint.resume_changed = true")
+            raise ConfigError(f"data.sources: {change}: bring it back, or set checkpoint.resume_changed")
         fixed = {"inventory": dataset.inventory}  # what a run that goes on must find again
         steps = config.train.steps or math.ceil(dataset.count_rows() / config.train.global_batch_size)
         loader = Loader(config, dataset, ranks.device)
     if config.optim.warmup_steps >= steps:
-        raise ConfigError(f"optim.warmup_steps must be below the run's {steps} steps")
+        raise ConfigError(f"optim.warmup_steps must be below the {steps} steps")
 
     # Model, optimizer, checkpoints, and where the run reports to.
     with blame(f"model.name {config.model.name} with model.overrides {config.model.overrides}"):
@@ -79,7 +79,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
         if ranks.rank == 0:
             # to repeat the run: not before it can begin, or a failed start would change a finished run's
             (folder / "config.toml").write_text(tomli_w.dumps(config.model_dump(exclude_none=True)))
-    count = f"{model.num_parameters(only_trainable=True):,} of {model.num_parameters():,} parameters are trained"
+    count = f"{model.num_parameters(only_trainable=True):,} of {model.num_parameters():,} parameters trained"
     log.info("model   %s: %s, hf/ in %s", config.model.name, count, model.config.dtype)
     log.info("device  %d x %s: %s, %s attention", ranks.world, report.device, trainee.dtype, trainee.backend)
     length = f"{steps} steps of {config.train.global_batch_size} rows x {config.train.seq_len} tokens"

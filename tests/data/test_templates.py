@@ -17,6 +17,8 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import lacuna
+from lacuna.config import ConfigError, load_config
+from lacuna.data.conversations import ChatEncoder
 
 TEMPLATES = Path(lacuna.__file__).parent / "data" / "templates"
 ORIGINALS = Path(__file__).parent / "originals"
@@ -407,10 +409,24 @@ def test_what_a_caller_may_tell_llama_3_1_does_the_same_as_in_its_own_template(v
     assert rendered > len(HANDMADE) / 2
 
 
-def test_a_tokenizer_without_bos_is_refused_by_llama_3_as_by_its_own_template(tokenizer):
+@pytest.mark.parametrize("name", ["chatml", "qwen2.5", "qwen3", "smollm2"])
+def test_a_template_is_found_for_a_tokenizer_without_bos_though_others_would_begin_with_one(name, tokenizer):
+    """Qwen has none, and what ships is tried in the order of names: Llama's first."""
     tokenizer.bos_token = None
-    for template in (shipped("llama3"), MODELS["llama3"].original.read_text()):
-        assert render(tokenizer, HANDMADE[0], template) is None
+    tokenizer.chat_template = MODELS[name].original.read_text()
+    config = load_config(None, ["--data.sources", '[{"path": "x"}]', "--train.steps", "1"], "sft")
+    assert ChatEncoder(tokenizer, config).template == shipped(name)
+
+
+def test_a_template_that_raises_is_no_template_for_rows_that_need_none(tokenizer):
+    tokenizer.chat_template = "{{ raise_exception('a system turn, please') }}"
+    config = load_config(None, ["--data.sources", '[{"path": "x"}]', "--train.steps", "1"], "sft")
+    encoder = ChatEncoder(tokenizer, config)
+    [source] = config.data.sources
+    [tokens] = encoder.documents([{"input_ids": [5, 6]}], source, [0])
+    assert tokens.ids.tolist() == [5, 6]
+    with pytest.raises(ConfigError, match="a system turn, please"):
+        encoder.documents([{"prompt": [{"role": "user", "content": "a"}], "completion": "b"}], source, [0])
 
 
 # The ids, and which of them are trained

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from threading import Lock
 
+import jinja2
 import numpy as np
 import transformers
 from tokenizers.processors import ByteLevel
@@ -62,7 +63,7 @@ class ChatEncoder:
                 self.tokenizer.eos_token = self.stop_token()
             if not self.data.chat_template and self.template != tokenizer.get_chat_template():
                 self.own = tokenizer.get_chat_template()
-        except LookupError as error:  # token ids, and prompts and completions of plain text, need no template
+        except (LookupError, jinja2.TemplateError) as error:  # token ids and plain text need none
             self.template, self.problem = None, error
         self.eos = self.tokenizer.eos_token_id
 

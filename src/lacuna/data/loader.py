@@ -155,7 +155,7 @@ class Loader:
     def __init__(self, config: Config, dataset: RowDataset, device, training: bool = True):
         self.dataset, self.device = dataset, device
         # The rows of the run that are consumed, and each stream's StreamState by its number, as text: JSON.
-        self.state = self.prepared = dataset.state  # what is prepared is ahead of what is consumed
+        self.state = self.prepared = dataset.state  # prepared is ahead of consumed
         self.micro_batch_size = config.train.micro_batch_size
         self.accumulation = dataset.batch_rows // (self.micro_batch_size * dataset.ranks) if training else 1
         self.rows = iter(dataset)
