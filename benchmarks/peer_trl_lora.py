@@ -1,9 +1,9 @@
 """TRL's SFTTrainer with PEFT LoRA as a peer: a random model, packed random documents, one GPU. After peer_trl.py.
 
-usage: peer_trl_lora.py [shape=1.7b|8b|tiny] [r=32] [gc=0|1] [attn=flash_attention_4|sdpa|eager] [liger=0|1] [compile=0|1]
-       [L=4096] [B=4] [unif=0] [steps=10] [docs=FILE] [tok=tokenizer.json] [json=FILE] [name=trl]
+usage: peer_trl_lora.py [shape=1.7b|8b|tiny|FOLDER] [r=32] [gc=0|1] [attn=flash_attention_4|sdpa|eager] [liger=0|1] [compile=0|1]
+       [L=4096] [B=4] [unif=0] [steps=10] [docs=FILE] [tok=tokenizer.json] [json=FILE] [name=trl] [pure=0|1]
 r: rank of LoRA over all linear layers but the head, alpha 2r, no dropout, base in bfloat16 (PEFT keeps adapters in float32,
-TRL runs under bf16 autocast); r=0: full training, float32 weights, as peer_trl.py. gc: gradient checkpointing (TRL's default is 1).
+TRL runs under bf16 autocast); r=0: full training, float32 weights (pure=1: bfloat16), as peer_trl.py. gc: gradient checkpointing (TRL's default is 1).
 docs: lines of {"input_ids": [...]}, else unif=N: documents of N tokens, unif=0: log-normal, mean 600, cut at L.
 It prints the median step time, peak memory (of the steps after 5 of warming up; and ever) and tokens/s counted two ways:
 slots (rows x L) and real (document tokens, padding left out). json: the same as a line of FILE.
@@ -21,7 +21,14 @@ import time
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config, TrainerCallback
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    TrainerCallback,
+)
 from trl import SFTConfig, SFTTrainer
 
 opt = dict(
@@ -38,6 +45,7 @@ opt = dict(
     docs="",
     json="",
     name="trl",
+    pure=0,
     tok=f"{os.environ['LACUNA_ASSETS']}/tokenizer/smollm2/tokenizer.json",
 )
 for a in sys.argv[1:]:
@@ -99,9 +107,9 @@ shapes = {
 tok = PreTrainedTokenizerFast(tokenizer_file=opt["tok"], eos_token="<|im_end|>", pad_token="<|endoftext|>")
 torch.manual_seed(0)
 with torch.device("cuda" if cuda else "cpu"):
-    model = AutoModelForCausalLM.from_config(
-        shapes[opt["shape"]](), attn_implementation=opt["attn"], dtype=torch.bfloat16 if opt["r"] else torch.float32
-    )
+    config = AutoConfig.from_pretrained(opt["shape"]) if "/" in opt["shape"] else shapes[opt["shape"]]()
+    dtype = torch.bfloat16 if opt["r"] or opt["pure"] else torch.float32
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=opt["attn"], dtype=dtype)
 rows, total, wanted = [], 0, opt["L"] * opt["B"] * (opt["steps"] + 8)
 if opt["docs"]:
     for line in open(opt["docs"]):
