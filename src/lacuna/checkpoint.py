@@ -66,7 +66,7 @@ def read_state(checkpoint: Path | None, config: Config) -> dict:
     changed = [key for key in sorted(old.keys() & new.keys()) if old[key] != new[key] and not key.startswith(FREE)]
     if changed and not config.checkpoint.resume_changed:
         keys = ", ".join(f"{key} (was {old[key]!r})" for key in changed)
-        cure = "change it back, set another name, or checkpoint.resume_changed"
+        cure = "change it back, set another name, or checkpoint.resume_changed = true"
         raise ConfigError(f"{checkpoint} cannot go on with another {keys}: {cure}")
     return state
 

@@ -93,7 +93,7 @@ class DataConfig(Section):
     unrendered: Literal["error", "drop"] = key("error", "sft: rows of which the template leaves something out")
     overlong: Literal["drop", "truncate"] = key("drop", "sft: conversations over seq_len")
     mask_boundary: bool = key(True, "a document does not predict the next one's first token")
-    cache: str = key("~/.cache/lacuna", "folder of the token cache")
+    cache: str = key("~/.cache/lacuna", "of the token cache")
 
 
 class TrainConfig(Section):
@@ -139,7 +139,7 @@ class CheckpointConfig(Section):
 
 
 class LogConfig(Section):
-    every: int = key(10, "steps between two lines of metrics", ge=1)
+    every: int = key(10, "steps between lines of metrics", ge=1)
 
 
 class EvalConfig(Section):
@@ -152,7 +152,7 @@ class EvalConfig(Section):
 class Config(Section):
     task: str = key("pt", "pt: text; sft: conversations; file.py: a recipe", pattern=r"^(pt|sft|.+\.py)$")
     name: str = key("run", "everything lands in out/name", pattern=r"^\.*[\w-][\w.-]*$", max_length=200)
-    seed: int = key(0, "of the order of data and of initial weights", ge=0, lt=2**32)
+    seed: int = key(0, "of the order of data and initial weights", ge=0, lt=2**32)
     out: str = key("runs", "folder of runs (output_dir)")
     model: ModelConfig = key(ModelConfig(), "what is trained")
     data: DataConfig = key(DataConfig(), "on what")

@@ -50,7 +50,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
         dataset, held_out = open_rows(config, encoder, ranks, state["data"])
         if state.get("inventory", dataset.inventory) != dataset.inventory and not config.checkpoint.resume_changed:
             change = f"the data of {checkpoint} was {state['inventory']}, now {dataset.inventory}"
-            raise ConfigError(f"data.sources: {change}: bring it back, or set checkpoint.resume_changed")
+            raise ConfigError(f"data.sources: {change}: bring it back, or set checkpoint.resume_changed = true")
         fixed = {"inventory": dataset.inventory}  # what a run that goes on must find again
         steps = config.train.steps or math.ceil(dataset.count_rows() / config.train.global_batch_size)
         loader = Loader(config, dataset, ranks.device)
