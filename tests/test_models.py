@@ -130,6 +130,16 @@ def test_an_export_leaves_no_older_weights_beside_it(tmp_path):
     assert all(torch.equal(got[name], right[name]) for name in right)
 
 
+def test_an_export_into_the_checkpoint_itself_is_refused_and_changes_nothing(tmp_path):
+    models.make_folder("llama", tmp_path / "model")
+    models.whole_run(tmp_path / "model", tmp_path, [])
+    checkpoint = tmp_path / "runs" / "run" / "checkpoints" / "step_2"
+    before = {file.name: file.read_bytes() for file in checkpoint.iterdir()}
+    with pytest.raises(ConfigError, match="is the checkpoint itself"):
+        export(checkpoint, checkpoint.parent / "." / "step_2")
+    assert {file.name: file.read_bytes() for file in checkpoint.iterdir()} == before
+
+
 def test_a_routers_bias_stays_float32_in_a_bf16_model(tmp_path):
     """transformers keeps it so: in bf16 the exported model would choose other experts than were trained."""
     models.make_folder("deepseek_v3", tmp_path / "model")

@@ -230,6 +230,8 @@ def check_base(name: str, state: dict) -> str:
 def export(checkpoint: Path, out: Path):
     """Make a Hugging Face folder of a checkpoint, in its config's dtype; of LoRA with an adapter/ in it."""
     state = state_of(checkpoint)
+    if out.resolve() == checkpoint.resolve():
+        raise ConfigError(f"{out} is the checkpoint itself")
     config = state["config"]
     hf_config = AutoConfig.from_pretrained(checkpoint)
     with torch.device("meta"):

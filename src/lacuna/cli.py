@@ -73,7 +73,7 @@ def leave(status: int, sentence: str = ""):
     name = f"lacuna (rank {rank})" if rank else "lacuna"
     with suppress(OSError, AttributeError):  # the terminal may be gone
         if sentence:
-            log.debug(sentence)  # to log.txt, where a run has one by now
+            log.debug(sentence)
             sys.stderr.write(f"{name}: {sentence}\n")
         sys.stdout.flush()
     # threads of gloo's, or a loader's that stands still in a read, outlive the interpreter: 1 run in 20 aborted

@@ -93,7 +93,7 @@ class DataConfig(Section):
     unrendered: Literal["error", "drop"] = key("error", "sft: rows of which the template leaves something out")
     overlong: Literal["drop", "truncate"] = key("drop", "sft: conversations over seq_len")
     mask_boundary: bool = key(True, "a document does not predict the next one's first token")
-    cache: str = key("~/.cache/lacuna", "of the token cache")
+    cache: str = key("~/.cache/lacuna", "folder of cached tokens")
 
 
 class TrainConfig(Section):
@@ -111,7 +111,7 @@ class TrainConfig(Section):
 class OptimConfig(Section):
     lr: float | None = key(None, "peak (learning_rate); default: pt 3e-4, sft 2e-5, LoRA 2e-4", gt=0, le=100)
     weight_decay: float = key(0.1, "of matrices; embeddings, norms and biases have none", ge=0)
-    betas: list[Annotated[float, Field(ge=0, lt=1)]] = key([0.9, 0.95], "AdamW's two", min_length=2, max_length=2)
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = key([0.9, 0.95], "AdamW's decays", min_length=2, max_length=2)
     eps: float = key(1e-8, "AdamW's epsilon", gt=0, le=1)
     schedule: Literal["constant", "linear", "cosine", "wsd"] = key("cosine", "wsd: constant, then linear")
     warmup_steps: int = key(0, "steps of linear warmup from 0 (warmup_ratio)", ge=0)
@@ -134,7 +134,7 @@ class DistConfig(Section):
 class CheckpointConfig(Section):
     every: int = key(500, "steps between checkpoints; the last step has one too", ge=1)
     keep: int = key(2, "newest checkpoints kept", ge=1)
-    resume: str | None = key(None, "folder to begin from, if the run has none")
+    resume: str | None = key(None, "folder to begin from, without a checkpoint of its own")
     resume_changed: bool = key(False, "go on though a key has changed")
 
 
@@ -182,7 +182,7 @@ def contradictions(config: Config) -> list[tuple]:
     """What keys may say against each other: whether they do, and a sentence."""
     data = config.data
     train = config.train
-    rows = train.micro_batch_size * max(1, int(os.environ.get("WORLD_SIZE") or 1))
+    rows = train.micro_batch_size * (int(os.environ.get("WORLD_SIZE", 1)) or 1)
     held_out = config.eval.sources
     fraction = config.eval.fraction
     streams = any(source.streaming for source in data.sources)

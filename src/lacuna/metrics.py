@@ -108,12 +108,11 @@ class Report:
         mfu = work / seconds / self.ranks.world / self.peak if self.peak else None
         metrics |= {"tokens_per_second": speed, "tokens_per_second_per_device": speed / self.ranks.world, "mfu": mfu}
         metrics |= {"step_seconds": seconds / count, "data_seconds": interval["data_seconds"] / count}
-        checksum = f"{int(sums['checksum']):016x}"
         peak = None
         if self.ranks.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.ranks.device) / 2**30
             torch.cuda.reset_peak_memory_stats(self.ranks.device)
-        metrics |= {"peak_memory_gib": peak, "batch_checksum": checksum}
+        metrics |= {"peak_memory_gib": peak, "batch_checksum": f"{int(sums['checksum']):016x}"}
         own = {name: interval[name] / max(interval["units"], 1) for name in facts["figures"]}  # a recipe's
         self.start_clock()
         self.write(metrics | own)
@@ -152,7 +151,7 @@ def open_metrics(folder: Path, step: int):
 
 
 def start_logging(folder: Path, rank: int):
-    """Rank 0 logs to stderr, and with tracebacks to log.txt; other ranks warnings to stderr."""
+    """Rank 0 logs to stderr and log.txt; other ranks warnings to stderr, and tracebacks to log.txt."""
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     log.setLevel(logging.DEBUG)

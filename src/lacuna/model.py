@@ -144,7 +144,7 @@ def empty_model(config: ModelConfig, tokenizer, dtype: torch.dtype) -> PreTraine
     """The model on the meta device, with lacuna's attention; or a ConfigError."""
     with blame(f"model.name {config.name}: its config"):
         whole = AutoConfig.from_pretrained(config.name, trust_remote_code=False)
-    hf_config = whole.get_text_config()  # of a model that sees or hears, too
+    hf_config = whole.get_text_config()
     for key in config.overrides:
         if not hasattr(hf_config, key):
             raise ConfigError(f"model.overrides.{key} is no field of {config.name}'s config")

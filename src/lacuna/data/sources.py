@@ -166,8 +166,7 @@ def split_json(file: dict[str, list]) -> dict[str, list]:
 def as_rows(batch: dict[str, list], numbers: Sequence[int], source: Source) -> tuple[list, Sequence]:
     """Rows and their numbers, of columns or of JSON, under lacuna's names."""
     if ROW not in batch:
-        columns = without_nulls(list(batch.values()))
-        rows = zip(*columns, strict=True)
+        rows = zip(*without_nulls(list(batch.values())), strict=True)
         return [rename(dict(zip(batch, row, strict=True)), source.fields) for row in rows], numbers
     rows = {}
     for number, text in zip(numbers, batch[ROW], strict=False):
