@@ -115,7 +115,7 @@ def assemble(config: Config, ranks: Ranks, tokenizer, frozen: bool = False) -> T
     # Compile wraps the checkpointed layer: the partitioner recomputes inside it, and the other way round it would be
     # done twice. Regional: all layers share one graph, which takes seconds; the whole model would take minutes.
     for layer in layers if compiled else []:
-        if not hasattr(layer, "sees_to_documents"):
+        if getattr(layer, "compiles", True):
             layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)
     # last, because FSDP2's hooks would break the graphs
     trainee = Trainee(model, layers, dtype=dtype, compiled=compiled, backend=backend)
