@@ -7,6 +7,7 @@ import os
 import re
 import tomllib
 from argparse import ArgumentParser
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,8 +18,8 @@ from pydantic_settings import CliSettingsSource
 log = logging.getLogger("lacuna")
 
 AGAIN = "the same command goes on from the last checkpoint"
-CURES = dict.fromkeys([errno.ENOSPC, errno.EDQUOT], f". The disk is full: make room, and {AGAIN}")
-CURES |= dict.fromkeys([errno.EROFS, errno.EACCES, errno.EPERM], f". Change who may, or name another place; {AGAIN}")
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+NOT_ALLOWED = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class ConfigError(Exception):
@@ -43,9 +44,15 @@ def blame(where: str):
 
 def fault(error: BaseException) -> str:
     """An error of any library in one line, with a cure where a disk or another rank is at fault."""
-    # of more lines, transformers' and the Hub's are for programmers
-    text = str(error).partition("\n")[0] if isinstance(error, OSError) else " ".join(str(error).split())[:300]
-    cure = CURES.get(getattr(error, "errno", None), "")
+    text = " ".join(str(error).split())[:300]
+    if isinstance(error, OSError):
+        text = str(error).partition("\n")[0]  # the rest of transformers' and the Hub's is for programmers
+    number = getattr(error, "errno", None)
+    cure = ""
+    if number in DISK_FULL:
+        cure = f". The disk is full: make room, and {AGAIN}"
+    if number in NOT_ALLOWED:
+        cure = f". Change who may, or name another place; {AGAIN}"
     if "gloo" in text or type(error).__module__ == "torch.distributed":
         cure = f". Another rank has ended, or cannot be reached: see what it says; {AGAIN}"
     return f"{type(error).__name__}: {text}{cure}"
@@ -167,9 +174,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def check(self):
-        for broken, message in contradictions(self):
-            if broken:
-                raise ValueError(message)
+        for contradiction in contradictions(self):
+            raise ValueError(contradiction)
         rate = 3e-4 if self.task == "pt" else 2e-5
         if self.lora.rank:
             rate = 2e-4  # ten times full fine-tuning's
@@ -178,34 +184,48 @@ class Config(Section):
         return self
 
 
-def contradictions(config: Config) -> list[tuple]:
-    """What keys may say against each other: whether they do, and a sentence."""
-    data = config.data
+def contradictions(config: Config) -> Iterator[str]:
+    """What keys say against each other, in sentences."""
+    data = config.data.sources
     train = config.train
     rows = train.micro_batch_size * (int(os.environ.get("WORLD_SIZE", 1)) or 1)
+    is_recipe = config.task.endswith(".py")
+    streams = any(source.streaming for source in data)
+    weighted = [source for source in data if source.weight]
+    mixed = streams or weighted
     held_out = config.eval.sources
-    fraction = config.eval.fraction
-    streams = any(source.streaming for source in data.sources)
-    weights = [source.weight for source in data.sources]
-    return [
-        (not data.sources, "data.sources is empty: add a [[data.sources]] table with a path"),
-        ((train.steps is None) == (train.epochs is None), "give exactly one of train.steps and train.epochs"),
-        (train.epochs and streams, "train.epochs of a stream: set train.steps, or streaming = false"),
-        (train.epochs and any(weights), "train.epochs of a mixture with weights: set train.steps"),
-        (any(weights) and not all(weights), "data.sources: give every source a weight, or none"),
-        (streams and len(weights) > 1 and not all(weights), "data.sources: a mixture that streams needs weights"),
-        (train.global_batch_size % rows, f"train.global_batch_size is no multiple of micro_batch_size x ranks, {rows}"),
-        (config.lora.rank and config.model.from_scratch, "lora.rank adapts a model: not from_scratch"),
-        (config.recipe and not config.task.endswith(".py"), "recipe: these keys are for lacuna RECIPE.py"),
-        (config.task.endswith(".py") and not config.optim.lr, "optim.lr: a recipe has no default: give one"),
-        (config.task == "pt" and data.chat_template, "data.chat_template belongs to lacuna sft"),
-        (config.optim.decay_steps and config.optim.schedule != "wsd", 'optim.decay_steps needs optim.schedule = "wsd"'),
-        (any(source.weight for source in held_out), "eval.sources have no weight: all of their data counts"),
-        (len(held_out) > 1 and any(s.streaming for s in held_out), "eval.sources: what streams must stand alone"),
-        (fraction and held_out, "give eval.sources or eval.fraction, not both"),
-        (fraction and (streams or any(weights)), "eval.fraction: data streams or has weights: name eval.sources"),
-        (config.eval.every and not (held_out or fraction), "eval.every needs eval.sources or eval.fraction"),
-    ]
+    if not data:
+        yield "data.sources is empty: add a [[data.sources]] table with a path"
+    if weighted and len(weighted) < len(data):
+        yield "data.sources: give every source a weight, or none"
+    if streams and len(data) > 1 and not weighted:
+        yield "data.sources: a mixture that streams needs weights"
+    if (train.steps is None) == (train.epochs is None):
+        yield "give exactly one of train.steps and train.epochs"
+    if train.epochs and mixed:
+        yield "train.epochs of a stream, or of a mixture with weights: set train.steps, or streaming = false"
+    if train.global_batch_size % rows:
+        yield f"train.global_batch_size is no multiple of micro_batch_size x ranks, {rows}"
+    if config.lora.rank and config.model.from_scratch:
+        yield "lora.rank adapts a model: not from_scratch"
+    if config.recipe and not is_recipe:
+        yield "recipe: these keys are for lacuna RECIPE.py"
+    if is_recipe and not config.optim.lr:
+        yield "optim.lr: a recipe has no default: give one"
+    if config.task == "pt" and config.data.chat_template:
+        yield "data.chat_template belongs to lacuna sft"
+    if config.optim.decay_steps and config.optim.schedule != "wsd":
+        yield 'optim.decay_steps needs optim.schedule = "wsd"'
+    if any(source.weight for source in held_out):
+        yield "eval.sources have no weight: all of their data counts"
+    if len(held_out) > 1 and any(source.streaming for source in held_out):
+        yield "eval.sources: what streams must stand alone"
+    if config.eval.fraction and held_out:
+        yield "give eval.sources or eval.fraction, not both"
+    if config.eval.fraction and mixed:
+        yield "eval.fraction: data streams or has weights: name eval.sources"
+    if config.eval.every and not (held_out or config.eval.fraction):
+        yield "eval.every needs eval.sources or eval.fraction"
 
 
 class Parser(ArgumentParser):
@@ -216,18 +236,20 @@ class Parser(ArgumentParser):
 
 def unknown_key(wrong: str) -> str:
     """A sentence for a key that does not exist, with the nearest one that does."""
-    known = {}
-    for name, field in Config.model_fields.items():
-        inner = getattr(field.annotation, "model_fields", {})
-        known[name] = field.description
-        known |= {f"{name}.{k}": f.description for k, f in inner.items()}
-        known |= {f"{name}.sources.{k}": f.description for k, f in Source.model_fields.items() if "sources" in inner}
+    known = dict(Config.model_fields)
+    for name, section in Config.model_fields.items():
+        for key, field in getattr(section.annotation, "model_fields", {}).items():
+            known[f"{name}.{key}"] = field
+    for key, field in Source.model_fields.items():
+        known[f"data.sources.{key}"] = field
+        known[f"eval.sources.{key}"] = field
     last = wrong.split(".")[-1]
     # descriptions hold in brackets what others call a key
-    near = [k for k, meaning in known.items() if last == k.split(".")[-1] or f"({last})" in meaning]
+    near = [key for key, field in known.items() if last == key.split(".")[-1] or f"({last})" in field.description]
     near += difflib.get_close_matches(wrong, known, 1, cutoff=0.65)
-    cure = f"did you mean {near[0]}?" if near else "take it out, or see `lacuna pt --help` for all keys"
-    return f"unknown key {wrong}: {cure}"
+    if near:
+        return f"unknown key {wrong}: did you mean {near[0]}?"
+    return f"unknown key {wrong}: take it out, or see `lacuna pt --help` for all keys"
 
 
 def load_config(path: str | None, argv: list[str], task: str = "pt") -> Config:
@@ -235,16 +257,19 @@ def load_config(path: str | None, argv: list[str], task: str = "pt") -> Config:
     parser = Parser(usage=f"lacuna {task} [CONFIG.toml] [--section.key VALUE ...]", allow_abbrev=False)
     with blame("the command line (--section.key VALUE; a list is JSON)"):
         given = CliSettingsSource(Config, None, argv, root_parser=parser, parse_args_method=Parser.parse_args)()
-    if {"steps", "epochs"} & set(given.get("train", {})):
+    merged = {}
+    if path:
+        with blame(f"cannot read config {path} as TOML"):
+            merged = tomllib.loads(Path(path).read_text().removeprefix("\ufeff"))
+    if "train" in given and given["train"].keys() & {"steps", "epochs"}:
         # they exclude each other: one on the command line takes back the file's
         given["train"] = {"steps": None, "epochs": None} | given["train"]
-    with blame(f"cannot read config {path} as TOML"):
-        merged = tomllib.loads(Path(path).read_text().removeprefix("\ufeff")) if path else {}
     for section, value in given.items():
         if isinstance(value, dict) and isinstance(merged.get(section), dict):
             value = merged[section] | value
         merged[section] = value
-    if merged.setdefault("task", task) != task:
+    merged.setdefault("task", task)
+    if merged["task"] != task:
         raise ConfigError(f"{path or 'the command line'} has task = {merged['task']!r}: run lacuna {merged['task']}")
     try:
         return Config.model_validate(merged)
