@@ -1,11 +1,10 @@
 """Causal attention that never leaves a document, over rows of packed documents laid end to end.
 
-transformers calls `packed_attention` in place of its own, without a mask. The document boundaries come as keyword
-arguments of the model's forward: see `boundaries`.
+transformers calls `packed_attention` in place of its own, and hands on to it what `boundaries` gives the model.
 
-    varlen  torch.nn.attention.varlen: FlashAttention-2, bf16 on GPUs from Ampere
-    fa4     FlashAttention-4 (extra fa4), bf16 on Hopper and later: 1.5 to 2 times as fast as FlashAttention-2
-    sdpa    scaled_dot_product_attention over each row with a mask: any device and dtype, costs seq_len^2 a row
+    varlen  FlashAttention-2 of torch: bf16 on GPUs from Ampere
+    fa4     FlashAttention-4 (extra fa4), 1.5 to 2 times as fast: bf16 on Hopper and later
+    sdpa    torch's own over each row with a mask, which costs seq_len^2: any device and dtype
 """
 
 import importlib.util

@@ -62,7 +62,8 @@ def read_state(checkpoint: Path | None, config: Config) -> dict:
     state = state_of(checkpoint)
     if state.get("format") != FORMAT:
         raise ConfigError(f"{checkpoint} is of another version of lacuna: begin a run with it as model.name")
-    old, new = flat(state["config"]), flat(config.model_dump(mode="json"))
+    old = flat(state["config"])
+    new = flat(config.model_dump(mode="json"))
     changed = [key for key in sorted(old.keys() & new.keys()) if old[key] != new[key] and not key.startswith(FREE)]
     if changed and not config.checkpoint.resume_changed:
         keys = ", ".join(f"{key} (was {old[key]!r})" for key in changed)
@@ -170,13 +171,15 @@ class Checkpoints:
             dist.all_gather_object(errors, errors[self.ranks.rank], group=self.group)
         if any(errors):
             raise ConfigError(f"no checkpoint of step {step}: {next(filter(None, errors))}. Make room there; {AGAIN}")
-        if self.ranks.rank == 0:
-            with blame(f"no checkpoint of step {step}: {AGAIN}"):
-                path = path.rename(self.folder / f"step_{step}")
-            log.info("step %d: checkpoint in %s", step, path)
-            for old in in_order(self.folder)[: -self.config.checkpoint.keep]:
-                # gone at once, whatever happens while it is deleted; what stays is removed when the run starts again
-                shutil.rmtree(old.rename(old.with_name(f".old_{old.name}")), ignore_errors=True)
+        if self.ranks.rank > 0:
+            return
+        with blame(f"no checkpoint of step {step}: {AGAIN}"):
+            path = path.rename(self.folder / f"step_{step}")
+        log.info("step %d: checkpoint in %s", step, path)
+        for old in in_order(self.folder)[: -self.config.checkpoint.keep]:
+            # gone at once, whatever happens while it is deleted; what stays is removed when the run starts again
+            gone = old.rename(old.with_name(f".old_{old.name}"))
+            shutil.rmtree(gone, ignore_errors=True)
 
     def write_safetensors(self, file: Path):
         """One file of float32 tensors, with the offsets of sharded ones in the whole."""

@@ -45,8 +45,6 @@ def blame(where: str):
 def fault(error: BaseException) -> str:
     """An error of any library in one line, with a cure where a disk or another rank is at fault."""
     text = " ".join(str(error).split())[:300]
-    if isinstance(error, OSError):
-        text = str(error).partition("\n")[0]  # the rest of transformers' and the Hub's is for programmers
     number = getattr(error, "errno", None)
     cure = ""
     if number in DISK_FULL:
@@ -196,10 +194,8 @@ def contradictions(config: Config) -> Iterator[str]:
     held_out = config.eval.sources
     if not data:
         yield "data.sources is empty: add a [[data.sources]] table with a path"
-    if weighted and len(weighted) < len(data):
-        yield "data.sources: give every source a weight, or none"
-    if streams and len(data) > 1 and not weighted:
-        yield "data.sources: a mixture that streams needs weights"
+    if mixed and len(weighted) < len(data) > 1:
+        yield "data.sources: give every source a weight, or none; a mixture that streams needs weights"
     if (train.steps is None) == (train.epochs is None):
         yield "give exactly one of train.steps and train.epochs"
     if train.epochs and mixed:
@@ -236,16 +232,15 @@ class Parser(ArgumentParser):
 
 def unknown_key(wrong: str) -> str:
     """A sentence for a key that does not exist, with the nearest one that does."""
-    known = dict(Config.model_fields)
-    for name, section in Config.model_fields.items():
-        for key, field in getattr(section.annotation, "model_fields", {}).items():
-            known[f"{name}.{key}"] = field
-    for key, field in Source.model_fields.items():
-        known[f"data.sources.{key}"] = field
-        known[f"eval.sources.{key}"] = field
+    sections = {"": Config, "data.sources.": Source, "eval.sources.": Source}
+    sections |= {f"{name}.": field.annotation for name, field in Config.model_fields.items()}
+    known = {}
+    for prefix, section in sections.items():
+        for name, field in getattr(section, "model_fields", {}).items():
+            known[prefix + name] = field.description
     last = wrong.split(".")[-1]
     # descriptions hold in brackets what others call a key
-    near = [key for key, field in known.items() if last == key.split(".")[-1] or f"({last})" in field.description]
+    near = [key for key, meaning in known.items() if last == key.split(".")[-1] or f"({last})" in meaning]
     near += difflib.get_close_matches(wrong, known, 1, cutoff=0.65)
     if near:
         return f"unknown key {wrong}: did you mean {near[0]}?"

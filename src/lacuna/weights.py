@@ -120,10 +120,8 @@ def held(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def in_memory(model: PreTrainedModel, stored: dict[str, list[Part]], places) -> dict[str, WeightConverter]:
-    """Name stored tensors as the model does, in place; what makes one of several is taken out, and returned by name.
-
-    transformers knows which names were others once, and that experts are stored one by one.
-    """
+    """Name stored tensors as the model does, in place; what makes one of several is taken out, and returned by name."""
+    # transformers knows which names were others once, and that experts are stored one by one
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
@@ -152,12 +150,15 @@ def load_weights(model: PreTrainedModel, folder: Path):
         stored = text
     made = in_memory(model, stored, places)
     for tied, source in model.all_tied_weights_keys.items():
-        if tied in stored and source not in stored:  # the one that is there counts
-            places[tied] = places.pop(source)
-        elif tied in stored and not torch.equal(stored[tied][0].values, stored[source][0].values):
+        if tied not in stored:
+            continue
+        twin = stored.pop(tied)
+        stored.setdefault(source, twin)
+        if not torch.equal(twin[0].values, stored[source][0].values):
             raise ConfigError(f"{tied} differs from {source}: set model.overrides.tie_word_embeddings = false")
-    missing = sorted(places.keys() - {*stored, *made})
-    unknown = sorted({*stored, *made} - {*places, *model.all_tied_weights_keys})
+    found = {*stored, *made}
+    missing = sorted(places.keys() - found)
+    unknown = sorted(found - places.keys())
     # a checkpoint also holds the optimizer, old folders the rotary frequencies, some a part that guesses ahead
     ignored = "|".join([r"^optimizer\.", "inv_freq$", *model._keys_to_ignore_on_load_unexpected])
     unknown = [name for name in unknown if not re.search(ignored, name)]
