@@ -24,11 +24,14 @@ os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
 
 def choose_backend(asked: str | None, device: torch.device, dtype: torch.dtype) -> str:
     """The backend for `model.attention`; ConfigError where this machine cannot run it."""
-    can_flash = device.type == "cuda" and dtype == torch.bfloat16
-    capability = torch.cuda.get_device_capability(device) if can_flash else (0, 0)
-    has_fa4 = importlib.util.find_spec("flash_attn") and importlib.util.find_spec("flash_attn.cute")
-    can = {"fa4": capability >= (9, 0) and has_fa4, "varlen": capability >= (8, 0), "sdpa": True}
-    possible = [backend for backend in can if can[backend]]
+    possible = ["sdpa"]
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        capability = torch.cuda.get_device_capability(device)
+        has_fa4 = importlib.util.find_spec("flash_attn") and importlib.util.find_spec("flash_attn.cute")
+        if capability >= (8, 0):
+            possible.insert(0, "varlen")
+        if capability >= (9, 0) and has_fa4:
+            possible.insert(0, "fa4")
     if asked and asked not in possible:
         needs = "varlen needs bfloat16 on Ampere or later, fa4 Hopper or later and its extra"
         raise ConfigError(f'model.attention = "{asked}" does not run here; possible: {", ".join(possible)}. {needs}')
@@ -40,22 +43,17 @@ def boundaries(batch: PackedBatch, backend: str) -> dict:
     # One graph for any number of documents. Padded to a fixed length instead, as empty documents, they cost
     # FlashAttention-4 7 ms of a 350 ms step (Qwen3-1.7B, 520 for 4 x 4,096 tokens, H200).
     torch._dynamo.mark_dynamic(batch.cu_seqlens, 0)
-    mask = mask_documents(batch) if backend == "sdpa" else None
+    mask = None
+    if backend == "sdpa":  # which slots of its row a slot sees: itself, and those before it in its document
+        slots = torch.arange(len(batch.input_ids), device=batch.input_ids.device)
+        document = torch.searchsorted(batch.cu_seqlens[1:], slots, right=True).view(-1, batch.max_seqlen)  # [B, S]
+        mask = (document[:, :, None] == document[:, None, :]).tril()[:, None]  # [B, 1, S, S]
     return {"backend": backend, "cu_seqlens": batch.cu_seqlens, "max_seqlen": batch.max_seqlen, "document_mask": mask}
 
 
-def mask_documents(batch: PackedBatch) -> torch.Tensor:
-    """Which slots of its row a slot sees, bool [B, 1, S, S]: itself, and those before it in its document."""
-    slots = torch.arange(len(batch.input_ids), device=batch.input_ids.device).view(-1, batch.max_seqlen)  # [B, S]
-    document = torch.searchsorted(batch.cu_seqlens[1:], slots, right=True)  # [B, S]
-    return (document[:, :, None] == document[:, None, :]).tril()[:, None]
-
-
 def packed_attention(module, query, key, value, attention_mask=None, *, backend=None, **options):
-    """Attention of every document to itself alone; returns [1, T, heads, D] and no weights.
-
-    query is [1, heads, T, D], key and value [1, kv_heads, T, D]. The model gives the options, `boundaries` the rest.
-    """
+    """Attention of every document to itself alone; returns [1, T, heads, D] and no weights."""
+    # query is [1, heads, T, D], key and value [1, kv_heads, T, D]; options are the model's, and those of `boundaries`
     foreign = [attention_mask, options.get("softcap"), options.get("s_aux"), options.get("position_bias")]
     if backend is None or options.get("dropout") or any(value is not None for value in foreign):
         what = "soft-capped scores, sinks, a bias, a mask or dropout, or does not pass on where documents end"
@@ -109,9 +107,11 @@ def fa4_backward(grad, q, k, v, out, lse, *limits):
 
 
 def fa4_options(cu_seqlens: torch.Tensor, max_seqlen: int, scale: float, left: int) -> dict:
-    options = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens, "softmax_scale": scale, "causal": left < 0}
+    options = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens, "softmax_scale": scale}
     options |= {"max_seqlen_q": max_seqlen, "max_seqlen_k": max_seqlen}
-    return options if left < 0 else options | {"window_size_left": left, "window_size_right": 0}
+    if left < 0:
+        return options | {"causal": True}
+    return options | {"window_size_left": left, "window_size_right": 0}
 
 
 def fa4_save(ctx, inputs, output):

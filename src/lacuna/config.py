@@ -263,8 +263,7 @@ def load_config(path: str | None, argv: list[str], task: str = "pt") -> Config:
         if isinstance(value, dict) and isinstance(merged.get(section), dict):
             value = merged[section] | value
         merged[section] = value
-    merged.setdefault("task", task)
-    if merged["task"] != task:
+    if merged.setdefault("task", task) != task:
         raise ConfigError(f"{path or 'the command line'} has task = {merged['task']!r}: run lacuna {merged['task']}")
     try:
         return Config.model_validate(merged)

@@ -83,10 +83,6 @@ def stored_parts(folder: Path) -> dict[str, list[Part]]:
     return stored
 
 
-def whole_shape(parts: list[Part]) -> list[int]:
-    return [sum(len(part.values) for part in parts), *parts[0].values.shape[1:]]
-
-
 def read_tensors(tensors: dict[str, torch.Tensor], folder: Path):
     """Fill tensors, sharded or not, from a folder's files, however many ranks wrote them."""
     stored = stored_parts(folder)
@@ -98,9 +94,10 @@ def read_tensors(tensors: dict[str, torch.Tensor], folder: Path):
 def fill(tensor: torch.Tensor, parts: list[Part], where: str):
     """Copy what is this rank's of the parts of a tensor. ConfigError where it has another shape."""
     wanted = list(tensor.shape) or [1]
-    found = whole_shape(parts) if parts else None
+    rows = sum(len(part.values) for part in parts)
+    found = [rows, *parts[0].values.shape[1:]] if parts else "missing"
     if found != wanted:
-        raise ConfigError(f"{where} is {found or 'missing'}, and should be {wanted}")
+        raise ConfigError(f"{where} is {found}, and should be {wanted}")
     share = torch.atleast_1d(local(tensor))
     first = 0
     if isinstance(tensor, DTensor):  # FSDP shards rows
@@ -150,12 +147,11 @@ def load_weights(model: PreTrainedModel, folder: Path):
         stored = text
     made = in_memory(model, stored, places)
     for tied, source in model.all_tied_weights_keys.items():
-        if tied not in stored:
-            continue
-        twin = stored.pop(tied)
-        stored.setdefault(source, twin)
-        if not torch.equal(twin[0].values, stored[source][0].values):
-            raise ConfigError(f"{tied} differs from {source}: set model.overrides.tie_word_embeddings = false")
+        if tied in stored:
+            twin = stored.pop(tied)
+            original = stored.setdefault(source, twin)
+            if not torch.equal(twin[0].values, original[0].values):
+                raise ConfigError(f"{tied} differs from {source}: set model.overrides.tie_word_embeddings = false")
     found = {*stored, *made}
     missing = sorted(places.keys() - found)
     unknown = sorted(found - places.keys())
