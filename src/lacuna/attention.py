@@ -65,7 +65,14 @@ def packed_attention(module, query, key, value, attention_mask=None, *, backend=
     # keys to its left that a query sees; -1: all of its document's
     left = -1 if window is None or window >= max_seqlen else window - 1
     if backend == "sdpa":
-        return sdpa(query, key, value, options["document_mask"], scale, left), None
+        mask = options["document_mask"]  # [B, 1, S, S]
+        if left >= 0:
+            mask = mask & torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).triu(-left)
+        rows = (mask.shape[0], mask.shape[-1])
+        q, k, v = (x[0].unflatten(1, rows).transpose(0, 1) for x in (query, key, value))  # [B, heads, S, D]
+        grouped = q.shape[1] != k.shape[1]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
+        return out.transpose(1, 2).flatten(0, 1)[None], None
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
     if backend == "fa4":
         out, _ = fa4(q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens, max_seqlen, scale, left)
@@ -74,15 +81,6 @@ def packed_attention(module, query, key, value, attention_mask=None, *, backend=
     v = F.pad(v, (0, q.shape[-1] - v.shape[-1]))  # DeepSeek's values are narrower
     out = varlen_attn(q, k, v, *limits, scale=scale, window_size=(left, 0))
     return out[None, ..., : value.shape[-1]], None
-
-
-def sdpa(query, key, value, mask, scale: float, left: int) -> torch.Tensor:
-    if left >= 0:
-        mask = mask & torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).triu(-left)
-    rows = (mask.shape[0], mask.shape[-1])
-    q, k, v = (x[0].unflatten(1, rows).transpose(0, 1) for x in (query, key, value))  # [B, heads, S, D]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    return out.transpose(1, 2).flatten(0, 1)[None]
 
 
 # FlashAttention-4 is written in CuTe DSL, which torch.compile cannot trace: two opaque operators keep the graph whole.

@@ -7,7 +7,6 @@ import os
 import re
 import tomllib
 from argparse import ArgumentParser
-from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -172,8 +171,9 @@ class Config(Section):
 
     @model_validator(mode="after")
     def check(self):
-        for contradiction in contradictions(self):
-            raise ValueError(contradiction)
+        for broken, message in contradictions(self):
+            if broken:
+                raise ValueError(message)
         rate = 3e-4 if self.task == "pt" else 2e-5
         if self.lora.rank:
             rate = 2e-4  # ten times full fine-tuning's
@@ -182,8 +182,8 @@ class Config(Section):
         return self
 
 
-def contradictions(config: Config) -> Iterator[str]:
-    """What keys say against each other, in sentences."""
+def contradictions(config: Config) -> list[tuple]:
+    """What keys may say against each other: whether they do, and a sentence."""
     data = config.data.sources
     train = config.train
     rows = train.micro_batch_size * (int(os.environ.get("WORLD_SIZE", 1)) or 1)
@@ -191,37 +191,26 @@ def contradictions(config: Config) -> Iterator[str]:
     streams = any(source.streaming for source in data)
     weighted = [source for source in data if source.weight]
     mixed = streams or weighted
-    held_out = config.eval.sources
-    if not data:
-        yield "data.sources is empty: add a [[data.sources]] table with a path"
-    if mixed and len(weighted) < len(data) > 1:
-        yield "data.sources: give every source a weight, or none; a mixture that streams needs weights"
-    if (train.steps is None) == (train.epochs is None):
-        yield "give exactly one of train.steps and train.epochs"
-    if train.epochs and mixed:
-        yield "train.epochs of a stream, or of a mixture with weights: set train.steps, or streaming = false"
-    if train.global_batch_size % rows:
-        yield f"train.global_batch_size is no multiple of micro_batch_size x ranks, {rows}"
-    if config.lora.rank and config.model.from_scratch:
-        yield "lora.rank adapts a model: not from_scratch"
-    if config.recipe and not is_recipe:
-        yield "recipe: these keys are for lacuna RECIPE.py"
-    if is_recipe and not config.optim.lr:
-        yield "optim.lr: a recipe has no default: give one"
-    if config.task == "pt" and config.data.chat_template:
-        yield "data.chat_template belongs to lacuna sft"
-    if config.optim.decay_steps and config.optim.schedule != "wsd":
-        yield 'optim.decay_steps needs optim.schedule = "wsd"'
-    if any(source.weight for source in held_out):
-        yield "eval.sources have no weight: all of their data counts"
-    if len(held_out) > 1 and any(source.streaming for source in held_out):
-        yield "eval.sources: what streams must stand alone"
-    if config.eval.fraction and held_out:
-        yield "give eval.sources or eval.fraction, not both"
-    if config.eval.fraction and mixed:
-        yield "eval.fraction: data streams or has weights: name eval.sources"
-    if config.eval.every and not (held_out or config.eval.fraction):
-        yield "eval.every needs eval.sources or eval.fraction"
+    some_weighted = mixed and len(data) > 1 and len(weighted) < len(data)
+    tests = config.eval.sources
+    fraction = config.eval.fraction
+    return [
+        (not data, "data.sources is empty: add a [[data.sources]] table with a path"),
+        (some_weighted, "data.sources: give every source a weight, or none; a mixture that streams needs weights"),
+        ((train.steps is None) == (train.epochs is None), "give exactly one of train.steps and train.epochs"),
+        (train.epochs and mixed, "train.epochs of a stream, or with weights: set train.steps, or streaming = false"),
+        (train.global_batch_size % rows, f"train.global_batch_size is no multiple of micro_batch_size x ranks, {rows}"),
+        (config.lora.rank and config.model.from_scratch, "lora.rank adapts a model: not from_scratch"),
+        (config.recipe and not is_recipe, "recipe: these keys are for lacuna RECIPE.py"),
+        (is_recipe and not config.optim.lr, "optim.lr: a recipe has no default: give one"),
+        (config.task == "pt" and config.data.chat_template, "data.chat_template belongs to lacuna sft"),
+        (config.optim.decay_steps and config.optim.schedule != "wsd", 'optim.decay_steps needs optim.schedule = "wsd"'),
+        (any(source.weight for source in tests), "eval.sources have no weight: all of their data counts"),
+        (len(tests) > 1 and any(s.streaming for s in tests), "eval.sources: what streams must stand alone"),
+        (fraction and tests, "give eval.sources or eval.fraction, not both"),
+        (fraction and mixed, "eval.fraction: data streams or has weights: name eval.sources"),
+        (config.eval.every and not (tests or fraction), "eval.every needs eval.sources or eval.fraction"),
+    ]
 
 
 class Parser(ArgumentParser):

@@ -11,7 +11,6 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.func import functional_call
@@ -54,10 +53,11 @@ class Trainee(nn.Module):
         hidden = self.hidden(batch)
         if head.bias is not None:  # one more column, for an input of 1
             weight = torch.cat([weight, head.bias[:, None]], 1)
-            hidden = F.pad(hidden, (0, 1), value=1.0)
+            hidden = nn.functional.pad(hidden, (0, 1), value=1.0)
         config = self.model.config
         # transformers keeps keys, too, that a config's class does not know, and does nothing with them
-        known = {key: value for key, value in vars(config).items() if hasattr(type(config), key)}
+        keys = ("logit_scale", "logits_scaling", "final_logit_softcapping", "logits_soft_cap")
+        known = {key: getattr(config, key) for key in keys if hasattr(type(config), key)}
         scaling = known.get("logits_scaling") or 1.0
         if config.model_type != "hyperclovax":  # others divide
             scaling = 1 / scaling
@@ -179,8 +179,7 @@ def refuse_unfit(model: PreTrainedModel, layers: list[nn.Module], seq_len: int, 
     config = model.config
     leaks = ", ".join(sorted(find_leaks(model, layers, seq_len)))
     mixture = experts(model)
-    names = [name for name, _ in model.named_parameters()]
-    scores = getattr(config, "attn_logit_softcapping", None) or "sinks" in " ".join(names)
+    scores = getattr(config, "attn_logit_softcapping", None) or "sinks" in " ".join(dict(model.named_parameters()))
     inside = {*model.get_decoder().parameters(), *model.get_output_embeddings().parameters()}
     problems = {
         f"cannot keep packed documents apart ({leaks}): see docs/models.md": leaks,
@@ -251,10 +250,11 @@ SAVED_OPS = [
 
 def checkpoint_activations(layers: list[nn.Module], how: str):
     """Recompute in the backward pass: everything (full), or all but the dear operators (selective)."""
-    contexts = functools.partial(create_selective_checkpoint_contexts, SAVED_OPS)
-    options = {"context_fn": contexts} if how == "selective" else {}
+    options = {"use_reentrant": False}
+    if how == "selective":
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, SAVED_OPS)
     for layer in layers:
-        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, **options)
+        layer.forward = functools.partial(checkpoint, layer.forward, **options)
 
 
 @torch.no_grad()
@@ -262,7 +262,8 @@ def initialise(model: PreTrainedModel, seed: int, from_scratch: bool):
     """What no folder holds, as transformers, or LoRA, begins with, on any ranks: a seed for each name."""
     done = set()
     for name, module in model.named_modules():
-        begin = BEGINNINGS.get(name.rpartition(".")[2])
+        parent, _, last = name.rpartition(".")
+        begin = BEGINNINGS.get(last)
         mine = {}
         if from_scratch or begin:
             # tied weights are made once, with the first module that has them
@@ -276,24 +277,18 @@ def initialise(model: PreTrainedModel, seed: int, from_scratch: bool):
         done.update(mine.values())
         torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7]))
         module._parameters.update(whole)
+        for tensor in tensors:
+            tensor.fill_(float("nan") if tensor.is_floating_point() else 0)
         if begin:
             begin(module)
         else:
-            fill_by_transformers(model, module, name, tensors)
+            for part in (module, model.get_submodule(parent)):  # a parent may do it otherwise, as GPT-2's does
+                getattr(part, "_init_weights", model._init_weights)(part)
+        if any(tensor.isnan().any() for tensor in tensors):
+            raise ConfigError(f"{type(model).__name__} does not say how to initialise {name}")
         module._parameters.update(mine)
         for key, parameter in mine.items():
             share = whole[key]
             if isinstance(parameter, DTensor):  # nothing is sent: every rank has made the same whole
                 share = distribute_tensor(share, parameter.device_mesh, parameter.placements, src_data_rank=None)
             parameter.copy_(share)
-
-
-def fill_by_transformers(model: PreTrainedModel, module: nn.Module, name: str, tensors: list[torch.Tensor]):
-    """Call the model's own initialisation of a module; ConfigError where it leaves a tensor out."""
-    for tensor in tensors:
-        tensor.fill_(float("nan") if tensor.is_floating_point() else 0)
-    parent = model.get_submodule(name.rpartition(".")[0])
-    for part in (module, parent):  # a parent may do it otherwise, as GPT-2's does
-        getattr(part, "_init_weights", model._init_weights)(part)
-    if any(tensor.isnan().any() for tensor in tensors):
-        raise ConfigError(f"{type(model).__name__} does not say how to initialise {name}")

@@ -39,7 +39,7 @@ def weight_folder(name: str) -> Path:
 
 
 def fingerprint(folder: Path) -> str:
-    """Tells a folder's weights from other ones, by some 2**18 bytes a file: all of 16 GB would take 10 s."""
+    """Tells a folder's weights from others, by 2**18 bytes a file: all of 16 GB would take 10 s."""
     stored = [np.memmap(file, mode="r") for file in weight_files(folder)]
     samples = [content[:: 1 + len(content) // 2**18].tobytes() for content in stored]
     return hashlib.sha256(b"".join(samples)).hexdigest()[:16]
@@ -47,9 +47,10 @@ def fingerprint(folder: Path) -> str:
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that count: of a checkpoint, or else as transformers finds them."""
+    state = folder / "state.json"
     index = folder / INDEX
-    if (folder / "state.json").exists():
-        written = json.loads((folder / "state.json").read_text()).get("files")
+    if state.exists():
+        written = json.loads(state.read_text()).get("files")
         files = sorted(folder.glob("rank_*.safetensors"))
         if written not in (None, len(files)):
             raise ConfigError(f"{folder} has {len(files)} of its {written} files rank_*.safetensors")
@@ -92,7 +93,7 @@ def read_tensors(tensors: dict[str, torch.Tensor], folder: Path):
 
 @torch.no_grad()
 def fill(tensor: torch.Tensor, parts: list[Part], where: str):
-    """Copy what is this rank's of the parts of a tensor. ConfigError where it has another shape."""
+    """Copy this rank's rows of a tensor out of its parts."""
     wanted = list(tensor.shape) or [1]
     rows = sum(len(part.values) for part in parts)
     found = [rows, *parts[0].values.shape[1:]] if parts else "missing"
@@ -117,7 +118,7 @@ def held(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def in_memory(model: PreTrainedModel, stored: dict[str, list[Part]], places) -> dict[str, WeightConverter]:
-    """Name stored tensors as the model does, in place; what makes one of several is taken out, and returned by name."""
+    """Name stored tensors as the model does, in place; those that are made of several are returned instead."""
     # transformers knows which names were others once, and that experts are stored one by one
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
@@ -132,13 +133,14 @@ def in_memory(model: PreTrainedModel, stored: dict[str, list[Part]], places) -> 
             stored[new] = parts
             continue
         if new not in made:
-            made[new] = copy.deepcopy(next(rule for rule in converters if pattern in rule.source_patterns))
+            rule = next(rule for rule in converters if pattern in rule.source_patterns)
+            made[new] = copy.deepcopy(rule)
         made[new].add_tensor(new, name, pattern, parts[0].values)
     return made
 
 
 def load_weights(model: PreTrainedModel, folder: Path):
-    """Read this rank's part of every parameter. ConfigError where they are not the model's."""
+    """Read this rank's part of every parameter and buffer that a folder holds."""
     stored = stored_parts(folder)
     places = held(model)
     if any(map(TEXT.match, stored)):
