@@ -155,7 +155,7 @@ class Checkpoints:
     def write(self, step: int, state: dict):
         """Write this rank's files; once all ranks have, give the folder its name and remove the oldest."""
         path = self.folder / f".step_{step}"
-        error = ""
+        errors = [""] * self.ranks.world
         try:
             self.copied.result()
             path.mkdir(parents=True, exist_ok=True)
@@ -169,13 +169,11 @@ class Checkpoints:
             for file in [share, *path.glob("*.json")]:
                 with open(file, "rb") as content:
                     os.fsync(content.fileno())
-        except Exception as caught:  # of any kind: the other ranks must hear of it
-            error = str(caught) or repr(caught)
-        errors = [error] * self.ranks.world
+        except Exception as error:  # of any kind: the other ranks must hear of it
+            errors[self.ranks.rank] = str(error) or repr(error)
         if self.group:
-            dist.all_gather_object(errors, error, group=self.group)
-        if any(errors):
-            error = next(filter(None, errors))
+            dist.all_gather_object(errors, errors[self.ranks.rank], group=self.group)
+        for error in filter(None, errors):
             raise ConfigError(f"no checkpoint of step {step}: {error}. Make room there; {AGAIN}")
         if self.ranks.rank > 0:
             return

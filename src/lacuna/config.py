@@ -245,9 +245,9 @@ def load_config(path: str | None, argv: list[str], task: str = "pt") -> Config:
     if path:
         with blame(f"cannot read config {path} as TOML"):
             merged = tomllib.loads(Path(path).read_text().removeprefix("\ufeff"))
-    if "train" in given and given["train"].keys() & {"steps", "epochs"}:
-        # they exclude each other: one on the command line takes back the file's
-        given["train"] = {"steps": None, "epochs": None} | given["train"]
+    train = given.get("train", {})
+    if "steps" in train or "epochs" in train:  # they exclude each other: one given here takes back the file's
+        given["train"] = {"steps": None, "epochs": None} | train
     for section, value in given.items():
         if isinstance(value, dict) and isinstance(merged.get(section), dict):
             value = merged[section] | value

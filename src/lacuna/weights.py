@@ -156,17 +156,16 @@ def load_weights(model: PreTrainedModel, folder: Path):
                 raise ConfigError(f"{tied} differs from {source}: set model.overrides.tie_word_embeddings = false")
     found = {*stored, *made}
     missing = sorted(places.keys() - found)
-    unknown = sorted(found - places.keys())
     # a checkpoint also holds the optimizer, old folders the rotary frequencies, some a part that guesses ahead
     ignored = "|".join([r"^optimizer\.", "inv_freq$", *model._keys_to_ignore_on_load_unexpected])
-    unknown = [name for name in unknown if not re.search(ignored, name)]
+    unknown = [name for name in sorted(found - places.keys()) if not re.search(ignored, name)]
     if any(".lora_" in name for name in unknown):
         raise ConfigError(f"model.name {folder} holds adapters alone: `lacuna export` makes a model of them")
     if missing or unknown:
         raise ConfigError(f"{folder} does not fit {type(model).__name__}: missing {missing[:3]}, unknown {unknown[:3]}")
-    kept = re.compile("|".join(model._get_dtype_plan(torch.bfloat16)) or "$^")  # as transformers keeps them
+    kept = model._keep_in_fp32_modules_strict or ()  # by transformers, too
     for name, tensor in places.items():
-        if kept.search(name) and not isinstance(tensor, DTensor):
+        if any(re.search(pattern, name) for pattern in kept) and not isinstance(tensor, DTensor):
             tensor.data = tensor.data.float()
         if name in made:  # one layer's at a time: all would be a second model
             converted = made.pop(name).convert(name, model=model, config=model.config)
