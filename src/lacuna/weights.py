@@ -28,7 +28,6 @@ TEXT = re.compile(r"^(model\.)?language_model\.")  # of models that see or hear,
 class Part(NamedTuple):
     """Rows of a tensor, in one file; a scalar is one row."""
 
-    file: Path
     first: int  # their place in the whole tensor
     values: torch.Tensor  # the file itself, mapped: read where it is looked at
 
@@ -73,13 +72,13 @@ def stored_parts(folder: Path) -> dict[str, list[Part]]:
             for name in content.keys():  # noqa: SIM118
                 values = torch.atleast_1d(content.get_tensor(name))
                 [first, *_] = places.get(name, {}).get("saved_offsets") or [0]
-                stored.setdefault(name, []).append(Part(file, first, values))
+                stored.setdefault(name, []).append(Part(first, values))
     for name, parts in stored.items():
         parts.sort(key=lambda part: part.first)
         rows = 0
         for part in parts:
             if part.first != rows or part.values.shape[1:] != parts[0].values.shape[1:]:
-                raise ConfigError(f"{part.file}: {name} begins at {part.first}, not {rows}: a file is lost or doubled")
+                raise ConfigError(f"{folder}: {name} begins at {part.first}, not {rows}: a file is lost or doubled")
             rows += len(part.values)
     return stored
 
@@ -128,7 +127,7 @@ def in_memory(model: PreTrainedModel, stored: dict[str, list[Part]], places) -> 
         new, pattern = rename_source_key(TEXT.sub("", name), renamings, converters, model.base_model_prefix, places)
         parts = stored.pop(name)
         if new in stored:
-            raise ConfigError(f"{parts[0].file}: {name} is another {new}")
+            raise ConfigError(f"in the weights, {name} is another {new}")
         if pattern is None:
             stored[new] = parts
             continue
@@ -169,5 +168,5 @@ def load_weights(model: PreTrainedModel, folder: Path):
             tensor.data = tensor.data.float()
         if name in made:  # one layer's at a time: all would be a second model
             converted = made.pop(name).convert(name, model=model, config=model.config)
-            stored[name] = [Part(folder, 0, converted[name])]
+            stored[name] = [Part(0, converted[name])]
         fill(tensor, stored.pop(name), f"{folder} does not fit: {name}")
