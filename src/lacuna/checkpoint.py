@@ -153,7 +153,7 @@ class Checkpoints:
             stream.synchronize()
 
     def write(self, step: int, state: dict):
-        """Write this rank's files; once all ranks have, give the folder its name and remove the oldest."""
+        """Write this rank's files; once all ranks have, name the folder and remove the oldest."""
         path = self.folder / f".step_{step}"
         errors = [""] * self.ranks.world
         try:

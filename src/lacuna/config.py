@@ -231,9 +231,8 @@ def unknown_key(wrong: str) -> str:
     # descriptions hold in brackets what others call a key
     near = [key for key, meaning in known.items() if last == key.split(".")[-1] or f"({last})" in meaning]
     near += difflib.get_close_matches(wrong, known, 1, cutoff=0.65)
-    if near:
-        return f"unknown key {wrong}: did you mean {near[0]}?"
-    return f"unknown key {wrong}: take it out, or see `lacuna pt --help` for all keys"
+    cure = f"did you mean {near[0]}?" if near else "take it out, or see `lacuna pt --help` for all keys"
+    return f"unknown key {wrong}: {cure}"
 
 
 def load_config(path: str | None, argv: list[str], task: str = "pt") -> Config:

@@ -73,7 +73,7 @@ class Trainee(nn.Module):
 
 
 def build_model(config: Config, ranks: Ranks, tokenizer, checkpoint: Path | None = None) -> Trainee:
-    """The model of `config.model`, ready to train: sharded, with its own weights or a checkpoint's."""
+    """The model of `config.model`, ready to train: with its own weights or a checkpoint's."""
     trainee = assemble(config, ranks, tokenizer)
     folder = checkpoint
     if config.lora.rank or (folder is None and not config.model.from_scratch):
@@ -136,7 +136,7 @@ def apply_patch(model: PreTrainedModel, patch: str):
 
 
 def materialise(trainee: Trainee, device: torch.device, seed: int, folder: Path | None):
-    """Allocate this rank's share and fill it: from a folder's weights, or without one from scratch."""
+    """Allocate this rank's share and fill it: from a folder, or from scratch."""
     model = trainee.model
     trainee.to_empty(device=device)
     model.tie_weights(recompute_mapping=False)  # to_empty gives each module a tensor of its own
@@ -249,7 +249,7 @@ SAVED_OPS = [
 
 
 def checkpoint_activations(layers: list[nn.Module], how: str):
-    """Recompute in the backward pass: everything (full), or all but the dear operators (selective)."""
+    """Recompute in the backward pass: everything (full), or what is cheap (selective)."""
     options = {"use_reentrant": False}
     if how == "selective":
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, SAVED_OPS)

@@ -73,7 +73,7 @@ def adamw(tensors: list[tuple], decays: list[float], *, lr, scale, failed, step_
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
-    """The learning rate of a step, counted from 0, in a run of this many: the last has lr * min_lr_ratio."""
+    """The learning rate of a step, counted from 0, of so many: the last has lr * min_lr_ratio."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / (config.warmup_steps + 1)
     if config.schedule == "constant":

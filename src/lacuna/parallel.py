@@ -72,7 +72,7 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def sum_over_ranks(parts: list[dict], device: torch.device) -> dict[str, torch.Tensor]:
-    """Figures by name, numbers or scalars on the device, added over parts and ranks in one collective: in float64."""
+    """Figures by name, numbers or scalar tensors, added over parts and ranks in one collective: float64."""
     totals = {}
     for part in parts:
         totals = {name: totals.get(name, 0) + figure for name, figure in part.items()}

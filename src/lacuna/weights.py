@@ -153,11 +153,10 @@ def load_weights(model: PreTrainedModel, folder: Path):
             original = stored.setdefault(source, twin)
             if not torch.equal(twin[0].values, original[0].values):
                 raise ConfigError(f"{tied} differs from {source}: set model.overrides.tie_word_embeddings = false")
-    found = {*stored, *made}
-    missing = sorted(places.keys() - found)
+    missing = sorted(places.keys() - stored.keys() - made.keys())
     # a checkpoint also holds the optimizer, old folders the rotary frequencies, some a part that guesses ahead
     ignored = "|".join([r"^optimizer\.", "inv_freq$", *model._keys_to_ignore_on_load_unexpected])
-    unknown = [name for name in sorted(found - places.keys()) if not re.search(ignored, name)]
+    unknown = [name for name in sorted({*stored, *made} - places.keys()) if not re.search(ignored, name)]
     if any(".lora_" in name for name in unknown):
         raise ConfigError(f"model.name {folder} holds adapters alone: `lacuna export` makes a model of them")
     if missing or unknown:
