@@ -191,12 +191,12 @@ def contradictions(config: Config) -> list[tuple]:
     streams = any(source.streaming for source in data)
     weighted = [source for source in data if source.weight]
     mixed = streams or weighted
-    some_weighted = mixed and len(data) > 1 and len(weighted) < len(data)
-    tests = config.eval.sources
+    lacks_weights = mixed and len(data) > 1 and len(weighted) < len(data)
+    held_out = config.eval.sources
     fraction = config.eval.fraction
     return [
         (not data, "data.sources is empty: add a [[data.sources]] table with a path"),
-        (some_weighted, "data.sources: give every source a weight, or none; a mixture that streams needs weights"),
+        (lacks_weights, "data.sources: give every source a weight, or none; a mixture that streams needs weights"),
         ((train.steps is None) == (train.epochs is None), "give exactly one of train.steps and train.epochs"),
         (train.epochs and mixed, "train.epochs of a stream, or with weights: set train.steps, or streaming = false"),
         (train.global_batch_size % rows, f"train.global_batch_size is no multiple of micro_batch_size x ranks, {rows}"),
@@ -205,11 +205,11 @@ def contradictions(config: Config) -> list[tuple]:
         (is_recipe and not config.optim.lr, "optim.lr: a recipe has no default: give one"),
         (config.task == "pt" and config.data.chat_template, "data.chat_template belongs to lacuna sft"),
         (config.optim.decay_steps and config.optim.schedule != "wsd", 'optim.decay_steps needs optim.schedule = "wsd"'),
-        (any(source.weight for source in tests), "eval.sources have no weight: all of their data counts"),
-        (len(tests) > 1 and any(s.streaming for s in tests), "eval.sources: what streams must stand alone"),
-        (fraction and tests, "give eval.sources or eval.fraction, not both"),
+        (any(source.weight for source in held_out), "eval.sources have no weight: all of their data counts"),
+        (len(held_out) > 1 and any(s.streaming for s in held_out), "eval.sources: what streams must stand alone"),
+        (fraction and held_out, "give eval.sources or eval.fraction, not both"),
         (fraction and mixed, "eval.fraction: data streams or has weights: name eval.sources"),
-        (config.eval.every and not (tests or fraction), "eval.every needs eval.sources or eval.fraction"),
+        (config.eval.every and not (held_out or fraction), "eval.every needs eval.sources or eval.fraction"),
     ]
 
 
