@@ -159,14 +159,14 @@ class Checkpoints:
         try:
             self.copied.result()
             path.mkdir(parents=True, exist_ok=True)
-            share = path / f"rank_{self.ranks.rank:05}.safetensors"
-            self.write_safetensors(share)
+            files = [path / f"rank_{self.ranks.rank:05}.safetensors"]
+            self.write_safetensors(files[0])
             if self.ranks.rank == 0:
                 for content in self.small_files:
                     content.save_pretrained(path)
                 (path / "state.json").write_text(json.dumps(state))
-            # to the disk before the rename: after a power failure one could be empty
-            for file in [share, *path.glob("*.json")]:
+                files += path.glob("*.json")
+            for file in files:  # to the disk before the rename, or after a power failure it could be empty
                 with open(file, "rb") as content:
                     os.fsync(content.fileno())
         except Exception as error:  # of any kind: the other ranks must hear of it
