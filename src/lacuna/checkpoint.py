@@ -64,11 +64,13 @@ def read_state(checkpoint: Path | None, config: Config) -> dict:
         raise ConfigError(f"{checkpoint} is of another version of lacuna: begin a run with it as model.name")
     old = flat(state["config"])
     new = flat(config.model_dump(mode="json"))
-    changed = [key for key in sorted(old.keys() & new.keys()) if old[key] != new[key] and not key.startswith(FREE)]
+    changed = []
+    for key in sorted(old.keys() & new.keys()):
+        if old[key] != new[key] and not key.startswith(FREE):
+            changed.append(f"{key} (was {old[key]!r})")
     if changed and not config.checkpoint.resume_changed:
-        keys = ", ".join(f"{key} (was {old[key]!r})" for key in changed)
         cure = "change it back, set another name, or checkpoint.resume_changed = true"
-        raise ConfigError(f"{checkpoint} cannot go on with another {keys}: {cure}")
+        raise ConfigError(f"{checkpoint} cannot go on with another {', '.join(changed)}: {cure}")
     return state
 
 
@@ -139,7 +141,7 @@ class Checkpoints:
         self.written = self.thread.submit(self.write, step, state)
 
     def finish(self):
-        """Wait until what is being saved is whole. ConfigError where it cannot be."""
+        """Wait until what is being saved is whole, or raise what went wrong."""
         self.written.result()
 
     def copy(self, shares: list[torch.Tensor]):

@@ -243,7 +243,7 @@ def load_config(path: str | None, argv: list[str], task: str = "pt") -> Config:
     merged = {}
     if path:
         with blame(f"cannot read config {path} as TOML"):
-            merged = tomllib.loads(Path(path).read_text().removeprefix("\ufeff"))
+            merged = tomllib.loads(Path(path).read_text("utf-8-sig"))
     train = given.get("train", {})
     if "steps" in train or "epochs" in train:  # they exclude each other: one given here takes back the file's
         given["train"] = {"steps": None, "epochs": None} | train
