@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from lacuna.checkpoint import export, match_eos
 from lacuna.config import ConfigError, load_config
-from lacuna.weights import read_tensors, stored_parts, whole_shape
+from lacuna.weights import read_tensors
 
 TINY = load_file(EXAMPLES / "tiny" / "model.safetensors")
 NAMES = sorted(TINY)
@@ -225,7 +225,7 @@ def test_a_checkpoint_without_one_of_its_files_is_refused_everywhere(gone, tmp_p
     for rank in range(2):
         places = {"DCP_SHARDING_INFO": json.dumps({"w": {"saved_offsets": [2 * rank, 0]}})}
         save_file({"w": torch.ones(2, 3)}, tmp_path / f"rank_{rank:05}.safetensors", places)
-    assert whole_shape(stored_parts(tmp_path)["w"]) == [4, 3]
+    read_tensors({"w": torch.zeros(4, 3)}, tmp_path)
     (tmp_path / f"rank_{gone:05}.safetensors").unlink()
     with pytest.raises(ConfigError, match="has 1 of its 2 files"):
         export(tmp_path, tmp_path / "out")

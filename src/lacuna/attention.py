@@ -1,11 +1,10 @@
 """Causal attention that never leaves a document, over rows of packed documents laid end to end.
 
-transformers calls `packed_attention` in place of its own, without a mask. The document boundaries come as keyword
-arguments of the model's forward: see `boundaries`.
+transformers calls `packed_attention` in place of its own, and hands on to it what `boundaries` gives the model.
 
-    varlen  torch.nn.attention.varlen: FlashAttention-2, bf16 on GPUs from Ampere
-    fa4     FlashAttention-4 (extra fa4), bf16 on Hopper and later: 1.5 to 2 times as fast as FlashAttention-2
-    sdpa    scaled_dot_product_attention over each row with a mask: any device and dtype, costs seq_len^2 a row
+    varlen  FlashAttention-2 of torch: bf16 on GPUs from Ampere
+    fa4     FlashAttention-4 (extra fa4), 1.5 to 2 times as fast: bf16 on Hopper and later
+    sdpa    torch's own over each row with a mask, which costs seq_len^2: any device and dtype
 """
 
 import importlib.util
@@ -25,11 +24,14 @@ os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
 
 def choose_backend(asked: str | None, device: torch.device, dtype: torch.dtype) -> str:
     """The backend for `model.attention`; ConfigError where this machine cannot run it."""
-    can_flash = device.type == "cuda" and dtype == torch.bfloat16
-    capability = torch.cuda.get_device_capability(device) if can_flash else (0, 0)
-    has_fa4 = importlib.util.find_spec("flash_attn") and importlib.util.find_spec("flash_attn.cute")
-    can = {"fa4": capability >= (9, 0) and has_fa4, "varlen": capability >= (8, 0), "sdpa": True}
-    possible = [backend for backend in can if can[backend]]
+    possible = ["sdpa"]
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        capability = torch.cuda.get_device_capability(device)
+        has_fa4 = importlib.util.find_spec("flash_attn") and importlib.util.find_spec("flash_attn.cute")
+        if capability >= (8, 0):
+            possible.insert(0, "varlen")
+        if capability >= (9, 0) and has_fa4:
+            possible.insert(0, "fa4")
     if asked and asked not in possible:
         needs = "varlen needs bfloat16 on Ampere or later, fa4 Hopper or later and its extra"
         raise ConfigError(f'model.attention = "{asked}" does not run here; possible: {", ".join(possible)}. {needs}')
@@ -41,22 +43,17 @@ def boundaries(batch: PackedBatch, backend: str) -> dict:
     # One graph for any number of documents. Padded to a fixed length instead, as empty documents, they cost
     # FlashAttention-4 7 ms of a 350 ms step (Qwen3-1.7B, 520 for 4 x 4,096 tokens, H200).
     torch._dynamo.mark_dynamic(batch.cu_seqlens, 0)
-    mask = mask_documents(batch) if backend == "sdpa" else None
+    mask = None
+    if backend == "sdpa":  # which slots of its row a slot sees: itself, and those before it in its document
+        slots = torch.arange(len(batch.input_ids), device=batch.input_ids.device)
+        document = torch.searchsorted(batch.cu_seqlens[1:], slots, right=True).view(-1, batch.max_seqlen)  # [B, S]
+        mask = (document[:, :, None] == document[:, None, :]).tril()[:, None]  # [B, 1, S, S]
     return {"backend": backend, "cu_seqlens": batch.cu_seqlens, "max_seqlen": batch.max_seqlen, "document_mask": mask}
 
 
-def mask_documents(batch: PackedBatch) -> torch.Tensor:
-    """Which slots of its row a slot sees, bool [B, 1, S, S]: itself, and those before it in its document."""
-    slots = torch.arange(len(batch.input_ids), device=batch.input_ids.device).view(-1, batch.max_seqlen)  # [B, S]
-    document = torch.searchsorted(batch.cu_seqlens[1:], slots, right=True)  # [B, S]
-    return (document[:, :, None] == document[:, None, :]).tril()[:, None]
-
-
 def packed_attention(module, query, key, value, attention_mask=None, *, backend=None, **options):
-    """Attention of every document to itself alone; returns [1, T, heads, D] and no weights.
-
-    query is [1, heads, T, D], key and value [1, kv_heads, T, D]. The model gives the options, `boundaries` the rest.
-    """
+    """Attention of every document to itself alone; returns [1, T, heads, D] and no weights."""
+    # query is [1, heads, T, D], key and value [1, kv_heads, T, D]; options are the model's, and those of `boundaries`
     foreign = [attention_mask, options.get("softcap"), options.get("s_aux"), options.get("position_bias")]
     if backend is None or options.get("dropout") or any(value is not None for value in foreign):
         what = "soft-capped scores, sinks, a bias, a mask or dropout, or does not pass on where documents end"
@@ -68,7 +65,14 @@ def packed_attention(module, query, key, value, attention_mask=None, *, backend=
     # keys to its left that a query sees; -1: all of its document's
     left = -1 if window is None or window >= max_seqlen else window - 1
     if backend == "sdpa":
-        return sdpa(query, key, value, options["document_mask"], scale, left), None
+        mask = options["document_mask"]  # [B, 1, S, S]
+        if left >= 0:
+            mask = mask & torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).triu(-left)
+        rows = (mask.shape[0], mask.shape[-1])
+        q, k, v = (x[0].unflatten(1, rows).transpose(0, 1) for x in (query, key, value))  # [B, heads, S, D]
+        grouped = q.shape[1] != k.shape[1]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
+        return out.transpose(1, 2).flatten(0, 1)[None], None
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
     if backend == "fa4":
         out, _ = fa4(q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens, max_seqlen, scale, left)
@@ -77,15 +81,6 @@ def packed_attention(module, query, key, value, attention_mask=None, *, backend=
     v = F.pad(v, (0, q.shape[-1] - v.shape[-1]))  # DeepSeek's values are narrower
     out = varlen_attn(q, k, v, *limits, scale=scale, window_size=(left, 0))
     return out[None, ..., : value.shape[-1]], None
-
-
-def sdpa(query, key, value, mask, scale: float, left: int) -> torch.Tensor:
-    if left >= 0:
-        mask = mask & torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).triu(-left)
-    rows = (mask.shape[0], mask.shape[-1])
-    q, k, v = (x[0].unflatten(1, rows).transpose(0, 1) for x in (query, key, value))  # [B, heads, S, D]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    return out.transpose(1, 2).flatten(0, 1)[None]
 
 
 # FlashAttention-4 is written in CuTe DSL, which torch.compile cannot trace: two opaque operators keep the graph whole.
@@ -110,9 +105,11 @@ def fa4_backward(grad, q, k, v, out, lse, *limits):
 
 
 def fa4_options(cu_seqlens: torch.Tensor, max_seqlen: int, scale: float, left: int) -> dict:
-    options = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens, "softmax_scale": scale, "causal": left < 0}
+    options = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens, "softmax_scale": scale}
     options |= {"max_seqlen_q": max_seqlen, "max_seqlen_k": max_seqlen}
-    return options if left < 0 else options | {"window_size_left": left, "window_size_right": 0}
+    if left < 0:
+        return options | {"causal": True}
+    return options | {"window_size_left": left, "window_size_right": 0}
 
 
 def fa4_save(ctx, inputs, output):

@@ -62,12 +62,15 @@ def read_state(checkpoint: Path | None, config: Config) -> dict:
     state = state_of(checkpoint)
     if state.get("format") != FORMAT:
         raise ConfigError(f"{checkpoint} is of another version of lacuna: begin a run with it as model.name")
-    old, new = flat(state["config"]), flat(config.model_dump(mode="json"))
-    changed = [key for key in sorted(old.keys() & new.keys()) if old[key] != new[key] and not key.startswith(FREE)]
+    old = flat(state["config"])
+    new = flat(config.model_dump(mode="json"))
+    changed = []
+    for key in sorted(old.keys() & new.keys()):
+        if old[key] != new[key] and not key.startswith(FREE):
+            changed.append(f"{key} (was {old[key]!r})")
     if changed and not config.checkpoint.resume_changed:
-        keys = ", ".join(f"{key} (was {old[key]!r})" for key in changed)
         cure = "change it back, set another name, or checkpoint.resume_changed = true"
-        raise ConfigError(f"{checkpoint} cannot go on with another {keys}: {cure}")
+        raise ConfigError(f"{checkpoint} cannot go on with another {', '.join(changed)}: {cure}")
     return state
 
 
@@ -96,13 +99,14 @@ class Checkpoints:
     """Saves in a thread: training waits only where it would change what is not copied to the host yet."""
 
     def __init__(self, config: Config, ranks: Ranks, folder: Path, tensors: dict, model: PreTrainedModel, tokenizer):
-        """tensors: what a checkpoint holds, parameters and optimizer state by name, sharded or not."""
         self.config = config
         self.ranks = ranks
         self.folder = folder / "checkpoints"
-        # of a sharded tensor each rank of the first replica writes its part, of any other rank 0
-        first = ranks.rank == 0 or ranks.mesh.get_coordinate()[0] == 0
-        self.tensors = {name: t for name, t in tensors.items() if ranks.rank == 0 or (first and isinstance(t, DTensor))}
+        self.tensors = tensors  # parameters and optimizer state by name; of them this rank writes:
+        if ranks.rank > 0:
+            # of a sharded tensor each rank of the first replica writes its part, of any other rank 0
+            first = ranks.mesh.get_coordinate()[0] == 0
+            self.tensors = {name: t for name, t in tensors.items() if first and isinstance(t, DTensor)}
         self.small_files = [model.config, model.generation_config, tokenizer]
         on_gpu = ranks.device.type == "cuda"
         # CUDA's current device is each thread's own: else copies from every GPU but the first would not be waited for
@@ -130,15 +134,14 @@ class Checkpoints:
         if self.group:
             dist.all_gather_object(states, data, group=self.group)
         state = {"format": FORMAT, "step": step, **facts, "data": merge_states(states)}
-        state["config"] = self.config.model_dump(mode="json")
-        state["files"] = self.ranks.world  # each rank writes one, if only an empty one
+        state |= {"config": self.config.model_dump(mode="json"), "files": self.ranks.world}
         # taken here, since FSDP2 may give a parameter other memory at its first use
         shares = [local(tensor).detach() for tensor in self.tensors.values()]
         self.copied = self.thread.submit(self.copy, shares)
         self.written = self.thread.submit(self.write, step, state)
 
     def finish(self):
-        """Wait until what is being saved is whole. ConfigError where it cannot be."""
+        """Wait until what is being saved is whole, or raise what went wrong."""
         self.written.result()
 
     def copy(self, shares: list[torch.Tensor]):
@@ -152,31 +155,37 @@ class Checkpoints:
             stream.synchronize()
 
     def write(self, step: int, state: dict):
-        """Write this rank's files; once all ranks have, give the folder its name and remove the oldest."""
+        """Write this rank's files; once all ranks have, name the folder and remove the oldest."""
         path = self.folder / f".step_{step}"
         errors = [""] * self.ranks.world
         try:
             self.copied.result()
             path.mkdir(parents=True, exist_ok=True)
-            self.write_safetensors(path / f"rank_{self.ranks.rank:05}.safetensors")
+            files = [path / f"rank_{self.ranks.rank:05}.safetensors"]
+            self.write_safetensors(files[0])
             if self.ranks.rank == 0:
                 for content in self.small_files:
                     content.save_pretrained(path)
                 (path / "state.json").write_text(json.dumps(state))
-                sync(path / "state.json")  # before the rename, or after a power failure it could be empty
+                files += path.glob("*.json")
+            for file in files:  # to the disk before the rename, or after a power failure it could be empty
+                with open(file, "rb") as content:
+                    os.fsync(content.fileno())
         except Exception as error:  # of any kind: the other ranks must hear of it
             errors[self.ranks.rank] = str(error) or repr(error)
         if self.group:
             dist.all_gather_object(errors, errors[self.ranks.rank], group=self.group)
-        if any(errors):
-            raise ConfigError(f"no checkpoint of step {step}: {next(filter(None, errors))}. Make room there; {AGAIN}")
-        if self.ranks.rank == 0:
-            with blame(f"no checkpoint of step {step}: {AGAIN}"):
-                path = path.rename(self.folder / f"step_{step}")
-            log.info("step %d: checkpoint in %s", step, path)
-            for old in in_order(self.folder)[: -self.config.checkpoint.keep]:
-                # gone at once, whatever happens while it is deleted; what stays is removed when the run starts again
-                shutil.rmtree(old.rename(old.with_name(f".old_{old.name}")), ignore_errors=True)
+        for error in filter(None, errors):
+            raise ConfigError(f"no checkpoint of step {step}: {error}. Make room there; {AGAIN}")
+        if self.ranks.rank > 0:
+            return
+        with blame(f"no checkpoint of step {step}: {AGAIN}"):
+            path = path.rename(self.folder / f"step_{step}")
+        log.info("step %d: checkpoint in %s", step, path)
+        for old in in_order(self.folder)[: -self.config.checkpoint.keep]:
+            # gone at once, whatever happens while it is deleted; what stays is removed when the run starts again
+            gone = old.rename(old.with_name(f".old_{old.name}"))
+            shutil.rmtree(gone, ignore_errors=True)
 
     def write_safetensors(self, file: Path):
         """One file of float32 tensors, with the offsets of sharded ones in the whole."""
@@ -188,13 +197,6 @@ class Checkpoints:
                 _, begin = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
                 offsets[name] = {"saved_offsets": begin}
         save_file(shares, file, {"DCP_SHARDING_INFO": json.dumps(offsets)})  # one: two have no order
-        sync(file)
-
-
-def sync(file: Path):
-    """Wait until a file is on the disk, and not only in the system's memory."""
-    with open(file, "rb") as content:
-        os.fsync(content.fileno())
 
 
 def match_eos(config: Config, model: PreTrainedModel, tokenizer):
@@ -202,21 +204,24 @@ def match_eos(config: Config, model: PreTrainedModel, tokenizer):
     eos = tokenizer.eos_token_id
     model.config.architectures = [type(model).__name__]
     model.config.eos_token_id = eos
-    with suppress(OSError):  # where the model has none, it stays as made from its config
-        model.generation_config = GenerationConfig.from_pretrained(config.model.name)
+    generation = model.generation_config  # made from its config
+    with suppress(OSError):  # it may have none of its own
+        generation = GenerationConfig.from_pretrained(config.model.name)
     try:
-        model.generation_config.validate(strict=True)
+        generation.validate(strict=True)
     except ValueError as error:
         log.info("The generation_config is left out, since transformers refuses it: %s", error)
-        model.generation_config = GenerationConfig(bos_token_id=tokenizer.bos_token_id)
-    generation = model.generation_config
+        generation = GenerationConfig(bos_token_id=tokenizer.bos_token_id)
+    ends = generation.eos_token_id
+    if not isinstance(ends, list):
+        ends = [ends]
     if config.model.tokenizer:  # the ids of another one would be other words
         generation.bos_token_id = tokenizer.bos_token_id
         generation.pad_token_id = tokenizer.pad_token_id
-        generation.eos_token_id = None
-    ends = generation.eos_token_id
-    others = [end for end in (ends if isinstance(ends, list) else [ends]) if end not in (eos, None)]
+        ends = []
+    others = [end for end in ends if end not in (eos, None)]
     generation.eos_token_id = [eos, *others] if others else eos
+    model.generation_config = generation
 
 
 def check_base(name: str, state: dict) -> str:

@@ -17,8 +17,8 @@ from pydantic_settings import CliSettingsSource
 log = logging.getLogger("lacuna")
 
 AGAIN = "the same command goes on from the last checkpoint"
-CURES = dict.fromkeys([errno.ENOSPC, errno.EDQUOT], f". The disk is full: make room, and {AGAIN}")
-CURES |= dict.fromkeys([errno.EROFS, errno.EACCES, errno.EPERM], f". Change who may, or name another place; {AGAIN}")
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+NOT_ALLOWED = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class ConfigError(Exception):
@@ -43,9 +43,13 @@ def blame(where: str):
 
 def fault(error: BaseException) -> str:
     """An error of any library in one line, with a cure where a disk or another rank is at fault."""
-    # of more lines, transformers' and the Hub's are for programmers
-    text = str(error).partition("\n")[0] if isinstance(error, OSError) else " ".join(str(error).split())[:300]
-    cure = CURES.get(getattr(error, "errno", None), "")
+    text = " ".join(str(error).split())[:300]
+    number = getattr(error, "errno", None)
+    cure = ""
+    if number in DISK_FULL:
+        cure = f". The disk is full: make room, and {AGAIN}"
+    if number in NOT_ALLOWED:
+        cure = f". Change who may, or name another place; {AGAIN}"
     if "gloo" in text or type(error).__module__ == "torch.distributed":
         cure = f". Another rank has ended, or cannot be reached: see what it says; {AGAIN}"
     return f"{type(error).__name__}: {text}{cure}"
@@ -180,30 +184,31 @@ class Config(Section):
 
 def contradictions(config: Config) -> list[tuple]:
     """What keys may say against each other: whether they do, and a sentence."""
-    data = config.data
+    data = config.data.sources
     train = config.train
     rows = train.micro_batch_size * (int(os.environ.get("WORLD_SIZE", 1)) or 1)
+    is_recipe = config.task.endswith(".py")
+    streams = any(source.streaming for source in data)
+    weighted = [source for source in data if source.weight]
+    mixed = streams or weighted
+    lacks_weights = mixed and len(data) > 1 and len(weighted) < len(data)
     held_out = config.eval.sources
     fraction = config.eval.fraction
-    streams = any(source.streaming for source in data.sources)
-    weights = [source.weight for source in data.sources]
     return [
-        (not data.sources, "data.sources is empty: add a [[data.sources]] table with a path"),
+        (not data, "data.sources is empty: add a [[data.sources]] table with a path"),
+        (lacks_weights, "data.sources: give every source a weight, or none; a mixture that streams needs weights"),
         ((train.steps is None) == (train.epochs is None), "give exactly one of train.steps and train.epochs"),
-        (train.epochs and streams, "train.epochs of a stream: set train.steps, or streaming = false"),
-        (train.epochs and any(weights), "train.epochs of a mixture with weights: set train.steps"),
-        (any(weights) and not all(weights), "data.sources: give every source a weight, or none"),
-        (streams and len(weights) > 1 and not all(weights), "data.sources: a mixture that streams needs weights"),
+        (train.epochs and mixed, "train.epochs of a stream, or with weights: set train.steps, or streaming = false"),
         (train.global_batch_size % rows, f"train.global_batch_size is no multiple of micro_batch_size x ranks, {rows}"),
         (config.lora.rank and config.model.from_scratch, "lora.rank adapts a model: not from_scratch"),
-        (config.recipe and not config.task.endswith(".py"), "recipe: these keys are for lacuna RECIPE.py"),
-        (config.task.endswith(".py") and not config.optim.lr, "optim.lr: a recipe has no default: give one"),
-        (config.task == "pt" and data.chat_template, "data.chat_template belongs to lacuna sft"),
+        (config.recipe and not is_recipe, "recipe: these keys are for lacuna RECIPE.py"),
+        (is_recipe and not config.optim.lr, "optim.lr: a recipe has no default: give one"),
+        (config.task == "pt" and config.data.chat_template, "data.chat_template belongs to lacuna sft"),
         (config.optim.decay_steps and config.optim.schedule != "wsd", 'optim.decay_steps needs optim.schedule = "wsd"'),
         (any(source.weight for source in held_out), "eval.sources have no weight: all of their data counts"),
         (len(held_out) > 1 and any(s.streaming for s in held_out), "eval.sources: what streams must stand alone"),
         (fraction and held_out, "give eval.sources or eval.fraction, not both"),
-        (fraction and (streams or any(weights)), "eval.fraction: data streams or has weights: name eval.sources"),
+        (fraction and mixed, "eval.fraction: data streams or has weights: name eval.sources"),
         (config.eval.every and not (held_out or fraction), "eval.every needs eval.sources or eval.fraction"),
     ]
 
@@ -216,15 +221,15 @@ class Parser(ArgumentParser):
 
 def unknown_key(wrong: str) -> str:
     """A sentence for a key that does not exist, with the nearest one that does."""
+    sections = {"": Config, "data.sources.": Source, "eval.sources.": Source}
+    sections |= {f"{name}.": field.annotation for name, field in Config.model_fields.items()}
     known = {}
-    for name, field in Config.model_fields.items():
-        inner = getattr(field.annotation, "model_fields", {})
-        known[name] = field.description
-        known |= {f"{name}.{k}": f.description for k, f in inner.items()}
-        known |= {f"{name}.sources.{k}": f.description for k, f in Source.model_fields.items() if "sources" in inner}
+    for prefix, section in sections.items():
+        for name, field in getattr(section, "model_fields", {}).items():
+            known[prefix + name] = field.description
     last = wrong.split(".")[-1]
     # descriptions hold in brackets what others call a key
-    near = [k for k, meaning in known.items() if last == k.split(".")[-1] or f"({last})" in meaning]
+    near = [key for key, meaning in known.items() if last == key.split(".")[-1] or f"({last})" in meaning]
     near += difflib.get_close_matches(wrong, known, 1, cutoff=0.65)
     cure = f"did you mean {near[0]}?" if near else "take it out, or see `lacuna pt --help` for all keys"
     return f"unknown key {wrong}: {cure}"
@@ -235,11 +240,13 @@ def load_config(path: str | None, argv: list[str], task: str = "pt") -> Config:
     parser = Parser(usage=f"lacuna {task} [CONFIG.toml] [--section.key VALUE ...]", allow_abbrev=False)
     with blame("the command line (--section.key VALUE; a list is JSON)"):
         given = CliSettingsSource(Config, None, argv, root_parser=parser, parse_args_method=Parser.parse_args)()
-    if {"steps", "epochs"} & set(given.get("train", {})):
-        # they exclude each other: one on the command line takes back the file's
-        given["train"] = {"steps": None, "epochs": None} | given["train"]
-    with blame(f"cannot read config {path} as TOML"):
-        merged = tomllib.loads(Path(path).read_text().removeprefix("\ufeff")) if path else {}
+    merged = {}
+    if path:
+        with blame(f"cannot read config {path} as TOML"):
+            merged = tomllib.loads(Path(path).read_text("utf-8-sig"))
+    train = given.get("train", {})
+    if "steps" in train or "epochs" in train:  # they exclude each other: one given here takes back the file's
+        given["train"] = {"steps": None, "epochs": None} | train
     for section, value in given.items():
         if isinstance(value, dict) and isinstance(merged.get(section), dict):
             value = merged[section] | value

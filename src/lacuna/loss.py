@@ -1,8 +1,4 @@
-"""LM head and cross-entropy without the full logits: [T, V] at 16,384 x 151,936 would be 10 GB in float32.
-
-The loss is summed here and divided in train.py by the trained tokens of the whole global batch, so that no split into
-micro-batches and ranks changes a gradient.
-"""
+"""LM head and cross-entropy without the full logits: [T, V] at 16,384 x 151,936 would be 10 GB in float32."""
 
 import functools
 
@@ -14,11 +10,9 @@ LOGITS = 2**29  # elements of one chunk's logits: 1 GiB in bf16; larger chunks g
 
 
 def head_loss(hidden, weight, batch: PackedBatch, compiled: bool, weights=None, **arithmetic):
-    """Sum of weights * -log p of the batch's labels, nats, float32 scalar, and -log p of each, float32 [T].
-
-    hidden is [T, H], weight [V, H]; weights [T], finite, are 1 by default. The sum has the gradient.
-    Arithmetic is what else a model does to its logits: `factor` and `cap` of chunk_loss.
-    """
+    """Sum of weights * -log p of the batch's labels, nats, which has the gradient, and -log p of each, float32 [T]."""
+    # hidden is [T, H], weight [V, H]; weights [T], finite, are 1 by default; arithmetic: factor and cap of chunk_loss.
+    # A sum: train.py divides by the trained tokens of the global batch, so no split of it changes a gradient.
     if weights is None:
         weights = (batch.labels != IGNORE).float()
     # asked here: inside the forward of an autograd function gradients are always off

@@ -11,7 +11,6 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.func import functional_call
@@ -54,14 +53,15 @@ class Trainee(nn.Module):
         hidden = self.hidden(batch)
         if head.bias is not None:  # one more column, for an input of 1
             weight = torch.cat([weight, head.bias[:, None]], 1)
-            hidden = F.pad(hidden, (0, 1), value=1.0)
+            hidden = nn.functional.pad(hidden, (0, 1), value=1.0)
         config = self.model.config
-        keys = ("logit_scale", "logits_scaling", "final_logit_softcapping", "logits_soft_cap")
         # transformers keeps keys, too, that a config's class does not know, and does nothing with them
+        keys = ("logit_scale", "logits_scaling", "final_logit_softcapping", "logits_soft_cap")
         known = {key: getattr(config, key) for key in keys if hasattr(type(config), key)}
-        factor = known.get("logit_scale") or 1.0
         scaling = known.get("logits_scaling") or 1.0
-        factor *= scaling if config.model_type == "hyperclovax" else 1 / scaling  # others divide
+        if config.model_type != "hyperclovax":  # others divide
+            scaling = 1 / scaling
+        factor = scaling * (known.get("logit_scale") or 1.0)
         cap = known.get("final_logit_softcapping") or known.get("logits_soft_cap")
         return functools.partial(head_loss, hidden, weight, batch, self.compiled, factor=factor, cap=cap)
 
@@ -73,7 +73,7 @@ class Trainee(nn.Module):
 
 
 def build_model(config: Config, ranks: Ranks, tokenizer, checkpoint: Path | None = None) -> Trainee:
-    """The model of `config.model`, ready to train: sharded, with its own weights or a checkpoint's."""
+    """The model of `config.model`, ready to train: with its own weights or a checkpoint's."""
     trainee = assemble(config, ranks, tokenizer)
     folder = checkpoint
     if config.lora.rank or (folder is None and not config.model.from_scratch):
@@ -93,18 +93,14 @@ def assemble(config: Config, ranks: Ranks, tokenizer, frozen: bool = False) -> T
     backend = choose_backend(config.model.attention, ranks.device, dtype)
 
     # what is frozen is held as it computes
-    model = empty_model(config.model, tokenizer, dtype if frozen or config.lora.rank else torch.float32)
+    held_in = dtype if frozen or config.lora.rank else torch.float32
+    with blame(f"model.name {config.model.name}, model.overrides {config.model.overrides}"):
+        model = empty_model(config.model, tokenizer, held_in)
     model.requires_grad_(not frozen)
     layers = [module for module in model.get_decoder().modules() if isinstance(module, GradientCheckpointingLayer)]
     # a patch replaces modules, so it comes first
     if config.model.patch:
-        file, _, function = config.model.patch.rpartition(":")
-        with blame(f"model.patch {config.model.patch} (a file.py:function)"):
-            # a module: torch.compile looks up by its name what layers call there
-            spec = spec_from_file_location(f"patch_{Path(file).stem}", file)
-            patch = sys.modules[spec.name] = module_from_spec(spec)
-            spec.loader.exec_module(patch)
-            getattr(patch, function)(model)
+        apply_patch(model, config.model.patch)
     refuse_unfit(model, layers, config.train.seq_len, config.model.from_scratch)
     if config.lora.rank:
         add_adapters(model, layers, config.lora)
@@ -114,8 +110,8 @@ def assemble(config: Config, ranks: Ranks, tokenizer, frozen: bool = False) -> T
         checkpoint_activations(layers, config.train.activation_checkpointing)
     # Compile wraps the checkpointed layer: the partitioner recomputes inside it, and the other way round it would be
     # done twice. Regional: all layers share one graph, which takes seconds; the whole model would take minutes.
-    for layer in layers if compiled else []:
-        if getattr(layer, "compiles", True):
+    for layer in layers:
+        if compiled and getattr(layer, "compiles", True):
             layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)
     # last, because FSDP2's hooks would break the graphs
     trainee = Trainee(model, layers, dtype=dtype, compiled=compiled, backend=backend)
@@ -127,23 +123,33 @@ def assemble(config: Config, ranks: Ranks, tokenizer, frozen: bool = False) -> T
     return trainee
 
 
+def apply_patch(model: PreTrainedModel, patch: str):
+    """Call a function of the user's file with the empty model."""
+    file, _, function = patch.rpartition(":")
+    with blame(f"model.patch {patch} (a file.py:function)"):
+        # a module: torch.compile looks up by its name what layers call there
+        spec = spec_from_file_location(f"patch_{Path(file).stem}", file)
+        module = module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+        getattr(module, function)(model)
+
+
 def materialise(trainee: Trainee, device: torch.device, seed: int, folder: Path | None):
-    """Allocate this rank's share and fill it: from a folder's weights, or without one from scratch."""
+    """Allocate this rank's share and fill it: from a folder, or from scratch."""
     model = trainee.model
     trainee.to_empty(device=device)
     model.tie_weights(recompute_mapping=False)  # to_empty gives each module a tensor of its own
     for parameter in model.parameters():
         parameter._is_hf_initialized = True  # what `initialise` puts in their place is not
-    recompute_buffers(model, from_scratch=folder is None)
+    initialise(model, seed, from_scratch=folder is None)
     if folder is not None:
         load_weights(model, folder)
-    initialise(model, seed, adapters_only=folder is not None)
 
 
 def empty_model(config: ModelConfig, tokenizer, dtype: torch.dtype) -> PreTrainedModel:
-    """The model on the meta device, with lacuna's attention; or a ConfigError."""
-    with blame(f"model.name {config.name}: its config"):
-        whole = AutoConfig.from_pretrained(config.name, trust_remote_code=False)
+    """The model on the meta device, with lacuna's attention."""
+    whole = AutoConfig.from_pretrained(config.name, trust_remote_code=False)
     hf_config = whole.get_text_config()
     for key in config.overrides:
         if not hasattr(hf_config, key):
@@ -153,15 +159,14 @@ def empty_model(config: ModelConfig, tokenizer, dtype: torch.dtype) -> PreTraine
         fields = fields.get("text_config", fields)
         if {"num_hidden_layers", "sliding_window", "use_sliding_window", "max_window_layers"} & config.overrides.keys():
             fields.pop("layer_types", None)  # which layers have a window
-        with blame(f"model.overrides {config.overrides}"):
-            hf_config = type(hf_config).from_dict(fields | copy.deepcopy(config.overrides))
+        hf_config = type(hf_config).from_dict(fields | copy.deepcopy(config.overrides))
     if config.tokenizer:  # before the model is built: the row of an old padding_idx would have no gradient
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(hf_config, key, getattr(tokenizer, key))
     # before the model is built: transformers would fetch and run a kernel that a config names as its attention
     hf_config._attn_implementation = "lacuna"
     stored = whole.dtype or hf_config.dtype
-    with blame(f"model.name {config.name}, model.overrides {config.overrides}"), torch.device("meta"):
+    with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
     model.config.dtype = stored
     if len(tokenizer) > hf_config.vocab_size:
@@ -172,22 +177,12 @@ def empty_model(config: ModelConfig, tokenizer, dtype: torch.dtype) -> PreTraine
 def refuse_unfit(model: PreTrainedModel, layers: list[nn.Module], seq_len: int, from_scratch: bool):
     """Refuse, by name and with the reason, what would not be exact."""
     config = model.config
-    unseen = [layer for layer in layers if not hasattr(layer, "sees_to_documents")]
-    kinds = zip(getattr(config, "layer_types", None) or [], layers, strict=False)
-    leaks = {kind for kind, layer in kinds if layer in unseen} - {"full_attention", "sliding_attention", "mlp", "moe"}
-    if any(isinstance(module, nn.Conv1d) for module in nn.ModuleList(unseen).modules()):
-        leaks.add("convolutions")
-    if unseen and "ALL_ATTENTION_FUNCTIONS" not in vars(sys.modules[type(model).__module__]):
-        leaks.add("attention that cannot be replaced")
-    ropes = str(getattr(config, "rope_parameters", None))
-    longest = getattr(config, "original_max_position_embeddings", None) or getattr(config, "max_position_embeddings", 0)
-    if seq_len > longest and ("'longrope'" in ropes or "'dynamic'" in ropes):
-        leaks.add(f"rotations by the longest document of a batch: set train.seq_len to {longest}")
+    leaks = ", ".join(sorted(find_leaks(model, layers, seq_len)))
     mixture = experts(model)
     scores = getattr(config, "attn_logit_softcapping", None) or "sinks" in " ".join(dict(model.named_parameters()))
     inside = {*model.get_decoder().parameters(), *model.get_output_embeddings().parameters()}
     problems = {
-        f"cannot keep packed documents apart ({', '.join(sorted(leaks))}): see docs/models.md": leaks,
+        f"cannot keep packed documents apart ({leaks}): see docs/models.md": leaks,
         "has capped scores or sinks: see docs/models.md": scores and AttentionInterface()["lacuna"] is packed_attention,
         "has more in its head than one matrix": set(model.parameters()) - inside,
         "hides a window in its mask": config.model_type == "phimoe" and seq_len > (config.sliding_window or seq_len),
@@ -202,6 +197,23 @@ def refuse_unfit(model: PreTrainedModel, layers: list[nn.Module], seq_len: int, 
             raise ConfigError(f"{type(model).__name__} {problem}")
     if mixture:
         log.info("experts: no balancing loss, no LoRA")
+
+
+def find_leaks(model: PreTrainedModel, layers: list[nn.Module], seq_len: int) -> set[str]:
+    """What would let a document depend on its neighbours."""
+    config = model.config
+    unseen = [layer for layer in layers if not hasattr(layer, "sees_to_documents")]
+    kinds = zip(getattr(config, "layer_types", None) or [], layers, strict=False)
+    leaks = {kind for kind, layer in kinds if layer in unseen} - {"full_attention", "sliding_attention", "mlp", "moe"}
+    if any(isinstance(module, nn.Conv1d) for module in nn.ModuleList(unseen).modules()):
+        leaks.add("convolutions")
+    if unseen and "ALL_ATTENTION_FUNCTIONS" not in vars(sys.modules[type(model).__module__]):
+        leaks.add("attention that cannot be replaced")
+    ropes = str(getattr(config, "rope_parameters", None))
+    longest = getattr(config, "original_max_position_embeddings", None) or getattr(config, "max_position_embeddings", 0)
+    if seq_len > longest and ("'longrope'" in ropes or "'dynamic'" in ropes):
+        leaks.add(f"rotations by the longest document of a batch: set train.seq_len to {longest}")
+    return leaks
 
 
 def experts(model: nn.Module) -> list[nn.Module]:
@@ -237,55 +249,46 @@ SAVED_OPS = [
 
 
 def checkpoint_activations(layers: list[nn.Module], how: str):
-    """Recompute in the backward pass: everything (full), or all but the dear operators (selective)."""
-    contexts = functools.partial(create_selective_checkpoint_contexts, SAVED_OPS)
-    options = {"context_fn": contexts} if how == "selective" else {}
+    """Recompute in the backward pass: everything (full), or what is cheap (selective)."""
+    options = {"use_reentrant": False}
+    if how == "selective":
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, SAVED_OPS)
     for layer in layers:
-        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, **options)
+        layer.forward = functools.partial(checkpoint, layer.forward, **options)
 
 
 @torch.no_grad()
-def initialise(model: PreTrainedModel, seed: int, adapters_only: bool):
-    """Weights as transformers, or LoRA, begins with, on any ranks: a seed for each name."""
+def initialise(model: PreTrainedModel, seed: int, from_scratch: bool):
+    """What no folder holds, as transformers, or LoRA, begins with, on any ranks: a seed for each name."""
     done = set()
     for name, module in model.named_modules():
-        begin = BEGINNINGS.get(name.rpartition(".")[2])
-        # tied weights are made once, with the first module that has them
-        mine = {key: p for key, p in module.named_parameters(recurse=False) if p not in done}
-        if not mine or (adapters_only and not begin):
+        parent, _, last = name.rpartition(".")
+        begin = BEGINNINGS.get(last)
+        mine = {}
+        if from_scratch or begin:
+            # tied weights are made once, with the first module that has them
+            mine = {key: p for key, p in module.named_parameters(recurse=False) if p not in done}
+        whole = {key: nn.Parameter(torch.empty(p.shape, device=p.device)) for key, p in mine.items()}
+        # those that persist, a folder holds
+        buffers = set(module._buffers) if from_scratch else module._non_persistent_buffers_set
+        tensors = [*whole.values(), *map(module._buffers.get, buffers)]
+        if not tensors:
             continue
         done.update(mine.values())
-        whole = {key: nn.Parameter(torch.empty(p.shape, device=p.device)) for key, p in mine.items()}
         torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7]))
         module._parameters.update(whole)
+        for tensor in tensors:
+            tensor.fill_(float("nan") if tensor.is_floating_point() else 0)
         if begin:
             begin(module)
         else:
-            fill_by_transformers(model, module, name, list(whole.values()))
+            for part in (module, model.get_submodule(parent)):  # a parent may do it otherwise, as GPT-2's does
+                getattr(part, "_init_weights", model._init_weights)(part)
+        if any(tensor.isnan().any() for tensor in tensors):
+            raise ConfigError(f"{type(model).__name__} does not say how to initialise {name}")
         module._parameters.update(mine)
         for key, parameter in mine.items():
             share = whole[key]
             if isinstance(parameter, DTensor):  # nothing is sent: every rank has made the same whole
                 share = distribute_tensor(share, parameter.device_mesh, parameter.placements, src_data_rank=None)
             parameter.copy_(share)
-
-
-@torch.no_grad()
-def recompute_buffers(model: PreTrainedModel, from_scratch: bool):
-    """`to_empty` leaves garbage in buffers, such as rotary frequencies; those that persist, a folder holds."""
-    for name, module in model.named_modules():
-        computed = set(module._buffers) if from_scratch else module._non_persistent_buffers_set
-        buffers = [module._buffers[key] for key in computed]
-        if buffers:
-            fill_by_transformers(model, module, name, buffers)
-
-
-def fill_by_transformers(model: PreTrainedModel, module: nn.Module, name: str, tensors: list[torch.Tensor]):
-    """Call the model's own initialisation of a module; ConfigError where it leaves a tensor out."""
-    for tensor in tensors:
-        tensor.fill_(float("nan") if tensor.is_floating_point() else 0)
-    parent = model.get_submodule(name.rpartition(".")[0])
-    for part in (module, parent):  # a parent may do it otherwise, as GPT-2's does
-        getattr(part, "_init_weights", model._init_weights)(part)
-    if any(tensor.isnan().any() for tensor in tensors):
-        raise ConfigError(f"{type(model).__name__} does not say how to initialise {name}")

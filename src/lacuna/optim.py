@@ -40,7 +40,8 @@ class AdamW:
         lr = torch.full_like(self.count, lr)
         # what changes from step to step, as tensors: so nothing is compiled again, and nothing waits
         now = {"lr": lr, "scale": scale, "failed": failed}
-        now |= {"step_size": lr / (1 - beta1**self.count), "root": (1 - beta2**self.count).sqrt()}
+        now["step_size"] = lr / (1 - beta1**self.count)  # with the first moment's bias correction
+        now["root"] = (1 - beta2**self.count).sqrt()  # of the second moment's
         for group in self.groups:
             group = [p for p in group if p.grad is not None]  # what took no part stays as it is
             if not group:  # dynamo would give up this function for good: op by op, 130 ms a step
@@ -51,16 +52,16 @@ class AdamW:
 
     def tensors(self, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
         """The state as a checkpoint names it, float32, sharded like the parameters."""
-        average = {f"optimizer.exp_avg.{name}": self.moments[p][0] for name, p in parameters.items()}
-        square = {f"optimizer.exp_avg_sq.{name}": self.moments[p][1] for name, p in parameters.items()}
-        return {"optimizer.step": self.count} | average | square
+        state = {"optimizer.step": self.count}
+        for name, parameter in parameters.items():
+            average, square = self.moments[parameter]
+            state[f"optimizer.exp_avg.{name}"] = average
+            state[f"optimizer.exp_avg_sq.{name}"] = square
+        return state
 
 
 def adamw(tensors: list[tuple], decays: list[float], *, lr, scale, failed, step_size, root, beta1, beta2, eps):
-    """Update parameter and both moments in place: the arithmetic of torch.optim.AdamW.
-
-    step_size is lr over the first moment's bias correction, root the square root of the second moment's.
-    """
+    """Update parameter and both moments in place: the arithmetic of torch.optim.AdamW."""
     for (parameter, grad, average, square), decay in zip(tensors, decays, strict=True):
         grad = grad * scale
         new_average = average.lerp(grad, 1 - beta1)
@@ -72,7 +73,7 @@ def adamw(tensors: list[tuple], decays: list[float], *, lr, scale, failed, step_
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
-    """The learning rate of a step, counted from 0, in a run of this many: the last has lr * min_lr_ratio."""
+    """The learning rate of a step, counted from 0, of so many: the last has lr * min_lr_ratio."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / (config.warmup_steps + 1)
     if config.schedule == "constant":

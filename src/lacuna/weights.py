@@ -28,7 +28,6 @@ TEXT = re.compile(r"^(model\.)?language_model\.")  # of models that see or hear,
 class Part(NamedTuple):
     """Rows of a tensor, in one file; a scalar is one row."""
 
-    file: Path
     first: int  # their place in the whole tensor
     values: torch.Tensor  # the file itself, mapped: read where it is looked at
 
@@ -39,7 +38,7 @@ def weight_folder(name: str) -> Path:
 
 
 def fingerprint(folder: Path) -> str:
-    """Tells a folder's weights from other ones, by some 2**18 bytes a file: all of 16 GB would take 10 s."""
+    """Tells a folder's weights from others, by 2**18 bytes a file: all of 16 GB would take 10 s."""
     stored = [np.memmap(file, mode="r") for file in weight_files(folder)]
     samples = [content[:: 1 + len(content) // 2**18].tobytes() for content in stored]
     return hashlib.sha256(b"".join(samples)).hexdigest()[:16]
@@ -47,9 +46,10 @@ def fingerprint(folder: Path) -> str:
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that count: of a checkpoint, or else as transformers finds them."""
+    state = folder / "state.json"
     index = folder / INDEX
-    if (folder / "state.json").exists():
-        written = json.loads((folder / "state.json").read_text()).get("files")
+    if state.exists():
+        written = json.loads(state.read_text()).get("files")
         files = sorted(folder.glob("rank_*.safetensors"))
         if written not in (None, len(files)):
             raise ConfigError(f"{folder} has {len(files)} of its {written} files rank_*.safetensors")
@@ -72,19 +72,15 @@ def stored_parts(folder: Path) -> dict[str, list[Part]]:
             for name in content.keys():  # noqa: SIM118
                 values = torch.atleast_1d(content.get_tensor(name))
                 [first, *_] = places.get(name, {}).get("saved_offsets") or [0]
-                stored.setdefault(name, []).append(Part(file, first, values))
+                stored.setdefault(name, []).append(Part(first, values))
     for name, parts in stored.items():
         parts.sort(key=lambda part: part.first)
         rows = 0
         for part in parts:
             if part.first != rows or part.values.shape[1:] != parts[0].values.shape[1:]:
-                raise ConfigError(f"{part.file}: {name} begins at {part.first}, not {rows}: a file is lost or doubled")
+                raise ConfigError(f"{folder}: {name} begins at {part.first}, not {rows}: a file is lost or doubled")
             rows += len(part.values)
     return stored
-
-
-def whole_shape(parts: list[Part]) -> list[int]:
-    return [sum(len(part.values) for part in parts), *parts[0].values.shape[1:]]
 
 
 def read_tensors(tensors: dict[str, torch.Tensor], folder: Path):
@@ -96,11 +92,12 @@ def read_tensors(tensors: dict[str, torch.Tensor], folder: Path):
 
 @torch.no_grad()
 def fill(tensor: torch.Tensor, parts: list[Part], where: str):
-    """Copy what is this rank's of the parts of a tensor. ConfigError where it has another shape."""
+    """Copy this rank's rows of a tensor out of its parts."""
     wanted = list(tensor.shape) or [1]
-    found = whole_shape(parts) if parts else None
+    rows = sum(len(part.values) for part in parts)
+    found = [rows, *parts[0].values.shape[1:]] if parts else "missing"
     if found != wanted:
-        raise ConfigError(f"{where} is {found or 'missing'}, and should be {wanted}")
+        raise ConfigError(f"{where} is {found}, and should be {wanted}")
     share = torch.atleast_1d(local(tensor))
     first = 0
     if isinstance(tensor, DTensor):  # FSDP shards rows
@@ -120,10 +117,8 @@ def held(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def in_memory(model: PreTrainedModel, stored: dict[str, list[Part]], places) -> dict[str, WeightConverter]:
-    """Name stored tensors as the model does, in place; what makes one of several is taken out, and returned by name.
-
-    transformers knows which names were others once, and that experts are stored one by one.
-    """
+    """Name stored tensors as the model does, in place; those that are made of several are returned instead."""
+    # transformers knows which names were others once, and that experts are stored one by one
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
@@ -132,18 +127,19 @@ def in_memory(model: PreTrainedModel, stored: dict[str, list[Part]], places) -> 
         new, pattern = rename_source_key(TEXT.sub("", name), renamings, converters, model.base_model_prefix, places)
         parts = stored.pop(name)
         if new in stored:
-            raise ConfigError(f"{parts[0].file}: {name} is another {new}")
+            raise ConfigError(f"in the weights, {name} is another {new}")
         if pattern is None:
             stored[new] = parts
             continue
         if new not in made:
-            made[new] = copy.deepcopy(next(rule for rule in converters if pattern in rule.source_patterns))
+            rule = next(rule for rule in converters if pattern in rule.source_patterns)
+            made[new] = copy.deepcopy(rule)
         made[new].add_tensor(new, name, pattern, parts[0].values)
     return made
 
 
 def load_weights(model: PreTrainedModel, folder: Path):
-    """Read this rank's part of every parameter. ConfigError where they are not the model's."""
+    """Read this rank's part of every parameter and buffer that a folder holds."""
     stored = stored_parts(folder)
     places = held(model)
     if any(map(TEXT.match, stored)):
@@ -152,24 +148,24 @@ def load_weights(model: PreTrainedModel, folder: Path):
         stored = text
     made = in_memory(model, stored, places)
     for tied, source in model.all_tied_weights_keys.items():
-        if tied in stored and source not in stored:  # the one that is there counts
-            places[tied] = places.pop(source)
-        elif tied in stored and not torch.equal(stored[tied][0].values, stored[source][0].values):
-            raise ConfigError(f"{tied} differs from {source}: set model.overrides.tie_word_embeddings = false")
-    missing = sorted(places.keys() - {*stored, *made})
-    unknown = sorted({*stored, *made} - {*places, *model.all_tied_weights_keys})
+        if tied in stored:
+            twin = stored.pop(tied)
+            original = stored.setdefault(source, twin)
+            if not torch.equal(twin[0].values, original[0].values):
+                raise ConfigError(f"{tied} differs from {source}: set model.overrides.tie_word_embeddings = false")
+    missing = sorted(places.keys() - stored.keys() - made.keys())
     # a checkpoint also holds the optimizer, old folders the rotary frequencies, some a part that guesses ahead
     ignored = "|".join([r"^optimizer\.", "inv_freq$", *model._keys_to_ignore_on_load_unexpected])
-    unknown = [name for name in unknown if not re.search(ignored, name)]
+    unknown = [name for name in sorted({*stored, *made} - places.keys()) if not re.search(ignored, name)]
     if any(".lora_" in name for name in unknown):
         raise ConfigError(f"model.name {folder} holds adapters alone: `lacuna export` makes a model of them")
     if missing or unknown:
         raise ConfigError(f"{folder} does not fit {type(model).__name__}: missing {missing[:3]}, unknown {unknown[:3]}")
-    kept = re.compile("|".join(model._get_dtype_plan(torch.bfloat16)) or "$^")  # as transformers keeps them
+    kept = model._keep_in_fp32_modules_strict or ()  # by transformers, too
     for name, tensor in places.items():
-        if kept.search(name) and not isinstance(tensor, DTensor):
+        if any(re.search(pattern, name) for pattern in kept) and not isinstance(tensor, DTensor):
             tensor.data = tensor.data.float()
         if name in made:  # one layer's at a time: all would be a second model
             converted = made.pop(name).convert(name, model=model, config=model.config)
-            stored[name] = [Part(folder, 0, converted[name])]
+            stored[name] = [Part(0, converted[name])]
         fill(tensor, stored.pop(name), f"{folder} does not fit: {name}")
