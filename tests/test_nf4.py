@@ -41,14 +41,14 @@ def encoded(model) -> dict:
     return {name: module for name, module in model.named_modules() if hasattr(module, "codes")}
 
 
-def folder_of_rounded(folder):
-    """A copy of a model whose decoder's linear layers are rounded beforehand."""
+def folder_of_rounded(folder, dtype=torch.float32):
+    """A copy of a model whose decoder's linear layers are rounded beforehand, from weights of dtype."""
     copy = folder.with_name("rounded")
     shutil.copytree(folder, copy)
     tensors = load_file(copy / "model.safetensors")
     for name, tensor in tensors.items():
         if name.endswith("_proj.weight"):
-            tensors[name] = rounded(tensor).float()
+            tensors[name] = rounded(tensor.to(dtype)).float()
     save_file(tensors, copy / "model.safetensors", {"format": "pt"})
     return copy
 
@@ -114,3 +114,149 @@ def test_loss_and_gradients_are_those_of_a_model_that_was_rounded_beforehand(nam
     for name, parameter in trained(trainee.model).items():
         error = (parameter.grad - want[name]).norm() / want[name].norm()
         assert error < 1e-5, f"{name}: relative error {error}"
+
+
+@pytest.mark.parametrize("how", ["none", "full", "selective"])
+def test_in_bfloat16_it_computes_what_the_rounded_model_does_bit_for_bit(how, model_folder):
+    """On one rank, whose layers run as copies with their weights handed in."""
+    folder = model_folder("qwen2")
+    more = ("--model.dtype", "bfloat16", "--train.activation_checkpointing", how)
+    losses = []
+    gradients = []
+    for base, words in ((folder, NF4), (folder_of_rounded(folder, torch.bfloat16), NF4[2:])):
+        trainee = build(base, *words, *more)
+        move_away(trainee.model)
+        loss, _ = trainee(batch_and_documents()[0])
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append([p.grad for p in trained(trainee.model).values()])
+    assert losses[0] == losses[1]
+    assert all(map(torch.equal, *gradients))
+
+
+def test_between_the_passes_no_weight_is_kept_decoded(model_folder):
+    """The only thing that 4 bits are for: checked by what autograd saves, in the layers."""
+    folder = model_folder("llama")
+    batch, _ = batch_and_documents()
+    kept = {}
+    for how in ("none", "full", "selective"):
+        trainee = build(folder, *NF4, "--train.activation_checkpointing", how)
+        shapes = {tuple(module.weight.shape) for module in encoded(trainee.model).values()}
+        kept[how] = 0
+
+        def note(tensor, how=how, shapes=shapes):
+            kept[how] += bool(shapes & {tuple(tensor.shape), tuple(tensor.shape[::-1])})
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            trainee(batch)
+    # but for the first layer's q, k and v: their input needs no gradient
+    assert kept == {"none": 2 * 7 - 3, "full": 0, "selective": 0}
+
+
+def test_all_layers_share_one_graph(model_folder, monkeypatch):
+    from torch._dynamo.utils import counters
+
+    compile_by("aot_eager", monkeypatch)
+    torch._dynamo.reset()
+    counters.clear()
+    trainee = build(model_folder("llama"), *NF4, "--train.compile", "true")
+    for _ in range(2):
+        trainee(batch_and_documents()[0])[0].backward()
+    # the first layer, whose input needs no gradient, the others, and the loss of a chunk of logits
+    assert counters["stats"]["unique_graphs"] == 3
+    assert not counters["graph_break"]
+
+
+# ---- whole runs
+
+
+@pytest.fixture
+def words(model_folder, texts, tmp_path):
+    words = options(model_folder("llama"), texts, tmp_path, *NF4, "--optim.lr", "1e-2", "--train.steps", "6")
+    words += ["--train.activation_checkpointing", "selective", "--checkpoint.every", "3", "--checkpoint.keep", "9"]
+    return [*words, "--eval.fraction", "0.2", "--eval.every", "3"]
+
+
+def test_a_run_goes_on_bit_for_bit_and_its_adapter_is_merged_into_the_base_as_it_is(words, tmp_path):
+    path = run(load_config(None, words))
+    shutil.copytree(path / "checkpoints/step_3", tmp_path / "runs/again/checkpoints/step_3")
+    again = run(load_config(None, [*words, "--name", "again"]))
+    figures = [(m["loss"], m["grad_norm"]) for m in train_lines(path)]
+    assert [(m["loss"], m["grad_norm"]) for m in train_lines(again)] == figures[3:]
+    assert figures[-1][0] < figures[0][0] - 0.05
+    adapter = load_file(path / "hf/adapter/adapter_model.safetensors")
+    assert len(adapter) == 2 * 2 * 7
+    base = load_file(tmp_path / "llama/model.safetensors")
+    merged = load_file(path / "hf/model.safetensors")
+    assert merged.keys() == base.keys()
+    for name, tensor in base.items():
+        layer = f"base_model.model.{name.removesuffix('.weight')}"
+        if f"{layer}.lora_A.weight" in adapter:
+            tensor += 6 / 4 * adapter[f"{layer}.lora_B.weight"] @ adapter[f"{layer}.lora_A.weight"]
+        assert torch.allclose(merged[name], tensor, atol=1e-6), name
+    AutoModelForCausalLM.from_pretrained(path / "hf")
+
+
+@pytest.mark.slow
+def test_one_and_two_ranks_train_the_same_adapters(words, tmp_path):
+    empty = tmp_path / "empty.toml"
+    empty.write_text("")
+    for ranks, name in ((1, "one"), (2, "two")):
+        done = finish(tmp_path, "pt", str(empty), *words, "--name", name, ranks=ranks)
+        assert done.status == 0, done.output[-3000:]
+    one, two = (train_lines(tmp_path / "runs" / name) for name in ("one", "two"))
+    for wanted, found in zip(one, two, strict=True):
+        assert found["batch_checksum"] == wanted["batch_checksum"]
+        assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
+        assert found["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-4)
+    adapter = load_file(tmp_path / "runs/two/hf/adapter/adapter_model.safetensors")
+    for name, tensor in load_file(tmp_path / "runs/one/hf/adapter/adapter_model.safetensors").items():
+        assert torch.allclose(adapter[name], tensor, atol=1e-4), name
+
+
+# ---- what is refused, and what stays
+
+
+@pytest.mark.parametrize("more", [(), ("--model.from_scratch", "true")])
+def test_without_lora_it_is_refused(more, model_folder, texts, tmp_path):
+    config = load_config(None, options(model_folder("llama"), texts, tmp_path, *PATCH, "--train.steps", "1", *more))
+    with pytest.raises(ConfigError, match=r"^model.patch nf4 rounds a frozen base: it needs lora.rank$"):
+        run(config)
+
+
+def test_targets_may_be_named_and_the_others_are_in_four_bits_too(model_folder):
+    model = build(model_folder("llama"), *NF4, "--lora.targets", '["q_proj"]').model
+    assert {name.split(".")[-3] for name in trained(model)} == {"q_proj"}
+    assert len(encoded(model)) == 2 * 7
+
+
+def test_rows_that_do_not_divide_into_blocks_stay_as_they_are_and_are_named(model_folder, caplog):
+    folder = model_folder("llama")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
+    stored = load_file(folder / "model.safetensors")
+    for name, tensor in stored.items():
+        if "mlp.down_proj" in name:
+            stored[name] = tensor[:, :96].contiguous()
+        elif ".mlp." in name:
+            stored[name] = tensor[:96].contiguous()
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    with caplog.at_level("INFO"):
+        model = build(folder, *NF4).model
+    assert "nf4: down_proj stay as they are, since their rows are no multiple of 64" in caplog.text
+    assert torch.equal(model.model.layers[1].mlp.down_proj.weight, stored["model.layers.1.mlp.down_proj.weight"])
+    assert len(encoded(model)) == 2 * 6 and len(trained(model)) == 2 * 2 * 7
+
+
+def test_a_base_with_a_weight_of_another_shape_or_without_one_is_refused(model_folder):
+    folder = model_folder("llama")
+    stored = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file(stored | {name: stored[name][:64].clone()}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match=rf"{name} is \[64, 64\], and should be \[128, 64\]"):
+        build(folder, *NF4)
+    del stored[name]
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match=rf"missing \['{name}'\]"):
+        build(folder, *NF4)
