@@ -17,7 +17,7 @@ from lacuna.lora import ADAPTED, LoRALinear
 
 BLOCK = 64
 # The paper's appendix E: each is the nearest to about as many weights, where they are normally distributed.
-NEGATIVE = [-1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.09105004]
+NEGATIVE = [-1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.091050036]
 POSITIVE = [0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0]
 VALUES = torch.tensor([*NEGATIVE, 0.0, *POSITIVE])
 MIDDLES = (VALUES[1:] + VALUES[:-1]) / 2
@@ -70,21 +70,28 @@ def nf4(model: PreTrainedModel):
     linear = {name: module for name, module in model.get_decoder().named_modules() if type(module) is nn.Linear}
     unfit = {name.split(".")[-1] for name, module in linear.items() if module.in_features % BLOCK}
     if unfit:
-        log.info("nf4: %s stay as they are, since their rows are no multiple of %d", ", ".join(sorted(unfit)), BLOCK)
-    encoded = [module for module in linear.values() if module.in_features % BLOCK == 0]
-    for module in encoded:
-        weight = module.weight
-        del module.weight
-        module.__class__ = NF4Linear
-        codes = weight.new_empty(module.out_features, module.in_features // 2, dtype=torch.uint8)
-        module.register_buffer("codes", codes, persistent=False)
-        module.register_buffer("scales", weight.new_empty(module.out_features, module.in_features // BLOCK), False)
-        module.register_buffer("pairs", PAIRS.to("meta"), persistent=False)
+        log.info("nf4: %s stay as they are: their rows are no multiple of %d", ", ".join(sorted(unfit)), BLOCK)
+    size = 0
+    for module in linear.values():
+        if module.in_features % BLOCK == 0:
+            size += module.weight.numel()
+            hold_codes(module)
 
-    size = sum(module.in_features * module.out_features for module in encoded)
     others = model.num_parameters
-    model.num_parameters = lambda only_trainable=False: others(only_trainable) + size * (not only_trainable)
-    model.register_state_dict_pre_hook(refuse_training)  # which comes before the weights are read
+    model.num_parameters = lambda only_trainable=False: others(only_trainable) + (0 if only_trainable else size)
+    model.register_state_dict_pre_hook(refuse_training)  # the builder asks for it before it reads weights
+
+
+def hold_codes(module: nn.Linear):
+    """On the meta device: codes and scales in place of the weight."""
+    weight = module.weight
+    del module.weight
+    module.__class__ = NF4Linear
+    rows, columns = weight.shape
+    codes = weight.new_empty(rows, columns // 2, dtype=torch.uint8)
+    scales = weight.new_empty(rows, columns // BLOCK)
+    for name, buffer in {"codes": codes, "scales": scales, "pairs": PAIRS.to("meta")}.items():
+        module.register_buffer(name, buffer, persistent=False)
 
 
 def refuse_training(model: PreTrainedModel, *_):

@@ -1,6 +1,7 @@
 """examples/nf4.py: codes are right, what is computed with them is too, and all that LoRA has goes on working."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from conftest import EXAMPLES
 from processes import finish
 from safetensors.torch import load_file, save_file
+from test_dpo import figures, pairs, train, words_of
 from test_lora import move_away, reference
 from test_model import batch_and_documents, build, compile_by
 from test_train import options, texts, train_lines
@@ -18,7 +20,7 @@ from lacuna.metrics import flop
 from lacuna.optim import trained
 from lacuna.train import run
 
-assert texts  # a fixture
+assert pairs and texts  # fixtures
 PATCH = ("--model.patch", f"{EXAMPLES / 'nf4.py'}:nf4")
 NF4 = (*PATCH, "--lora.rank", "4", "--lora.alpha", "6")
 # Of the paper's appendix E, with all digits.
@@ -72,6 +74,17 @@ def test_what_is_held_are_the_nearest_of_sixteen_values_for_each_64_weights(dtyp
         assert module.weight.dtype == dtype
         # the paper's bound and the usual error of weights that are normally distributed
         assert ((want - weight).norm() / weight.norm()).item() == pytest.approx(0.09, abs=0.01)
+
+
+def test_a_weight_may_come_in_parts(model_folder):
+    """As from a checkpoint that several ranks wrote: rows by rows."""
+    model = build(model_folder("llama"), *NF4).model
+    layer = model.model.layers[0].mlp.down_proj
+    weight = torch.randn(64, 128)
+    place = model.state_dict()["model.layers.0.mlp.down_proj.weight"]
+    place[:7] = weight[:7]
+    place[7:] = weight[7:]
+    assert torch.allclose(layer.weight, rounded(weight).float(), 1e-6)
 
 
 def test_a_weight_takes_four_bits_and_its_share_of_a_scale(model_folder):
@@ -198,6 +211,17 @@ def test_a_run_goes_on_bit_for_bit_and_its_adapter_is_merged_into_the_base_as_it
     AutoModelForCausalLM.from_pretrained(path / "hf")
 
 
+def test_of_preferences_the_rounded_base_is_the_reference(model_folder, pairs, tmp_path):
+    folder = model_folder("llama")
+    more = ("--train.steps", "3")
+    found = figures(train(*words_of(folder, pairs, tmp_path, *NF4, *more)))
+    beforehand = ("--name", "beforehand", *NF4[2:], *more)
+    wanted = figures(train(*words_of(folder_of_rounded(folder), pairs, tmp_path, *beforehand)))
+    assert found[0][1] == pytest.approx(math.log(2), rel=1e-6)  # nothing is learned yet
+    for step, want in zip(found, wanted, strict=True):
+        assert step == pytest.approx(want, rel=1e-4, abs=1e-6)
+
+
 @pytest.mark.slow
 def test_one_and_two_ranks_train_the_same_adapters(words, tmp_path):
     empty = tmp_path / "empty.toml"
@@ -244,7 +268,7 @@ def test_rows_that_do_not_divide_into_blocks_stay_as_they_are_and_are_named(mode
     save_file(stored, folder / "model.safetensors", {"format": "pt"})
     with caplog.at_level("INFO"):
         model = build(folder, *NF4).model
-    assert "nf4: down_proj stay as they are, since their rows are no multiple of 64" in caplog.text
+    assert "nf4: down_proj stay as they are: their rows are no multiple of 64" in caplog.text
     assert torch.equal(model.model.layers[1].mlp.down_proj.weight, stored["model.layers.1.mlp.down_proj.weight"])
     assert len(encoded(model)) == 2 * 6 and len(trained(model)) == 2 * 2 * 7
 
