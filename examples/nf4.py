@@ -1,11 +1,12 @@
 """QLoRA (arXiv 2305.14314), the frozen base of a LoRA run in 4 bits: --model.patch examples/nf4.py:nf4 --lora.rank 16
 
-Each 64 weights of a row share a scale, and each is held as the nearest of 16 values times it: .53 bytes a weight of the
-decoder's linear layers, rounded one by one as they are read. Embeddings, head, norms, and a mixture's experts stay as
-they are. A weight is decoded where it is multiplied, and again in the backward pass where the layer is recomputed:
-train.activation_checkpointing = "none" would keep all of them decoded. On several ranks each has all of the codes.
+Each 64 weights along a row share a scale, and each is held as the nearest of 16 values times it, in bitsandbytes' bytes:
+.53 bytes a weight of the decoder's linear layers. Embeddings, head, norms, and a mixture's experts stay in bf16. The
+device never has all weights in bf16: they are rounded one by one as they are read, and decoded one by one, in bf16,
+where they are multiplied. Without activation checkpointing, the decoded ones are kept for the backward pass: let
+train.activation_checkpointing be selective or full. On several ranks each has all codes.
 
-hf/ is the adapter merged into the weights of model.name, not the rounded ones, as PEFT merges.
+hf/ is merged into the weights of model.name as they were before, as PEFT advises.
 """
 
 import torch
@@ -34,7 +35,8 @@ class NF4Linear(nn.Linear):
 
     def encode(self, rows: slice, weight: torch.Tensor):
         blocks = weight.to(self.scales).unflatten(1, (-1, BLOCK)).float()
-        scales = blocks.abs().amax(-1, keepdim=True).clamp(min=1e-30)  # of nothing but zeros, too
+        scales = blocks.abs().amax(-1, keepdim=True)
+        # of nothing but zeros, 0 / 0: any code will do, times a scale of 0
         codes = torch.bucketize(blocks / scales, MIDDLES.to(blocks.device), out_int32=True).flatten(1)
         self.codes[rows] = (codes[:, ::2] * 16 + codes[:, 1::2]).to(torch.uint8)
         self.scales[rows] = scales[..., 0].to(self.scales.dtype)

@@ -219,7 +219,7 @@ def test_of_preferences_the_rounded_base_is_the_reference(model_folder, pairs, t
     wanted = figures(train(*words_of(folder_of_rounded(folder), pairs, tmp_path, *beforehand)))
     assert found[0][1] == pytest.approx(math.log(2), rel=1e-6)  # nothing is learned yet
     for step, want in zip(found, wanted, strict=True):
-        assert step == pytest.approx(want, rel=1e-4, abs=1e-6)
+        assert step[1:3] == pytest.approx(want[1:3], rel=1e-5)  # loss, gradient norm
 
 
 @pytest.mark.slow
