@@ -1,9 +1,9 @@
 """QLoRA (arXiv 2305.14314), the frozen base of a LoRA run in 4 bits: --model.patch examples/nf4.py:nf4 --lora.rank 16
 
-Each 64 weights along a row share a scale, and each is held as the nearest of 16 values times it, in bitsandbytes' bytes:
-.53 bytes a weight of the decoder's linear layers. Embeddings, head, norms, and a mixture's experts stay in bf16. The
-device never has all weights in bf16: they are rounded one by one as they are read, and decoded one by one, in bf16,
-where they are multiplied. Without activation checkpointing, the decoded ones are kept for the backward pass: let
+Each 64 weights along a row share a scale, and each is held as the nearest of 16 values times it, in the same bytes as
+bitsandbytes': .53 a weight of the decoder's linear layers. Embeddings, head, norms, and a mixture's experts stay in
+bf16. The device never has the others all in bf16: they are rounded one by one as they are read, and decoded one by one
+where they are multiplied. Autograd keeps the decoded ones for the backward pass where layers are not recomputed: let
 train.activation_checkpointing be selective or full. On several ranks each has all codes.
 
 hf/ is merged into the weights of model.name as they were before, as PEFT advises.
@@ -73,12 +73,10 @@ def nf4(model: PreTrainedModel):
     unfit = {name.split(".")[-1] for name, module in linear.items() if module.in_features % BLOCK}
     if unfit:
         log.info("nf4: %s stay as they are: their rows are no multiple of %d", ", ".join(sorted(unfit)), BLOCK)
-    size = 0
-    for module in linear.values():
-        if module.in_features % BLOCK == 0:
-            size += module.weight.numel()
-            hold_codes(module)
-
+    layers = [module for module in linear.values() if module.in_features % BLOCK == 0]
+    size = sum(module.weight.numel() for module in layers)
+    for module in layers:
+        hold_codes(module)
     others = model.num_parameters
     model.num_parameters = lambda only_trainable=False: others(only_trainable) + (0 if only_trainable else size)
     model.register_state_dict_pre_hook(refuse_training)  # the builder asks for it before it reads weights
@@ -87,13 +85,13 @@ def nf4(model: PreTrainedModel):
 def hold_codes(module: nn.Linear):
     """On the meta device: codes and scales in place of the weight."""
     weight = module.weight
+    rows, columns = weight.shape
     del module.weight
     module.__class__ = NF4Linear
-    rows, columns = weight.shape
     codes = weight.new_empty(rows, columns // 2, dtype=torch.uint8)
-    scales = weight.new_empty(rows, columns // BLOCK)
-    for name, buffer in {"codes": codes, "scales": scales, "pairs": PAIRS.to("meta")}.items():
-        module.register_buffer(name, buffer, persistent=False)
+    module.register_buffer("codes", codes, persistent=False)
+    module.register_buffer("scales", weight.new_empty(rows, columns // BLOCK), persistent=False)
+    module.register_buffer("pairs", PAIRS.to("meta"), persistent=False)
 
 
 def refuse_training(model: PreTrainedModel, *_):
