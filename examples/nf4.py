@@ -77,6 +77,7 @@ def nf4(model: PreTrainedModel):
     size = sum(module.weight.numel() for module in layers)
     for module in layers:
         hold_codes(module)
+
     others = model.num_parameters
     model.num_parameters = lambda only_trainable=False: others(only_trainable) + (0 if only_trainable else size)
     model.register_state_dict_pre_hook(refuse_training)  # the builder asks for it before it reads weights
