@@ -28,19 +28,22 @@ class LoRALinear(nn.Linear):
         return own + wide.view_as(own)
 
 
+# What a linear layer becomes, by its class: a patch's own, such as fp8's, computes otherwise, or is added here by it.
+ADAPTED = {nn.Linear: LoRALinear}
+
+
 def add_adapters(model: nn.Module, layers: list[nn.Module], config: LoraConfig):
     """On the meta device: freeze the model, and give linear layers of the decoder adapters in float32."""
     model.requires_grad_(False)
     modules = nn.ModuleList(layers).named_modules()
-    # of this very class: what a patch has put there, such as fp8, computes otherwise
-    linear = [(name.split(".")[-1], module) for name, module in modules if type(module) is nn.Linear]
+    linear = [(name.split(".")[-1], module) for name, module in modules if type(module) in ADAPTED]
     there = sorted({name for name, _ in linear})
     targets = config.targets or there
     if not linear or not set(targets) <= set(there):
         raise ConfigError(f"lora.targets {targets} are not all among the linear layers: {', '.join(there) or 'none'}")
     for name, module in linear:
         if name in targets:
-            module.__class__ = LoRALinear
+            module.__class__ = ADAPTED[type(module)]
             module.lora_A = nn.Linear(module.in_features, config.rank, bias=False, device="meta")
             module.lora_B = nn.Linear(config.rank, module.out_features, bias=False, device="meta")
             module.scale = config.alpha / config.rank

@@ -33,7 +33,8 @@ def flop(model: PreTrainedModel) -> tuple[float, int]:
     head_dim = config.to_dict().get("head_dim") or config.hidden_size // max(heads, 1)
     embeddings = model.get_input_embeddings().weight
     untied = embeddings is not model.get_output_embeddings().weight
-    multiplied = [p for p in model.parameters() if not (untied and p is embeddings)]
+    weights = set(model.state_dict(keep_vars=True).values())  # also what a patch holds otherwise, such as in 4 bits
+    multiplied = [p for p in weights if not (untied and p is embeddings)]
     per_token = sum(p.numel() * (4 + 2 * p.requires_grad) for p in multiplied)
     routers = [module for module in model.modules() if hasattr(module, "top_k")]
     chosen = routers[0].top_k if routers else getattr(config, "top_k_experts", None)
