@@ -16,10 +16,13 @@ USAGE = """usage: lacuna pt [CONFIG.toml]          train on text: every token
        lacuna RECIPE.py CONFIG.toml     train by a recipe, such as examples/dpo.py
        lacuna export CHECKPOINT FOLDER  make a Hugging Face folder of it
 
-`lacuna pt --help` shows every --section.key VALUE. Without a config, configs/pt.toml (sft.toml, dpo.toml) is used."""
+`lacuna pt --help` shows every --section.key VALUE.
+Without a config: configs/pt.toml (sft.toml, dpo.toml)."""
 
 
 def main():
+    if not sys.stderr.isatty():
+        os.environ["TQDM_DISABLE"] = "1"  # libraries too
     try:
         command, config, words = parse(sys.argv[1:])
         if config:

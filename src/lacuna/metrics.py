@@ -10,7 +10,6 @@ from collections import Counter
 from datetime import timedelta
 from pathlib import Path
 
-import datasets
 import torch
 from torch import nn
 from tqdm.contrib import DummyTqdmFile
@@ -58,7 +57,7 @@ class Report:
         self.stop_asked = False  # by a signal on any rank
         self.pending = []  # steps whose figures are on their way to the host
         self.file = open_metrics(folder, state["step"]) if ranks.rank == 0 else None
-        self.done = Counter()  # steps, and their seconds
+        self.done = Counter()  # steps and seconds
         self.start_clock()
 
     def start_clock(self):
@@ -135,12 +134,12 @@ class Report:
 
     def close(self, folder: Path, seconds: float):
         """How it went, and what to do now."""
-        log.info("time    %s", timedelta(seconds=round(seconds)))
+        log.info("time: %s", timedelta(seconds=round(seconds)))
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
         for name in ("loss", "eval_loss", "peak_memory_gib"):
             seen = [line[name] for line in lines if line.get(name)]
             if seen:
-                log.info("%s: %.4f to %.4f, at most %.4f", name, seen[0], seen[-1], max(seen))
+                log.info("%s: first %.4f, last %.4f, highest %.4f", name, seen[0], seen[-1], max(seen))
         log.info("Its curves:\nuv run --with plotly==7.1.0 benchmarks/report.py %s", folder)
         log.info("The model is in %s/hf. To talk to it:\nuv run python examples/chat.py %s", folder, folder)
 
@@ -168,8 +167,6 @@ def open_metrics(folder: Path, step: int):
 
 def start_logging(folder: Path, rank: int):
     """Rank 0 logs to stderr and log.txt; other ranks warnings to stderr, and tracebacks to log.txt."""
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
     log.setLevel(logging.DEBUG)
     logging.raiseExceptions = False  # of a full disk; metrics.jsonl ends the run then
     log.propagate = False  # libraries print their own; on the root logger those would stand twice
