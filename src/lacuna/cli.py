@@ -22,7 +22,7 @@ Without a config: configs/pt.toml (sft.toml, dpo.toml)."""
 
 def main():
     if not sys.stderr.isatty():
-        os.environ["TQDM_DISABLE"] = "1"  # libraries too
+        os.environ["TQDM_DISABLE"] = "1"  # of all libraries
     try:
         command, config, words = parse(sys.argv[1:])
         if config:
@@ -63,7 +63,7 @@ def parse(argv: list[str]) -> tuple[str, Config | None, list[str]]:
         path = f"configs/{Path(command).stem}.toml"
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one GPU is enough
         if not (Path(path).exists() or {"-h", "--help"} & set(words)):
-            raise ConfigError(f"no config given, and no {path} here: name one, or run in a clone")
+            raise ConfigError(f"no config given, and no {path} here: name one, or run in a clone of lacuna")
     return command, load_config(path, words, command), [command, path, *words]
 
 
@@ -74,7 +74,7 @@ def leave(status: int, sentence: str = ""):
     with suppress(OSError, AttributeError):  # the terminal may be gone
         if sentence:
             log.debug(sentence)
-            sys.stderr.write(f"\n{name}: {sentence}\n")  # below a live line
+            sys.stderr.write(f"{name}: {sentence}\n")
         sys.stdout.flush()
     # threads of gloo's, or a loader's that stands still in a read, outlive the interpreter: 1 run in 20 aborted
     os._exit(status)
