@@ -8,7 +8,7 @@ from glob import glob
 from importlib import import_module
 from pathlib import Path
 
-from lacuna.config import Config, ConfigError, Preempted, blame, fault, load_config, log
+from lacuna.config import AGAIN, Config, ConfigError, Preempted, blame, fault, load_config, log
 from lacuna.preemption import REQUEUE, SIGNALS, Preemption
 
 USAGE = """usage: lacuna pt [CONFIG.toml]          train on text: every token
@@ -44,7 +44,10 @@ def main():
         leave(1, str(error))
     except Exception as error:
         log.debug("", exc_info=True)  # to log.txt, where a run has one by now
-        leave(1, f"{fault(error)}. If no step was done, see model.overrides; log.txt says where")
+        sentence = fault(error)
+        if AGAIN not in sentence:
+            sentence += ". If no step was done, see model.overrides; log.txt says where"
+        leave(1, sentence)
 
 
 def parse(argv: list[str]) -> tuple[str, Config | None, list[str]]:
