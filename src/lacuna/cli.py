@@ -16,8 +16,7 @@ USAGE = """usage: lacuna pt [CONFIG.toml]          train on text: every token
        lacuna RECIPE.py CONFIG.toml     train by a recipe, such as examples/dpo.py
        lacuna export CHECKPOINT FOLDER  make a Hugging Face folder of it
 
-`lacuna pt --help` shows every --section.key VALUE.
-Without a config: configs/pt.toml (sft.toml, dpo.toml)."""
+`lacuna pt --help` shows every --section.key VALUE. Without a config: configs/pt.toml (sft.toml, dpo.toml)."""
 
 
 def main():

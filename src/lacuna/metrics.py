@@ -144,7 +144,6 @@ class Report:
         log.info("The model is in %s/hf. To talk to it:\nuv run python examples/chat.py %s", folder, folder)
 
     def write(self, metrics: dict):
-        """One line of metrics.jsonl."""
         if self.file:
             self.file.write(json.dumps(metrics) + "\n")
 
