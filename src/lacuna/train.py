@@ -90,7 +90,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
     if held_out and is_due(state["step"], config.eval.every, steps):
         report.evaluation(state["step"], evaluate(trainee, config, held_out, ranks, tokenizer))
     failed = torch.zeros((), device=ranks.device, dtype=torch.bool)  # a loss or gradient was not finite
-    live = {"initial": state["step"], "total": steps, "disable": ranks.rank > 0 or None}  # None: a terminal
+    live = {"initial": state["step"], "total": steps, "disable": ranks.rank > 0 or None}  # None: only on a terminal
     for step in trange(state["step"] + 1, steps + 1, ncols=72, **live):
         # of nothing but dropout, in models that have it: so it is the same after a resume
         torch.manual_seed(config.seed + step * ranks.world + ranks.rank)
