@@ -3,6 +3,8 @@
 import json
 import math
 import re
+from datetime import timedelta
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -325,6 +327,32 @@ def test_a_line_has_the_mean_loss_since_the_last_one_and_fits_80_columns(model_f
     said = [line for line in (path / "log.txt").read_text().splitlines() if re.search(r"step \d+/7 ", line)]
     assert len(said) == 4 and max(map(len, said)) <= 80
     assert f"loss {lines[6]:.4f}" in said[2]
+
+
+def test_the_time_that_is_left_follows_from_the_mean_speed_so_far(model_folder, texts, tmp_path, monkeypatch):
+    clock = accumulate(range(1, 10**6))  # every look at it takes a second longer than the one before
+    monkeypatch.setattr("time.perf_counter", lambda: float(next(clock)))
+    path = run(load_config(None, options(model_folder("llama"), texts, tmp_path, "--train.steps", "4")))
+    said = re.findall(r"step \d/4 .*  (.*)", (path / "log.txt").read_text())
+    paces = [m["step_seconds"] for m in train_lines(path)]
+    assert len(set(paces)) == 4
+    means = [sum(paces[:step]) / step for step in range(1, 5)]
+    assert said == [str(timedelta(seconds=round((4 - step) * mean))) for step, mean in enumerate(means, 1)]
+
+
+def test_the_last_lines_say_what_metrics_has_and_what_to_do(model_folder, texts, tmp_path):
+    held_out = ["--eval.sources", json.dumps([{"path": str(texts)}]), "--eval.rows", "4"]
+    path = run(load_config(None, options(model_folder("llama"), texts, tmp_path, "--train.steps", "3", *held_out)))
+    losses = [m["loss"] for m in train_lines(path)]
+    evaluated = [m["eval_loss"] for m in lines(path) if "eval_loss" in m]
+    assert len(losses) == 3 and len(evaluated) == 2
+    said = (path / "log.txt").read_text().splitlines()[-7:]
+    assert re.fullmatch(r"[\d:]+ time: 0:0[01]:\d\d", said[0])
+    for line, name, figures in ((said[1], "loss", losses), (said[2], "eval_loss", evaluated)):
+        first, last, highest = figures[0], figures[-1], max(figures)
+        assert line.endswith(f" {name}: first {first:.4f}, last {last:.4f}, highest {highest:.4f}")
+    assert said[4].startswith("uv run ") and said[4].endswith(f" benchmarks/report.py {path}")
+    assert said[6] == f"uv run python examples/chat.py {path}"
 
 
 @pytest.mark.parametrize(

@@ -11,15 +11,17 @@ from pathlib import Path
 from lacuna.config import AGAIN, Config, ConfigError, Preempted, blame, fault, load_config, log
 from lacuna.preemption import REQUEUE, SIGNALS, Preemption
 
-USAGE = """usage: lacuna pt [CONFIG.toml] [--section.key VALUE ...]    train on text: every token
-       lacuna sft …                                         train on what an assistant says
-       lacuna RECIPE.py CONFIG.toml …                       train by a recipe, such as examples/dpo.py
-       lacuna export CHECKPOINT FOLDER                      make a Hugging Face folder of it
+USAGE = """usage: lacuna pt [CONFIG.toml]          train on text: every token
+       lacuna sft [CONFIG.toml]         train on what an assistant says
+       lacuna RECIPE.py CONFIG.toml     train by a recipe, such as examples/dpo.py
+       lacuna export CHECKPOINT FOLDER  make a Hugging Face folder of it
 
-`lacuna pt --help` shows every key. Without a config, configs/pt.toml (sft.toml, dpo.toml) is used."""
+`lacuna pt --help` shows every --section.key VALUE. Without a config: configs/pt.toml (sft.toml, dpo.toml)."""
 
 
 def main():
+    if not sys.stderr.isatty():
+        os.environ["TQDM_DISABLE"] = "1"  # of all libraries
     try:
         command, config, words = parse(sys.argv[1:])
         if config:
@@ -35,7 +37,7 @@ def main():
         leave(0)
     except Preempted as error:
         leave(REQUEUE, str(error))
-    except KeyboardInterrupt:  # of an export: training has handlers of its own
+    except KeyboardInterrupt:  # of an export
         leave(130, "interrupted")
     except (ConfigError, FloatingPointError) as error:
         leave(1, str(error))
@@ -61,9 +63,9 @@ def parse(argv: list[str]) -> tuple[str, Config | None, list[str]]:
         path = words.pop(0)
     else:
         path = f"configs/{Path(command).stem}.toml"
-        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one GPU is more than enough for this one
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one GPU is enough
         if not (Path(path).exists() or {"-h", "--help"} & set(words)):
-            raise ConfigError(f"no config given, and no {path} here: give one, or run in a clone of lacuna")
+            raise ConfigError(f"no config given, and no {path} here: name one, or run in a clone of lacuna")
     return command, load_config(path, words, command), [command, path, *words]
 
 
@@ -77,9 +79,7 @@ def leave(status: int, sentence: str = ""):
             sys.stderr.write(f"{name}: {sentence}\n")
         sys.stdout.flush()
     # threads of gloo's, or a loader's that stands still in a read, outlive the interpreter: 1 run in 20 aborted
-    if status or rank:
-        os._exit(status)
-    sys.exit(0)
+    os._exit(status)
 
 
 def launch(words: list[str]):

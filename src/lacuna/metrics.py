@@ -10,9 +10,9 @@ from collections import Counter
 from datetime import timedelta
 from pathlib import Path
 
-import datasets
 import torch
 from torch import nn
+from tqdm.contrib import DummyTqdmFile
 from transformers import PreTrainedModel
 
 from lacuna.config import Config, log
@@ -58,6 +58,8 @@ class Report:
         self.stop_asked = False  # by a signal on any rank
         self.pending = []  # steps whose figures are on their way to the host
         self.file = open_metrics(folder, state["step"]) if ranks.rank == 0 else None
+        self.done = Counter()  # steps and seconds
+        self.start_clock()
 
     def start_clock(self):
         """Begin a new interval between two lines."""
@@ -117,7 +119,9 @@ class Report:
         own = {name: interval[name] / max(interval["units"], 1) for name in facts["figures"]}  # a recipe's
         self.start_clock()
         self.write(metrics | own)
-        left = timedelta(seconds=round((self.steps - facts["step"]) * metrics["step_seconds"]))
+        self.done.update(steps=count, seconds=seconds)
+        pace = self.done["seconds"] / self.done["steps"]
+        left = timedelta(seconds=round((self.steps - facts["step"]) * pace))
         share = f"  mfu {mfu:.0%}" if mfu else ""
         learned = f"loss {loss:.4f}  norm {sums['grad_norm']:.2f}"
         log.info(f"step {facts['step']}/{self.steps}  {learned}  {speed:,.0f} tok/s{share}  {left}")
@@ -129,8 +133,18 @@ class Report:
         log.info(in_words(step, result))
         self.start_clock()
 
+    def close(self, folder: Path, seconds: float):
+        """How it went, and what to do now."""
+        log.info("time: %s", timedelta(seconds=round(seconds)))
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+        for name in ("loss", "eval_loss", "peak_memory_gib"):
+            seen = [line[name] for line in lines if line.get(name)]
+            if seen:
+                log.info("%s: first %.4f, last %.4f, highest %.4f", name, seen[0], seen[-1], max(seen))
+        log.info("Its curves:\nuv run --with plotly==7.1.0 benchmarks/report.py %s", folder)
+        log.info("The model is in %s/hf. To talk to it:\nuv run python examples/chat.py %s", folder, folder)
+
     def write(self, metrics: dict):
-        """One line of metrics.jsonl."""
         if self.file:
             self.file.write(json.dumps(metrics) + "\n")
 
@@ -153,12 +167,10 @@ def open_metrics(folder: Path, step: int):
 
 def start_logging(folder: Path, rank: int):
     """Rank 0 logs to stderr and log.txt; other ranks warnings to stderr, and tracebacks to log.txt."""
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
     log.setLevel(logging.DEBUG)
     logging.raiseExceptions = False  # of a full disk; metrics.jsonl ends the run then
-    log.propagate = False  # other libraries print their own: on the root logger their lines would stand twice
-    log.handlers = [logging.StreamHandler()]
+    log.propagate = False  # libraries print their own; on the root logger those would stand twice
+    log.handlers = [logging.StreamHandler(DummyTqdmFile(sys.stderr))]  # above a live line
     log.handlers[0].setLevel(logging.INFO if rank == 0 else logging.WARNING)
     folder.mkdir(parents=True, exist_ok=True)
     log.addHandler(logging.FileHandler(folder / "log.txt", mode="a"))

@@ -37,6 +37,6 @@ class Preemption:
             repeat = 0 if number == signal.SIGINT and self.asked and "RANK" not in os.environ else REPEAT_SECONDS
             if not self.can_save or time.monotonic() > first + repeat:
                 with suppress(OSError):  # the terminal may be gone
-                    os.write(2, f"lacuna: ended at once by signal {number}; run it again to go on\n".encode())
+                    os.write(2, f"\nlacuna: ended at once by signal {number}; run it again to go on\n".encode())
                 os._exit(REQUEUE)
             self.asked = True

@@ -9,6 +9,7 @@ import tomli_w
 import torch
 import torch.distributed as dist
 from filelock import FileLock
+from tqdm import trange
 
 from lacuna.checkpoint import Checkpoints, check_base, export, find_checkpoint, in_order, match_eos, read_state
 from lacuna.config import Config, ConfigError, Preempted, blame, log
@@ -27,6 +28,7 @@ from lacuna.weights import held, read_tensors
 def run(config: Config, preemption: Preemption | None = None) -> Path:
     """Train as `config` says; returns the run folder, with the model in its `hf`. Raises Preempted after a signal."""
     # Set up: ranks, run folder, what to go on from, tokenizer.
+    began = time.monotonic()
     preemption = preemption or Preemption()
     ranks = start(config.dist, config.train)
     folder = Path(config.out) / config.name
@@ -88,9 +90,8 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
     if held_out and is_due(state["step"], config.eval.every, steps):
         report.evaluation(state["step"], evaluate(trainee, config, held_out, ranks, tokenizer))
     failed = torch.zeros((), device=ranks.device, dtype=torch.bool)  # a loss or gradient was not finite
-    report.start_clock()
-
-    for step in range(state["step"] + 1, steps + 1):
+    live = {"initial": state["step"], "total": steps, "disable": ranks.rank > 0 or None}  # None: only on a terminal
+    for step in trange(state["step"] + 1, steps + 1, ncols=72, **live):
         # of nothing but dropout, in models that have it: so it is the same after a resume
         torch.manual_seed(config.seed + step * ranks.world + ranks.rank)
 
@@ -146,8 +147,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
     if ranks.rank == 0:
         newest = [checkpoint, *in_order(folder / "checkpoints")][-1]
         export(newest, folder / "hf")
-    log.info("Its curves:\nuv run --with plotly==7.1.0 benchmarks/report.py %s", folder)
-    log.info("The model is in %s/hf. To talk to it:\nuv run python examples/chat.py %s", folder, folder)
+        report.close(folder, time.monotonic() - began)
     if dist.is_initialized():
         dist.destroy_process_group()
     return folder
