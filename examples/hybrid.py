@@ -4,15 +4,15 @@ model.patch = "examples/hybrid.py:on_each_document" trains Qwen3.5, Qwen3-Next, 
 
 A state would run from one document into the next. transformers hands kernels of other packages the boundaries, where
 they are installed, and drops them without a word where they are not. So here
-- a convolution that stands alone (LFM2) is told where documents begin, and compiled like any layer;
-- the gated delta rule (Qwen3.5, Qwen3-Next, OLMo hybrid), too, where there is a GPU and flash-linear-attention (extra
-  hybrid): arXiv 2412.06464;
-- any other part is called once a document: exact on any device, and slow where documents are short. Such layers are
-  not compiled: how many calls they take changes from batch to batch.
+- a convolution is told where documents begin (LFM2, Qwen3.5);
+- the gated delta rule (Qwen3.5, Qwen3-Next, OLMo hybrid; arXiv 2412.06464) forgets at a document's first token: its
+  state decays from token to token, and there the decay is as good as zero. Its layers are not compiled: of the 64
+  chunks of a row Inductor makes one graph, for which it takes minutes;
+- any other part is called once a document: exact on any device, and slow where documents are short. These are not
+  compiled, since the number of calls changes from batch to batch.
 """
 
 import functools
-import importlib.util
 import sys
 from itertools import pairwise
 
@@ -25,11 +25,12 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lacuna.config import log
-from lacuna.model import SAVED_OPS
 
 BOUNDS: list[int] = []  # where the documents of the batch at hand begin, and the last one ends
 OURS = {"backend", "cu_seqlens", "max_seqlen", "document_mask"}  # what lacuna tells attention
-CHUNK = 64  # slots that the delta rule's kernels take at once
+# The log of a decay: 1e-13 of what came before is left, less than float32 rounds away; more would make sums of logs,
+# which the rule takes differences of, inexact.
+FORGET = -30.0
 
 
 def on_each_document(model: PreTrainedModel):
@@ -41,7 +42,7 @@ def on_each_document(model: PreTrainedModel):
             kind = OnAllDocuments if knows_documents(part) else OnEachDocument
             part.__class__ = before(type(part), kind)
             layer.sees_to_documents = True
-            layer.compiles = kind is OnAllDocuments
+            layer.compiles = convolves_only(part)
     parts = list(decoder.modules())
     if any(isinstance(part, OnEachDocument) for part in parts):
         log.warning("%s: layers with a state run document by document, see docs/models.md", type(model).__name__)
@@ -61,20 +62,20 @@ def has_state(module: nn.Module) -> bool:
     return convolves or "LightningAttention" in type(module).__name__
 
 
+def convolves_only(part: nn.Module) -> bool:
+    return type(part).__name__.endswith("ShortConv")
+
+
 def knows_documents(part: nn.Module) -> bool:
-    """Whether a part can take a whole row: then what its class calls, where it is told of documents, is below."""
-    called = vars(sys.modules[type(part).__module__])  # of transformers' file
-    name = type(part).__name__
-    if name.endswith("GatedDeltaNet") and has_kernels():
-        replace(called, "torch_chunk_gated_delta_rule", gated_delta_rule)
-    elif not name.endswith("ShortConv"):
+    """Whether a part can take whole rows: then what its class calls, where it is told of documents, is below."""
+    if not (convolves_only(part) or type(part).__name__.endswith("GatedDeltaNet")):
         return False
+    called = vars(sys.modules[type(part).__module__])  # of transformers' file
     replace(called, "causal_conv1d_fn", convolve)
+    if "torch_chunk_gated_delta_rule" in called:
+        theirs = called["torch_chunk_gated_delta_rule"]
+        replace(called, "torch_chunk_gated_delta_rule", functools.partial(delta_rule, theirs=theirs))
     return True
-
-
-def has_kernels() -> bool:
-    return torch.cuda.is_available() and importlib.util.find_spec("fla") is not None
 
 
 def replace(called: dict, name: str, ours):
@@ -128,17 +129,10 @@ class OnAllDocuments(nn.Module):
 
 
 def add_documents(decoder, args, kwargs):
-    """Where documents are, in transformers' words, once a batch and outside of what is compiled."""
-    bounds = kwargs["cu_seqlens"]
-    slots = torch.arange(kwargs["input_ids"].shape[1], device=bounds.device)
-    document = torch.searchsorted(bounds[1:], slots, right=True)  # [T]
-    # the delta rule's chunks: of each its document, and its place there
-    sizes = (bounds.diff() + CHUNK - 1) // CHUNK
-    owner = torch.repeat_interleave(torch.arange(len(sizes), device=bounds.device), sizes)
-    place = torch.arange(len(owner), device=bounds.device) - (sizes.cumsum(0) - sizes)[owner]
-    chunks = torch.stack([owner, place], 1).to(bounds.dtype)  # [chunks, 2]
-    torch._dynamo.mark_dynamic(chunks, 0)
-    return args, kwargs | {"seq_idx": document[None], "cu_seq_lens_q": bounds, "chunks": chunks}
+    """Each slot's document, and a row's slots, in transformers' words; outside of what is compiled."""
+    slots = torch.arange(kwargs["input_ids"].shape[1], device=kwargs["input_ids"].device)
+    document = torch.searchsorted(kwargs["cu_seqlens"][1:], slots, right=True)  # [T]
+    return args, kwargs | {"seq_idx": document[None], "slots": kwargs["max_seqlen"]}
 
 
 def convolve(x, weight, bias=None, activation=None, *, seq_idx, **others) -> Tensor:
@@ -157,67 +151,10 @@ def convolve(x, weight, bias=None, activation=None, *, seq_idx, **others) -> Ten
     return out.to(x.dtype)
 
 
-def gated_delta_rule(query, key, value, g, beta, *, cu_seqlens, chunks, **others) -> tuple[Tensor, None]:
-    """query and key [1, T, heads, K], value [1, T, heads, V], g (log of the decay) and beta [1, T, heads]."""
-    inputs = [x.contiguous() for x in (unit(query), unit(key), value, g, beta)]
-    return delta_rule(*inputs, cu_seqlens, chunks)[0], None
-
-
-def unit(x: Tensor) -> Tensor:
-    """Vectors of length 1, with transformers' epsilon: it moves gradients of a tiny model by .1%."""
-    exact = x.float()
-    return (exact * torch.rsqrt(exact.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
-
-
-# As for FlashAttention-4 in lacuna/attention.py: torch.compile cannot trace the kernels, and two opaque operators keep
-# the graph whole.
-@torch.library.custom_op("lacuna::delta_rule", mutates_args=())
-def delta_rule(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor, chunks: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The output, and what the backward pass needs: sums of g, and a triangle for each chunk."""
-    from fla.ops.gated_delta_rule.chunk import chunk_gated_delta_rule_fwd
-
-    options = {"initial_state": None, "output_final_state": False, "cu_seqlens": cu_seqlens, "chunk_indices": chunks}
-    sums, out, triangles, *_ = chunk_gated_delta_rule_fwd(q, k, v, g, beta, k.shape[-1] ** -0.5, **options)
-    return out, sums, triangles
-
-
-@torch.library.custom_op("lacuna::delta_rule_backward", mutates_args=())
-def delta_rule_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    sums: Tensor,
-    triangles: Tensor,
-    cu_seqlens: Tensor,
-    chunks: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from fla.ops.gated_delta_rule.chunk import chunk_gated_delta_rule_bwd
-
-    options = {"initial_state": None, "dht": None, "cu_seqlens": cu_seqlens, "chunk_indices": chunks}
-    options |= {"scale": k.shape[-1] ** -0.5, "do": grad.contiguous()}
-    dq, dk, dv, dbeta, dg, *_ = chunk_gated_delta_rule_bwd(q, k, v, sums, beta, triangles, **options)
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dg.to(sums.dtype), dbeta.to(beta.dtype)
-
-
-def save(ctx, inputs, output):
-    q, k, v, _, beta, cu_seqlens, chunks = inputs
-    _, sums, triangles = output
-    ctx.save_for_backward(q, k, v, beta, sums, triangles, cu_seqlens, chunks)
-
-
-def grads(ctx, grad, *_):
-    return *delta_rule_backward(grad, *ctx.saved_tensors), None, None
-
-
-delta_rule.register_fake(
-    lambda q, k, v, g, *_: (torch.empty_like(v), torch.empty_like(g), k.new_empty(*v.shape[:3], CHUNK))
-)
-delta_rule_backward.register_fake(
-    lambda grad, q, k, v, beta, sums, *_: tuple(map(torch.empty_like, (q, k, v, sums, beta)))
-)
-delta_rule.register_autograd(grads, setup_context=save)
-SAVED_OPS.append(torch.ops.lacuna.delta_rule.default)
+def delta_rule(query, key, value, *, g, beta, theirs, seq_idx, slots, **options) -> tuple[Tensor, None]:
+    """The gated delta rule, on rows of so many slots: all are [1, T, heads, ...]; g is the log of the decay."""
+    begins = F.pad(seq_idx, (1, 0), value=-1)[:, :-1] != seq_idx  # [1, T]
+    g = torch.where(begins[..., None], FORGET, g)
+    q, k, v, decay, rate = (x.unflatten(1, (-1, slots))[0] for x in (query, key, value, g, beta))
+    out, state = theirs(q, k, v, g=decay, beta=rate, **options)
+    return out.flatten(0, 1)[None], state
