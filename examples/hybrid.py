@@ -4,10 +4,7 @@ model.patch = "examples/hybrid.py:on_each_document" trains Qwen3.5, Qwen3-Next, 
 
 A state would run from one document into the next. transformers hands kernels of other packages the boundaries, where
 they are installed, and drops them without a word where they are not. So here
-- a convolution is told where documents begin (LFM2, Qwen3.5);
-- the gated delta rule (Qwen3.5, Qwen3-Next, OLMo hybrid; arXiv 2412.06464) forgets at a document's first token: its
-  state decays from token to token, and there the decay is as good as zero. Its layers are not compiled: of the 64
-  chunks of a row Inductor makes one graph, for which it takes minutes;
+- a convolution that stands alone (LFM2) is told where documents begin, and compiled as any layer;
 - any other part is called once a document: exact on any device, and slow where documents are short. These are not
   compiled, since the number of calls changes from batch to batch.
 """
@@ -28,9 +25,6 @@ from lacuna.config import log
 
 BOUNDS: list[int] = []  # where the documents of the batch at hand begin, and the last one ends
 OURS = {"backend", "cu_seqlens", "max_seqlen", "document_mask"}  # what lacuna tells attention
-# The log of a decay: 1e-13 of what came before is left, less than float32 rounds away; more would make sums of logs,
-# which the rule takes differences of, inexact.
-FORGET = -30.0
 
 
 def on_each_document(model: PreTrainedModel):
@@ -42,7 +36,7 @@ def on_each_document(model: PreTrainedModel):
             kind = OnAllDocuments if knows_documents(part) else OnEachDocument
             part.__class__ = before(type(part), kind)
             layer.sees_to_documents = True
-            layer.compiles = convolves_only(part)
+            layer.compiles = kind is OnAllDocuments
     parts = list(decoder.modules())
     if any(isinstance(part, OnEachDocument) for part in parts):
         log.warning("%s: layers with a state run document by document, see docs/models.md", type(model).__name__)
@@ -62,19 +56,11 @@ def has_state(module: nn.Module) -> bool:
     return convolves or "LightningAttention" in type(module).__name__
 
 
-def convolves_only(part: nn.Module) -> bool:
-    return type(part).__name__.endswith("ShortConv")
-
-
 def knows_documents(part: nn.Module) -> bool:
-    """Whether a part can take whole rows: then what its class calls, where it is told of documents, is below."""
-    if not (convolves_only(part) or type(part).__name__.endswith("GatedDeltaNet")):
+    """Whether a part convolves and no more: then what its class calls, where it is told of documents, is `convolve`."""
+    if not type(part).__name__.endswith("ShortConv"):
         return False
-    called = vars(sys.modules[type(part).__module__])  # of transformers' file
-    replace(called, "causal_conv1d_fn", convolve)
-    if "torch_chunk_gated_delta_rule" in called:
-        theirs = called["torch_chunk_gated_delta_rule"]
-        replace(called, "torch_chunk_gated_delta_rule", functools.partial(delta_rule, theirs=theirs))
+    replace(vars(sys.modules[type(part).__module__]), "causal_conv1d_fn", convolve)
     return True
 
 
@@ -129,10 +115,10 @@ class OnAllDocuments(nn.Module):
 
 
 def add_documents(decoder, args, kwargs):
-    """Each slot's document, and a row's slots, in transformers' words; outside of what is compiled."""
+    """Each slot's document, [1, T], under the name that transformers hands on to convolutions."""
     slots = torch.arange(kwargs["input_ids"].shape[1], device=kwargs["input_ids"].device)
-    document = torch.searchsorted(kwargs["cu_seqlens"][1:], slots, right=True)  # [T]
-    return args, kwargs | {"seq_idx": document[None], "slots": kwargs["max_seqlen"]}
+    document = torch.searchsorted(kwargs["cu_seqlens"][1:], slots, right=True)
+    return args, kwargs | {"seq_idx": document[None]}
 
 
 def convolve(x, weight, bias=None, activation=None, *, seq_idx, **others) -> Tensor:
@@ -149,12 +135,3 @@ def convolve(x, weight, bias=None, activation=None, *, seq_idx, **others) -> Ten
     if activation is not None:
         out = ACT2FN[activation](out)
     return out.to(x.dtype)
-
-
-def delta_rule(query, key, value, *, g, beta, theirs, seq_idx, slots, **options) -> tuple[Tensor, None]:
-    """The gated delta rule, on rows of so many slots: all are [1, T, heads, ...]; g is the log of the decay."""
-    begins = F.pad(seq_idx, (1, 0), value=-1)[:, :-1] != seq_idx  # [1, T]
-    g = torch.where(begins[..., None], FORGET, g)
-    q, k, v, decay, rate = (x.unflatten(1, (-1, slots))[0] for x in (query, key, value, g, beta))
-    out, state = theirs(q, k, v, g=decay, beta=rate, **options)
-    return out.flatten(0, 1)[None], state

@@ -40,8 +40,7 @@ def choose_backend(asked: str | None, device: torch.device, dtype: torch.dtype) 
 
 def boundaries(batch: PackedBatch, backend: str) -> dict:
     """Arguments that carry a batch's document boundaries through a transformers model."""
-    # One graph for any number of documents. Padded to a fixed length instead, as empty documents, they cost
-    # FlashAttention-4 7 ms of a 350 ms step (Qwen3-1.7B, 520 for 4 x 4,096 tokens, H200).
+    # one graph for any number of documents: padding cost FlashAttention-4 7 of 350 ms (Qwen3-1.7B, H200)
     torch._dynamo.mark_dynamic(batch.cu_seqlens, 0)
     mask = None
     if backend == "sdpa":  # which slots of its row a slot sees: itself, and those before it in its document

@@ -12,6 +12,7 @@ from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
@@ -64,10 +65,8 @@ def read_state(checkpoint: Path | None, config: Config) -> dict:
         raise ConfigError(f"{checkpoint} is of another version of lacuna: begin a run with it as model.name")
     old = flat(state["config"])
     new = flat(config.model_dump(mode="json"))
-    changed = []
-    for key in sorted(old.keys() & new.keys()):
-        if old[key] != new[key] and not key.startswith(FREE):
-            changed.append(f"{key} (was {old[key]!r})")
+    keys = [key for key in sorted(old.keys() & new.keys()) if old[key] != new[key] and not key.startswith(FREE)]
+    changed = [f"{key} (was {old[key]!r})" for key in keys]
     if changed and not config.checkpoint.resume_changed:
         cure = "change it back, set another name, or checkpoint.resume_changed = true"
         raise ConfigError(f"{checkpoint} cannot go on with another {', '.join(changed)}: {cure}")
@@ -184,8 +183,7 @@ class Checkpoints:
         log.info("step %d: checkpoint in %s", step, path)
         for old in in_order(self.folder)[: -self.config.checkpoint.keep]:
             # gone at once, whatever happens while it is deleted; what stays is removed when the run starts again
-            gone = old.rename(old.with_name(f".old_{old.name}"))
-            shutil.rmtree(gone, ignore_errors=True)
+            shutil.rmtree(old.rename(old.with_name(f".old_{old.name}")), ignore_errors=True)
 
     def write_safetensors(self, file: Path):
         """One file of float32 tensors, with the offsets of sharded ones in the whole."""
@@ -212,9 +210,7 @@ def match_eos(config: Config, model: PreTrainedModel, tokenizer):
     except ValueError as error:
         log.info("The generation_config is left out, since transformers refuses it: %s", error)
         generation = GenerationConfig(bos_token_id=tokenizer.bos_token_id)
-    ends = generation.eos_token_id
-    if not isinstance(ends, list):
-        ends = [ends]
+    ends = np.atleast_1d(generation.eos_token_id).tolist()
     if config.model.tokenizer:  # the ids of another one would be other words
         generation.bos_token_id = tokenizer.bos_token_id
         generation.pad_token_id = tokenizer.pad_token_id

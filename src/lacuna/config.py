@@ -17,8 +17,8 @@ from pydantic_settings import CliSettingsSource
 log = logging.getLogger("lacuna")
 
 AGAIN = "the same command goes on from the last checkpoint"
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-NOT_ALLOWED = (errno.EROFS, errno.EACCES, errno.EPERM)
+CURES = dict.fromkeys([errno.ENOSPC, errno.EDQUOT], f". The disk is full: make room, and {AGAIN}")
+CURES |= dict.fromkeys([errno.EROFS, errno.EACCES, errno.EPERM], f". Change who may, or name another place; {AGAIN}")
 
 
 class ConfigError(Exception):
@@ -44,12 +44,7 @@ def blame(where: str):
 def fault(error: BaseException) -> str:
     """An error of any library in one line, with a cure where a disk or another rank is at fault."""
     text = " ".join(str(error).split())[:300]
-    number = getattr(error, "errno", None)
-    cure = ""
-    if number in DISK_FULL:
-        cure = f". The disk is full: make room, and {AGAIN}"
-    if number in NOT_ALLOWED:
-        cure = f". Change who may, or name another place; {AGAIN}"
+    cure = CURES.get(getattr(error, "errno", None), "")
     if "gloo" in text or type(error).__module__ == "torch.distributed":
         cure = f". Another rank has ended, or cannot be reached: see what it says; {AGAIN}"
     return f"{type(error).__name__}: {text}{cure}"

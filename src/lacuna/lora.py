@@ -28,8 +28,7 @@ class LoRALinear(nn.Linear):
         return own + wide.view_as(own)
 
 
-# What a linear layer becomes, by its class: a patch's own, such as fp8's, computes otherwise, or is added here by it.
-ADAPTED = {nn.Linear: LoRALinear}
+ADAPTED = {nn.Linear: LoRALinear}  # by its very class: a patch's own, such as fp8's, has none, or the patch adds it
 
 
 def add_adapters(model: nn.Module, layers: list[nn.Module], config: LoraConfig):

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import statistics
 import sys
 import time
 from collections import Counter
@@ -58,7 +59,7 @@ class Report:
         self.stop_asked = False  # by a signal on any rank
         self.pending = []  # steps whose figures are on their way to the host
         self.file = open_metrics(folder, state["step"]) if ranks.rank == 0 else None
-        self.done = Counter()  # steps and seconds
+        self.paces = []  # seconds a step, of each line
         self.start_clock()
 
     def start_clock(self):
@@ -119,9 +120,8 @@ class Report:
         own = {name: interval[name] / max(interval["units"], 1) for name in facts["figures"]}  # a recipe's
         self.start_clock()
         self.write(metrics | own)
-        self.done.update(steps=count, seconds=seconds)
-        pace = self.done["seconds"] / self.done["steps"]
-        left = timedelta(seconds=round((self.steps - facts["step"]) * pace))
+        self.paces.append(seconds / count)
+        left = timedelta(seconds=round((self.steps - facts["step"]) * statistics.median_low(self.paces)))
         share = f"  mfu {mfu:.0%}" if mfu else ""
         learned = f"loss {loss:.4f}  norm {sums['grad_norm']:.2f}"
         log.info(f"step {facts['step']}/{self.steps}  {learned}  {speed:,.0f} tok/s{share}  {left}")

@@ -52,12 +52,9 @@ class AdamW:
 
     def tensors(self, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
         """The state as a checkpoint names it, float32, sharded like the parameters."""
-        state = {"optimizer.step": self.count}
-        for name, parameter in parameters.items():
-            average, square = self.moments[parameter]
-            state[f"optimizer.exp_avg.{name}"] = average
-            state[f"optimizer.exp_avg_sq.{name}"] = square
-        return state
+        average = {f"optimizer.exp_avg.{name}": self.moments[p][0] for name, p in parameters.items()}
+        square = {f"optimizer.exp_avg_sq.{name}": self.moments[p][1] for name, p in parameters.items()}
+        return {"optimizer.step": self.count} | average | square
 
 
 def adamw(tensors: list[tuple], decays: list[float], *, lr, scale, failed, step_size, root, beta1, beta2, eps):
