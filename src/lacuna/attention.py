@@ -24,14 +24,11 @@ os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
 
 def choose_backend(asked: str | None, device: torch.device, dtype: torch.dtype) -> str:
     """The backend for `model.attention`; ConfigError where this machine cannot run it."""
-    possible = ["sdpa"]
-    if device.type == "cuda" and dtype == torch.bfloat16:
-        capability = torch.cuda.get_device_capability(device)
-        has_fa4 = importlib.util.find_spec("flash_attn") and importlib.util.find_spec("flash_attn.cute")
-        if capability >= (8, 0):
-            possible.insert(0, "varlen")
-        if capability >= (9, 0) and has_fa4:
-            possible.insert(0, "fa4")
+    can_flash = device.type == "cuda" and dtype == torch.bfloat16
+    capability = torch.cuda.get_device_capability(device) if can_flash else (0, 0)
+    has_fa4 = importlib.util.find_spec("flash_attn") and importlib.util.find_spec("flash_attn.cute")
+    can = {"fa4": capability >= (9, 0) and has_fa4, "varlen": capability >= (8, 0), "sdpa": True}
+    possible = [backend for backend in can if can[backend]]
     if asked and asked not in possible:
         needs = "varlen needs bfloat16 on Ampere or later, fa4 Hopper or later and its extra"
         raise ConfigError(f'model.attention = "{asked}" does not run here; possible: {", ".join(possible)}. {needs}')
@@ -69,8 +66,7 @@ def packed_attention(module, query, key, value, attention_mask=None, *, backend=
             mask = mask & torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).triu(-left)
         rows = (mask.shape[0], mask.shape[-1])
         q, k, v = (x[0].unflatten(1, rows).transpose(0, 1) for x in (query, key, value))  # [B, heads, S, D]
-        grouped = q.shape[1] != k.shape[1]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
+        out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
         return out.transpose(1, 2).flatten(0, 1)[None], None
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
     # with heads of 48, 72, 80 or 104 its gradients are wrong, without a word (4.0.0b36 on an H200)
@@ -107,9 +103,7 @@ def fa4_backward(grad, q, k, v, out, lse, *limits):
 def fa4_options(cu_seqlens: torch.Tensor, max_seqlen: int, scale: float, left: int) -> dict:
     options = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens, "softmax_scale": scale}
     options |= {"max_seqlen_q": max_seqlen, "max_seqlen_k": max_seqlen}
-    if left < 0:
-        return options | {"causal": True}
-    return options | {"window_size_left": left, "window_size_right": 0}
+    return options | ({"causal": True} if left < 0 else {"window_size_left": left, "window_size_right": 0})
 
 
 def fa4_save(ctx, inputs, output):

@@ -140,6 +140,25 @@ def test_the_five_formats_give_the_same_ids_and_masks(tokenizer, encoder):
     for given, asked in [(None, "Add."), ("", "Add."), ("1 and 2", "Add.\n\n1 and 2")]:
         row = {"instruction": "Add.", "input": given, "output": "3"}
         assert encoded(encoder, row) == expected(tokenizer, chatml(say(f"user: {asked}", "assistant: 3"))), row
+    turns = say("user: One?", "assistant: 1", "user: Two?", "assistant: 2", "user: Add.", "assistant: 3")
+    for history in ([["One?", "1"], ["Two?", "2"]], '[["One?", "1"], ["Two?", "2"]]'):
+        row = {"instruction": "Add.", "output": "3", "history": history}
+        assert encoded(encoder, row) == expected(tokenizer, chatml(turns)), row
+
+
+def test_keys_of_messages_that_nothing_reads_are_told_once_a_source(tokenizer, tmp_path):
+    template = (REPO / "src/lacuna/data/templates/chatml.jinja").read_text()
+    template += "{% for message in messages %}{{ message.mood }}{% endfor %}"
+    (tmp_path / "moody.jinja").write_text(template)
+    chats = make(tokenizer, "--data.chat_template", str(tmp_path / "moody.jinja"))
+    turns = [message | {"mood": "", "score": 5, "weight": 1, "id": "x"} for message in SHORT]
+    with lacuna_log() as messages:
+        for path in ("a.jsonl", "a.jsonl", "b.jsonl"):
+            chats.documents(copy.deepcopy([{"messages": turns}] * 2), Source(path=path), range(2))
+    told = sorted(message for message in messages if "nothing reads" in message)
+    assert told == [
+        f"{path}.jsonl: messages have '{key}', which nothing reads" for path in "ab" for key in ("id", "score")
+    ]
 
 
 CALL = {"name": "weather", "arguments": {"city": "Köln", "days": [1, 2]}}
@@ -174,7 +193,7 @@ def test_only_the_columns_of_the_format_are_read_and_the_log_names_it(encoder):
         ("messages", "messages tools", "id prompt"),
         ("conversations", "conversations system", "id"),
         ("prompt and completion", "prompt completion", "score"),
-        ("instruction and output", "instruction output input", "history"),
+        ("instruction and output", "instruction output input history", "id"),
         ("token ids", "input_ids labels attention_mask loss_mask", "id"),
     ]:
         with lacuna_log() as messages:

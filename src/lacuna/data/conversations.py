@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from itertools import chain
 from pathlib import Path
 from threading import Lock
 
@@ -23,7 +24,7 @@ FORMATS = {  # recognised by these columns
     "token ids": ["input_ids"],
 }
 MASKS = ["loss_mask", "completion_mask", "assistant_masks"]
-OPTIONAL = ["tools", "system", "input", "labels", "attention_mask", *MASKS]
+OPTIONAL = ["tools", "system", "input", "history", "labels", "attention_mask", *MASKS]
 # Who speaks, under `role` or `from`, in the words of chat templates; a `call` is a turn of the assistant's.
 ROLES = {"system": "system", "developer": "developer"} | dict.fromkeys(["user", "human"], "user")
 ROLES |= dict.fromkeys(["assistant", "gpt", "bot", "model", "chatgpt"], "assistant")
@@ -33,6 +34,8 @@ FLAGS = ["train", "training", "trainable", "loss", "weight"]
 TRAINED = dict.fromkeys(["true", "1", "1.0"], True) | dict.fromkeys(["false", "0", "0.0"], False)
 REASONING = ["reasoning_content", "reasoning", "thinking"]
 CALLS = ["tool_calls", "function_call", "function_calls", "functions", "tools"]
+READ = {"role", "content", "tool_call_id", *REASONING, *CALLS}  # of a message; what else, a template may:
+FIELD = r"\bm\w*(\.|\[.|\.get\(.){}\b"
 TEMPLATES = Path(__file__).parent / "templates"
 MARKS = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
 CURE = "put {% generation %} before and {% endgeneration %} after what the assistant writes, its stop token included"
@@ -56,6 +59,7 @@ class ChatEncoder:
         self.data = config.data
         self.seq_len = config.train.seq_len
         self.own = None  # the model's own template, where one of lacuna's stands in for it
+        self.unread = set()  # (source, key of its messages): each is told once
         self.bos = tokenizer.bos_token if adds_bos(tokenizer) else ""
         try:
             self.template = training_template(tokenizer, self.data.chat_template)
@@ -82,16 +86,15 @@ class ChatEncoder:
         return read
 
     def documents(self, rows, source, numbers):
-        columns = list({name: None for row in rows for name in row})
-        row_format = recognise(columns, source) if rows else ""
+        row_format = recognise(list(dict.fromkeys(chain.from_iterable(rows))), source) if rows else ""
         documents = []
         for number, row in zip(numbers, rows, strict=True):
             given = {name: row[name] for name in FORMATS[row_format] + OPTIONAL if row.get(name) is not None}
             with blame(f"data.sources {source.path}, row {number}, read as {row_format}"):
-                documents.append(self.document(given, row_format))
+                documents.append(self.document(given, row_format, source.path))
         return documents
 
-    def document(self, row: dict, row_format: str) -> Tokens:
+    def document(self, row: dict, row_format: str, path: str = "") -> Tokens:
         if row_format == "token ids":
             return self.fit(*read_ids(row, len(self.tokenizer)))
         messages = read_messages(row, row_format)
@@ -100,16 +103,16 @@ class ChatEncoder:
             template = PLAIN
             messages[0]["content"] = self.bos + row["prompt"].removeprefix(self.bos)
             messages[1]["content"] = row["completion"].removesuffix(self.tokenizer.eos_token)
-        flags = {}  # by the number of an assistant's message: whether it is trained
-        for number, message in enumerate(messages):
-            flag = message.pop("train")  # templates do not see it
-            if message["role"] == "assistant":
-                flags[number] = flag and says_something(message)
-        if not any(flags.values()):
-            empty = not all(says_something(messages[number]) for number in flags)
-            return Tokens(NOTHING, "dropped: an empty answer" if empty else "dropped: without a trained token")
+        flags = [message.pop("train") for message in messages]  # templates do not see it
+        if not any(flags):
+            silent = any(message["role"] == "assistant" and not says_something(message) for message in messages)
+            return Tokens(NOTHING, "dropped: an empty answer" if silent else "dropped: without a trained token")
+        for key in set().union(*messages) - READ:
+            if (path, key) not in self.unread and not re.search(FIELD.format(re.escape(key)), template or ""):
+                log.warning("%s: messages have %r, which nothing reads", path, key)
+                self.unread.add((path, key))
         tools = [decoded(tool) for tool in decoded(row.get("tools")) or []]
-        left_out = self.left_out(messages, template, tools, max(number for number in flags if flags[number]))
+        left_out = self.left_out(messages, template, tools, max(np.flatnonzero(flags)))
         if left_out and self.data.unrendered == "drop":
             return Tokens(NOTHING, "dropped: the chat template leaves something out")
         if left_out:
@@ -117,13 +120,14 @@ class ChatEncoder:
         ids, mask = self.render(messages, template, tools)
         # marked tokens come in runs, one a turn: where each begins and ends, [turns, 2]
         turns = np.flatnonzero(np.diff(mask, prepend=False, append=False)).reshape(-1, 2)
-        if len(turns) != len(flags):
-            raise ValueError(f"the chat template marks {len(turns)} of {len(flags)} assistant turns: {CURE}")
+        trained = [flag for flag, message in zip(flags, messages, strict=True) if message["role"] == "assistant"]
+        if len(turns) != len(trained):
+            raise ValueError(f"the chat template marks {len(turns)} of {len(trained)} assistant turns: {CURE}")
         # Each turn has one stop token, and it is the last one: else the model would learn to go on after it.
         stops = np.flatnonzero(mask & (ids == self.eos))
         if stops.tolist() != [end - 1 for _, end in turns]:
             return Tokens(NOTHING, "dropped: a stop token inside a turn, or none at its end")
-        for (begin, end), flag in zip(turns, flags.values(), strict=True):
+        for (begin, end), flag in zip(turns, trained, strict=True):
             mask[begin:end] = flag
         return self.fit(ids, mask)
 
@@ -230,7 +234,9 @@ def read_messages(row: dict, row_format: str) -> list[dict]:
         turns = asked + as_turns(row.get("completion", ""), "assistant")
     elif row_format == "instruction and output":
         asked = "\n\n".join(filter(None, [row["instruction"], row.get("input")]))
-        turns = as_turns(asked, "user") + as_turns(row.get("output", ""), "assistant")
+        turns = []
+        for pair in [*(decoded(row.get("history")) or []), (asked, row.get("output", ""))]:
+            turns += as_turns(pair[0], "user") + as_turns(pair[1], "assistant")
     else:
         turns = as_turns(decoded(row[row_format]), "user")
     return [read_turn(turn) for turn in system + turns]
@@ -252,7 +258,6 @@ def read_turn(turn: dict) -> dict:
     flags = [str(turn.pop(name)).lower() for name in FLAGS if name in turn]
     if not set(flags) <= TRAINED.keys():
         raise ValueError(f"a turn is trained or not: true or false (or 1, 0), not {', '.join(flags)}")
-    turn["train"] = all(TRAINED[flag] for flag in flags)
     thoughts = [turn.pop(name) for name in REASONING if name in turn]
     content = turn.pop("value", turn.get("content", ""))
     if turn["role"] == "call":
@@ -275,6 +280,7 @@ def read_turn(turn: dict) -> dict:
     for call in turn.get("tool_calls", []):
         function = call.get("function", call)
         function["arguments"] = decoded(function.get("arguments") or "{}")  # or templates quote them twice
+    turn["train"] = turn["role"] == "assistant" and says_something(turn) and all(TRAINED[flag] for flag in flags)
     return turn
 
 
