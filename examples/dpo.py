@@ -193,11 +193,13 @@ class PairEncoder:
         documents = []
         for number, row in zip(numbers, rows, strict=True):
             with blame(f"data.sources {source.path}, row {number}, read as a preference pair"):
-                documents.append(self.document({name: value for name, value in row.items() if value is not None}))
+                given = {name: value for name, value in row.items() if value is not None}
+                documents.append(self.document(given, source.path))
         return documents
 
-    def document(self, row: dict) -> Tokens:
-        chosen, rejected = (self.chats.document(answer, "prompt and completion") for answer in as_completions(row))
+    def document(self, row: dict, path: str) -> Tokens:
+        answers = [self.chats.document(answer, "prompt and completion", path) for answer in as_completions(row)]
+        chosen, rejected = answers
         if chosen.note or rejected.note:
             return Tokens(NOTHING, chosen.note or rejected.note)
         if np.array_equal(chosen.ids, rejected.ids):

@@ -148,7 +148,7 @@ def test_the_five_formats_give_the_same_ids_and_masks(tokenizer, encoder):
 
 def test_keys_of_messages_that_nothing_reads_are_told_once_a_source(tokenizer, tmp_path):
     template = (REPO / "src/lacuna/data/templates/chatml.jinja").read_text()
-    template += "{% for message in messages %}{{ message.mood }}{% endfor %}"
+    template += "{% for turn in messages %}{{ turn.mood }}{% endfor %}"
     (tmp_path / "moody.jinja").write_text(template)
     chats = make(tokenizer, "--data.chat_template", str(tmp_path / "moody.jinja"))
     turns = [message | {"mood": "", "score": 5, "weight": 1, "id": "x"} for message in SHORT]
