@@ -4,9 +4,11 @@ model.patch = "examples/hybrid.py:on_each_document" trains Qwen3.5, Qwen3-Next, 
 
 A state would run from one document into the next. transformers hands kernels of other packages the boundaries, where
 they are installed, and drops them without a word where they are not. So here
-- a convolution that stands alone (LFM2) is told where documents begin, and compiled as any layer;
-- any other part is called once a document: exact on any device, and slow where documents are short. These are not
-  compiled, since the number of calls changes from batch to batch.
+- a convolution that stands alone (LFM2) is told where documents begin, and takes them all at once;
+- any other part is called once a document: exact on any device, and slow where documents are short. The number
+  of calls changes from batch to batch.
+
+None of these layers is compiled.
 """
 
 import functools
@@ -36,7 +38,8 @@ def on_each_document(model: PreTrainedModel):
             kind = OnAllDocuments if knows_documents(part) else OnEachDocument
             part.__class__ = before(type(part), kind)
             layer.sees_to_documents = True
-            layer.compiles = kind is OnAllDocuments
+            # convolutions, too: compiled they are right on a CPU, and were not compared on a GPU yet
+            layer.compiles = False
     parts = list(decoder.modules())
     if any(isinstance(part, OnEachDocument) for part in parts):
         log.warning("%s: layers with a state run document by document, see docs/models.md", type(model).__name__)
@@ -45,7 +48,7 @@ def on_each_document(model: PreTrainedModel):
         decoder.register_forward_pre_hook(add_documents, with_kwargs=True)
 
 
-@functools.cache  # one class for all layers, which so share one compiled graph
+@functools.cache  # one class for all layers
 def before(own: type, kind: type) -> type:
     return type(own.__name__, (kind, own), {})
 
@@ -127,7 +130,7 @@ def convolve(x, weight, bias=None, activation=None, *, seq_idx, **others) -> Ten
     wide = x.float()
     out = wide * weight[:, -1:].float()
     for lag in range(1, taps):
-        earlier = F.pad(wide, (lag, 0))[..., :-lag]
+        earlier = F.pad(x, (lag, 0))[..., :-lag].float()  # cast first, Inductor makes wrong gradients on a CPU
         same = F.pad(seq_idx, (lag, 0), value=-1)[..., :-lag] == seq_idx  # [1, T]
         out = out + torch.where(same, earlier, 0.0) * weight[:, taps - 1 - lag, None].float()
     if bias is not None:
