@@ -110,6 +110,30 @@ def test_the_single_thread_that_torchrun_sets_is_replaced(environment, cores):
     assert environment["OMP_NUM_THREADS"] == "8"
 
 
+# The end
+
+
+def test_a_good_end_runs_what_a_patch_has_left_for_it(tmp_path):
+    code = f"""
+import atexit
+from lacuna import cli
+file = open({str(tmp_path / "written")!r}, "w")
+file.write("all of it")
+atexit.register(lambda: print("at exit"))
+cli.leave(0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "at exit\n"
+    assert (tmp_path / "written").read_text() == "all of it"
+
+
+def test_help_is_shown_where_stderr_is_closed():
+    done = subprocess.run(
+        ["sh", "-c", f"{sys.executable} -m lacuna --help 2>&-"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("usage: lacuna pt")
+
+
 # Launch
 
 

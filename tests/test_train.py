@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lacuna import train as train_module
 from lacuna.config import ConfigError, load_config
-from lacuna.metrics import flop
+from lacuna.metrics import Report, flop
 from lacuna.model import build_model
 from lacuna.parallel import Ranks, gradient_norm
 from lacuna.train import accumulate_gradients, run
@@ -338,6 +338,14 @@ def test_the_time_that_is_left_follows_from_the_median_pace_so_far(model_folder,
     assert len(set(paces)) == 4
     medians = [sorted(paces[:step])[(step - 1) // 2] for step in range(1, 5)]
     assert said == [str(timedelta(seconds=round((4 - step) * median))) for step, median in enumerate(medians, 1)]
+
+
+def test_the_last_lines_count_figures_of_zero(tmp_path, caplog):
+    lines = [json.dumps({"step": step, "loss": loss}) for step, loss in enumerate([0.0, -1.0, 0.0])]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    caplog.set_level("INFO", "lacuna")
+    Report.close(None, tmp_path, 5.0)
+    assert "loss: first 0.0000, last 0.0000, highest 0.0000" in caplog.text
 
 
 def test_the_last_lines_say_what_metrics_has_and_what_to_do(model_folder, texts, tmp_path):

@@ -20,7 +20,7 @@ USAGE = """usage: lacuna pt [CONFIG.toml]          train on text: every token
 
 
 def main():
-    if not sys.stderr.isatty():
+    if not (sys.stderr and sys.stderr.isatty()):
         os.environ["TQDM_DISABLE"] = "1"  # of all libraries
     try:
         command, config, words = parse(sys.argv[1:])
@@ -79,7 +79,9 @@ def leave(status: int, sentence: str = ""):
             sys.stderr.write(f"{name}: {sentence}\n")
         sys.stdout.flush()
     # threads of gloo's, or a loader's that stands still in a read, outlive the interpreter: 1 run in 20 aborted
-    os._exit(status)
+    if status or rank:
+        os._exit(status)
+    sys.exit(0)
 
 
 def launch(words: list[str]):

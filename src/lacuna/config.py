@@ -43,7 +43,7 @@ def blame(where: str):
 
 def fault(error: BaseException) -> str:
     """An error of any library in one line, with a cure where a disk or another rank is at fault."""
-    text = " ".join(str(error).split())[:300]
+    text = str(error).partition("\n")[0] if isinstance(error, OSError) else " ".join(str(error).split())[:300]
     cure = CURES.get(getattr(error, "errno", None), "")
     if "gloo" in text or type(error).__module__ == "torch.distributed":
         cure = f". Another rank has ended, or cannot be reached: see what it says; {AGAIN}"
@@ -235,10 +235,8 @@ def load_config(path: str | None, argv: list[str], task: str = "pt") -> Config:
     parser = Parser(usage=f"lacuna {task} [CONFIG.toml] [--section.key VALUE ...]", allow_abbrev=False)
     with blame("the command line (--section.key VALUE; a list is JSON)"):
         given = CliSettingsSource(Config, None, argv, root_parser=parser, parse_args_method=Parser.parse_args)()
-    merged = {}
-    if path:
-        with blame(f"cannot read config {path} as TOML"):
-            merged = tomllib.loads(Path(path).read_text("utf-8-sig"))
+    with blame(f"cannot read config {path} as TOML"):
+        merged = tomllib.loads(Path(path).read_text("utf-8-sig")) if path else {}
     train = given.get("train", {})
     if "steps" in train or "epochs" in train:  # they exclude each other: one given here takes back the file's
         given["train"] = {"steps": None, "epochs": None} | train

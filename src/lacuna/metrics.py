@@ -138,7 +138,7 @@ class Report:
         log.info("time: %s", timedelta(seconds=round(seconds)))
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
         for name in ("loss", "eval_loss", "peak_memory_gib"):
-            seen = [line[name] for line in lines if line.get(name)]
+            seen = [line[name] for line in lines if line.get(name) is not None]
             if seen:
                 log.info("%s: first %.4f, last %.4f, highest %.4f", name, seen[0], seen[-1], max(seen))
         log.info("Its curves:\nuv run --with plotly==7.1.0 benchmarks/report.py %s", folder)

@@ -129,8 +129,7 @@ def apply_patch(model: PreTrainedModel, patch: str):
     with blame(f"model.patch {patch} (a file.py:function)"):
         # a module: torch.compile looks up by its name what layers call there
         spec = spec_from_file_location(f"patch_{Path(file).stem}", file)
-        module = module_from_spec(spec)
-        sys.modules[spec.name] = module
+        module = sys.modules[spec.name] = module_from_spec(spec)
         spec.loader.exec_module(module)
         getattr(module, function)(model)
 

@@ -132,8 +132,7 @@ def in_memory(model: PreTrainedModel, stored: dict[str, list[Part]], places) -> 
             stored[new] = parts
             continue
         if new not in made:
-            rule = next(rule for rule in converters if pattern in rule.source_patterns)
-            made[new] = copy.deepcopy(rule)
+            made[new] = copy.deepcopy(next(rule for rule in converters if pattern in rule.source_patterns))
         made[new].add_tensor(new, name, pattern, parts[0].values)
     return made
 

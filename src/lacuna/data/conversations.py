@@ -103,7 +103,7 @@ class ChatEncoder:
             template = PLAIN
             messages[0]["content"] = self.bos + row["prompt"].removeprefix(self.bos)
             messages[1]["content"] = row["completion"].removesuffix(self.tokenizer.eos_token)
-        flags = [message.pop("train") for message in messages]  # templates do not see it
+        flags = [message.pop("train") and says_something(message) for message in messages]  # templates do not see it
         if not any(flags):
             silent = any(message["role"] == "assistant" and not says_something(message) for message in messages)
             return Tokens(NOTHING, "dropped: an empty answer" if silent else "dropped: without a trained token")
@@ -235,7 +235,9 @@ def read_messages(row: dict, row_format: str) -> list[dict]:
     elif row_format == "instruction and output":
         asked = "\n\n".join(filter(None, [row["instruction"], row.get("input")]))
         turns = []
-        for pair in [*(decoded(row.get("history")) or []), (asked, row.get("output", ""))]:
+        for pair in [*(decoded(row.get("history")) or []), [asked, row.get("output", "")]]:
+            if not isinstance(pair, list) or len(pair) != 2:
+                raise ValueError("history is no list of pairs, [question, answer]: take the column out, or rewrite it")
             turns += as_turns(pair[0], "user") + as_turns(pair[1], "assistant")
     else:
         turns = as_turns(decoded(row[row_format]), "user")
@@ -280,7 +282,7 @@ def read_turn(turn: dict) -> dict:
     for call in turn.get("tool_calls", []):
         function = call.get("function", call)
         function["arguments"] = decoded(function.get("arguments") or "{}")  # or templates quote them twice
-    turn["train"] = turn["role"] == "assistant" and says_something(turn) and all(TRAINED[flag] for flag in flags)
+    turn["train"] = turn["role"] == "assistant" and all(TRAINED[flag] for flag in flags)
     return turn
 
 
