@@ -61,11 +61,12 @@ def explain(config: Config, show: int = 2, show_ids: bool = False):
 
 if __name__ == "__main__":
     parser = ArgumentParser(description="The first rows of a run, and which of their tokens are trained.")
+    parser.add_argument("task", help="pt or sft; then its config and keys, as for lacuna")
     parser.add_argument("--rows", type=int, default=2, help="how many")
     parser.add_argument("--ids", action="store_true", help="token ids too")
     options, words = parser.parse_known_args()
     try:
-        _, config, _ = parse(words)
+        config, _ = parse([options.task, *words])
         explain(config, options.rows, options.ids)
     except ConfigError as error:
         sys.exit(f"explain: {error}")

@@ -314,7 +314,8 @@ def last_step(run: Path) -> int:
 
 def checkpoints(run: Path) -> list[int]:
     """Steps of the checkpoints that are there."""
-    return sorted(int(folder.name.removeprefix("step_")) for folder in (run / "checkpoints").glob("step_*"))
+    steps = [folder.name.removeprefix("step_") for folder in (run / "checkpoints").glob("step_*")]
+    return sorted(int(step) for step in steps if step.isdecimal())
 
 
 def tensors(checkpoint: Path) -> dict:

@@ -302,6 +302,120 @@ def test_flat_names_every_key_of_the_config():
     assert [key for key in keys if isinstance(config.model_dump().get(key), dict)] == ["recipe"]
 
 
+# ---- a checkpoint is what was saved
+
+
+def cut(file: Path):
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def change(file: Path):
+    content = bytearray(file.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 200] = bytes(200)
+    file.write_bytes(content)
+
+
+def of_another_step(file: Path):
+    shutil.copy(file.parents[1] / "step_2" / file.name, file)
+
+
+DAMAGES = [
+    *(("rank_00000.safetensors", damage) for damage in (Path.unlink, cut, change, of_another_step)),
+    *(("state.json", damage) for damage in (Path.unlink, cut, change, Path.touch)),
+    *(("config.json", damage) for damage in (Path.unlink, cut)),
+    ("tokenizer.json", cut),
+    ("generation_config.json", change),
+]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """The words of a run of six steps, and the folder that it left after the fourth, with the checkpoints 2 and 4."""
+    place = tmp_path_factory.mktemp("saved")
+    (place / "empty.toml").touch()
+    source = json.dumps([{"path": str(EXAMPLES / "moby_dick" / "heldout.jsonl")}])
+    words = ["--model.name", EXAMPLES / "tiny", "--data.sources", source, "--data.cache", place / "cache"]
+    words += ["--model.from_scratch", "true", "--train.seq_len", 64, "--train.micro_batch_size", 1]
+    words += ["--train.global_batch_size", 1, "--train.steps", 4, "--checkpoint.every", 2, "--optim.lr", 1e-3]
+    words = list(map(str, words))
+    folder = run(load_config(None, [*words, "--out", str(place), "--name", "run"]))
+    return [*words, "--checkpoint.resume_changed", "true", "--train.steps", "5"], folder
+
+
+@pytest.mark.parametrize(("name", "damage"), DAMAGES, ids=[f"{name}-{damage.__name__}" for name, damage in DAMAGES])
+def test_a_damaged_checkpoint_is_put_aside_and_the_run_goes_on_from_the_whole_one(saved, name, damage, tmp_path):
+    words, folder = saved
+    shutil.copytree(folder, tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoints" / "step_4"
+    damage(newest / name)
+    if damage is Path.touch:
+        (newest / name).write_bytes(b"")
+    bad = {file.name: file.read_bytes() for file in newest.iterdir()}
+    with pytest.raises(ConfigError, match=name if damage is not Path.unlink else "step_4"):
+        export(newest, tmp_path / "out")
+    run(load_config(None, [*words, "--out", str(tmp_path)]))
+    assert "Going on after step 2" in (tmp_path / "run" / "log.txt").read_text()
+    assert [m["step"] for m in lines(tmp_path / "run") if "loss" in m] == [1, 2, 4, 5]
+    aside = newest.with_name("step_4.damaged")
+    assert {file.name: file.read_bytes() for file in aside.iterdir()} == bad, "nothing of it is lost"
+    assert checkpoints(tmp_path / "run") == [4, 5]
+
+
+def test_where_no_checkpoint_is_whole_the_run_does_not_begin_again(saved, tmp_path):
+    words, folder = saved
+    shutil.copytree(folder, tmp_path / "run")
+    for step in (2, 4):
+        cut(tmp_path / "run" / "checkpoints" / f"step_{step}" / "rank_00000.safetensors")
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match=r"step_2: rank_00000\.safetensors is missing, or not what was saved"):
+        run(load_config(None, [*words, "--out", str(tmp_path)]))
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_file_that_cannot_be_read_for_now_puts_nothing_aside(saved, tmp_path, monkeypatch):
+    words, folder = saved
+    shutil.copytree(folder, tmp_path / "run")
+
+    def fails(file, **options):
+        raise OSError(errno.ESTALE, "Stale file handle", str(file))
+
+    monkeypatch.setattr("numpy.memmap", fails)
+    with pytest.raises(ConfigError, match="Stale file handle"):
+        run(load_config(None, [*words, "--out", str(tmp_path)]))
+    assert checkpoints(tmp_path / "run") == [2, 4]
+
+
+def test_files_that_people_put_into_a_checkpoint_change_nothing(saved, tmp_path):
+    words, folder = saved
+    shutil.copytree(folder, tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoints" / "step_4"
+    (newest / "notes.txt").write_text("mine")
+    (newest / "model.safetensors").write_bytes(b"of an export")
+    run(load_config(None, [*words, "--out", str(tmp_path)]))
+    assert "Going on after step 4" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_known_before_the_first_step(saved, tmp_path, monkeypatch):
+    words, folder = saved
+    size = (folder / "checkpoints" / "step_4" / "rank_00000.safetensors").stat().st_size
+    for free, fits in ((size, False), (2 * size, True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: shutil._ntuple_diskusage(10**15, 0, free))
+        config = load_config(None, [*words, "--out", str(tmp_path), "--name", f"run{free}"])
+        if fits:
+            run(config)
+            continue
+        with pytest.raises(ConfigError, match=r"out: .* take up to 0\.0 GiB, and 0\.0 are free: make room"):
+            run(config)
+        assert not (tmp_path / config.name / "metrics.jsonl").exists()
+
+
+def test_a_config_that_transformers_refuses_to_write_is_known_before_the_first_step(options, tmp_path):
+    with pytest.raises(ConfigError, match=r"model\.name: its config.*output_attentions"):
+        run(load_config(None, options(model__overrides='{"output_attentions": true}')))
+    assert not (tmp_path / "runs" / "run" / "metrics.jsonl").exists()
+
+
 # ---- a step that is not finite
 
 
@@ -322,7 +436,8 @@ def test_a_checkpoint_of_another_format_is_refused_with_what_to_do(options, stop
     newest = sorted((folder / "checkpoints").glob("step_*"))[-1]
     state = json.loads((newest / "state.json").read_text())
     for other in ({}, {"format": 1}):  # the first ones had no number
-        (newest / "state.json").write_text(json.dumps({k: v for k, v in state.items() if k != "format"} | other))
+        kept = {key: value for key, value in state.items() if key not in ("format", "crc32")}
+        (newest / "state.json").write_text(json.dumps(kept | other))
         with pytest.raises(ConfigError, match=f"{newest} .*another version of lacuna.*model.name"):
             run(load_config(None, options()))
 
@@ -333,7 +448,8 @@ def test_the_thread_that_saves_is_on_the_ranks_own_gpu(options, monkeypatch, tmp
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: seen.append((threading.get_ident(), device)))
     second = torch.device("cuda", 1)
     model = AutoModelForCausalLM.from_config(model_config("llama"))
-    checkpoints = Checkpoints(load_config(None, options()), Ranks(0, 1, second, None), tmp_path, {}, model, None)
+    tokenizer = AutoTokenizer.from_pretrained(EXAMPLES / "tiny")
+    checkpoints = Checkpoints(load_config(None, options()), Ranks(0, 1, second, None), tmp_path, {}, model, tokenizer)
     assert [(checkpoints.thread.submit(threading.get_ident).result(), second)] == seen
 
 
@@ -420,6 +536,17 @@ def test_a_new_run_from_a_checkpoint_has_its_weights_and_fresh_data_schedule_and
     evaluated = [m["eval_loss"] for m in first if "eval_loss" in m], [m["eval_loss"] for m in warm if "eval_loss" in m]
     assert evaluated[1][0] == pytest.approx(evaluated[0][-1], rel=1e-5) != evaluated[0][0]
     assert tensors(place / "runs" / "warm" / "checkpoints" / "step_4")["optimizer.step"] == 4
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_export_in_another_dtype_is_rounded_once(saved, dtype, tmp_path):
+    _, folder = saved
+    done = finish(tmp_path, "export", str(folder / "checkpoints/step_4"), str(tmp_path / "out"), "--dtype", dtype)
+    assert done.status == 0, done.output
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    stored = tensors(folder / "checkpoints" / "step_4")
+    assert model.dtype == getattr(torch, dtype)
+    assert all(torch.equal(p, stored[name].to(model.dtype)) for name, p in model.named_parameters())
 
 
 def test_a_bfloat16_run_exports_bfloat16_and_its_checkpoint_keeps_float32(options, tmp_path):

@@ -6,6 +6,7 @@ import runpy
 import subprocess
 import sys
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -236,16 +237,16 @@ def clone(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("argv", "command", "task", "name", "words"),
+    ("argv", "task", "name", "words"),
     [
-        ("pt my.toml --seed 7", "pt", "pt", "my", "pt my.toml --seed 7"),
-        ("sft my.toml --seed 7", "sft", "sft", "my", "sft my.toml --seed 7"),
-        ("pt --seed 7", "pt", "pt", "pt", "pt configs/pt.toml --seed 7"),
+        ("pt my.toml --seed 7", "pt", "my", "pt my.toml --seed 7"),
+        ("sft my.toml --seed 7", "sft", "my", "sft my.toml --seed 7"),
+        ("pt --seed 7", "pt", "pt", "pt configs/pt.toml --seed 7"),
     ],
 )
-def test_a_task_its_config_and_what_torchrun_would_be_given(clone, environment, argv, command, task, name, words):
-    got, config, rest = cli.parse(argv.split())
-    assert (got, config.task, config.name, config.seed, rest) == (command, task, name, 7, words.split())
+def test_a_task_its_config_and_what_torchrun_would_be_given(clone, environment, argv, task, name, words):
+    config, rest = cli.parse(argv.split())
+    assert (config.task, config.name, config.seed, rest) == (task, name, 7, words.split())
     assert environment.get("CUDA_VISIBLE_DEVICES") == ("0" if "configs" in words else None)
 
 
@@ -255,13 +256,37 @@ def test_the_users_own_devices_stay_without_a_config(clone, environment):
     assert environment["CUDA_VISIBLE_DEVICES"] == "2,3"
 
 
-@pytest.mark.parametrize("argv", ["export runs/x/checkpoints/step_5 out"])
-def test_a_command_without_a_config(argv):
-    command, *words = argv.split()
-    assert cli.parse(argv.split()) == (command, None, words)
+def lacuna(*words: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "lacuna", *words], capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("argv", ["chat x", "export a", "explain pt", "slurm pt", "pretrain"])
+def test_the_version_is_that_of_lacuna_and_of_what_decides_its_numbers():
+    done = lacuna("--version")
+    versions = [f"{name} {version(name)}" for name in ("lacuna", "torch", "transformers")]
+    assert (done.returncode, done.stdout) == (0, ", ".join(versions) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("", "the following arguments are required: checkpoint, folder"),
+        ("a", "the following arguments are required: folder"),
+        ("a b c", "unrecognized arguments: c"),
+        ("a b --dtype int8", "argument --dtype: invalid choice: 'int8' (choose from 'bfloat16', 'float16', 'float32')"),
+        ("nowhere out", "nowhere is no checkpoint, such as runs/NAME/checkpoints/step_N"),
+    ],
+)
+def test_an_export_that_cannot_be_is_a_sentence(words, sentence, tmp_path):
+    done = lacuna("export", *words.split())
+    assert (done.returncode, done.stderr) == (1, f"lacuna: {sentence}\n")
+
+
+def test_export_says_what_it_takes():
+    done = lacuna("export", "--help")
+    assert done.returncode == 0 and "checkpoint folder" in done.stdout and "--dtype" in done.stdout
+
+
+@pytest.mark.parametrize("argv", ["chat x", "explain pt", "slurm pt", "pretrain"])
 def test_what_is_no_command_shows_the_usage(argv):
     with pytest.raises(ConfigError, match=f"(?s)^unknown command {argv}\n.*usage: lacuna pt"):
         cli.parse(argv.split())

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from lacuna.checkpoint import export, match_eos
 from lacuna.config import ConfigError, load_config
-from lacuna.weights import read_tensors
+from lacuna.weights import fingerprint, read_tensors
 
 TINY = load_file(EXAMPLES / "tiny" / "model.safetensors")
 NAMES = sorted(TINY)
@@ -105,6 +105,17 @@ def test_weights_that_do_not_fit_are_refused_by_name(model_folder):
         build(folder)
     (folder / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match="from_scratch"):
+        build(folder)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "bool", "complex64", "float8_e4m3fn"])
+def test_weights_that_are_no_plain_floats_are_refused(dtype, model_folder):
+    """Copied as they are, codes of 8 bits would be trained as if they were the weights."""
+    folder = model_folder("smollm2")
+    whole = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file(whole | {name: whole[name].to(getattr(torch, dtype))}, folder / "model.safetensors")
+    with pytest.raises(ConfigError, match=rf"{name} is torch.{dtype}: lacuna reads no quantized weights"):
         build(folder)
 
 
@@ -221,13 +232,15 @@ def test_overrides_of_the_wrong_type_or_against_each_other_are_a_sentence(tmp_pa
 def test_a_checkpoint_without_one_of_its_files_is_refused_everywhere(gone, tmp_path):
     """Rows of the last rank would simply not be there: an export would be a smaller model."""
     shutil.copy(EXAMPLES / "tiny" / "config.json", tmp_path)
-    (tmp_path / "state.json").write_text('{"step": 1, "files": 2, "config": {}}')
-    for rank in range(2):
+    files = [tmp_path / f"rank_{rank:05}.safetensors" for rank in range(2)]
+    for rank, file in enumerate(files):
         places = {"DCP_SHARDING_INFO": json.dumps({"w": {"saved_offsets": [2 * rank, 0]}})}
-        save_file({"w": torch.ones(2, 3)}, tmp_path / f"rank_{rank:05}.safetensors", places)
+        save_file({"w": torch.ones(2, 3)}, file, places)
+    state = {"step": 1, "fingerprints": {file.name: fingerprint([file]) for file in files}, "config": {}}
+    (tmp_path / "state.json").write_text(json.dumps(state))
     read_tensors({"w": torch.zeros(4, 3)}, tmp_path)
     (tmp_path / f"rank_{gone:05}.safetensors").unlink()
-    with pytest.raises(ConfigError, match="has 1 of its 2 files"):
+    with pytest.raises(ConfigError, match=f"rank_{gone:05}.safetensors is missing"):
         export(tmp_path, tmp_path / "out")
-    with pytest.raises(ConfigError, match="has 1 of its 2 files"):
+    with pytest.raises(ConfigError, match=f"rank_{gone:05}.safetensors is missing"):
         read_tensors({"w": torch.zeros(2, 3)}, tmp_path)

@@ -7,10 +7,12 @@ import json
 import os
 import shutil
 import weakref
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -24,7 +26,7 @@ from lacuna.config import AGAIN, Config, ConfigError, LoraConfig, blame, log
 from lacuna.data.loader import merge_states
 from lacuna.lora import merge, write_adapter
 from lacuna.parallel import Ranks, local
-from lacuna.weights import fingerprint, held, load_weights, stored_parts, weight_folder
+from lacuna.weights import fingerprint, held, load_weights, stored_parts, weight_files, weight_folder
 
 FORMAT = 5  # of names and state in a checkpoint: counted up when no run can go on from those of before
 # What may change when a run goes on: places, reports, hardware. With another value of any other key it is another run.
@@ -38,16 +40,41 @@ def find_checkpoint(config: Config, folder: Path, rank: int) -> Path | None:
     if rank == 0:
         for leftover in (folder / "checkpoints").glob(".*step_*"):
             shutil.rmtree(leftover)
-        found = in_order(folder / "checkpoints")[-1:] or [config.checkpoint.resume]
+        found = [newest_whole(folder / "checkpoints") or config.checkpoint.resume]
     if dist.is_initialized():
         dist.broadcast_object_list(found, device=torch.device("cpu"))
     return Path(found[0]) if found[0] else None
 
 
+def newest_whole(checkpoints: Path) -> Path | None:
+    """The newest one that is what was saved; damaged ones are put aside, as long as there is an older one."""
+    found = in_order(checkpoints)
+    for checkpoint in reversed(found):
+        try:
+            state_of(checkpoint)
+            return checkpoint
+        except ConfigError as error:
+            if checkpoint == found[0] or isinstance(error.__cause__, OSError):  # that may be over soon
+                raise
+            aside = checkpoint.rename(f"{checkpoint}.damaged")
+            log.warning("%s. It is %s now, and the run goes on from the one before", error, aside.name)
+    return None
+
+
 def state_of(checkpoint: Path) -> dict:
+    """What its state.json says. ConfigError where a file of it is not what was saved."""
     if not (checkpoint / "state.json").exists():
         raise ConfigError(f"{checkpoint} is no checkpoint, such as runs/NAME/checkpoints/step_N")
-    return json.loads((checkpoint / "state.json").read_text())
+    with blame(f"{checkpoint}/state.json"):
+        state = json.loads((checkpoint / "state.json").read_text())
+        if state.pop("crc32", None) not in (None, checksum(state)):  # folders of before have none
+            raise ConfigError(f"{checkpoint}/state.json is not what was saved")
+        weight_files(checkpoint)
+    return state
+
+
+def checksum(state: dict) -> int:
+    return zlib.crc32(json.dumps(state).encode())
 
 
 def in_order(checkpoints: Path) -> list[Path]:
@@ -107,6 +134,8 @@ class Checkpoints:
             first = ranks.mesh.get_coordinate()[0] == 0
             self.tensors = {name: t for name, t in tensors.items() if first and isinstance(t, DTensor)}
         self.small_files = [model.config, model.generation_config, tokenizer]
+        if ranks.rank == 0:
+            self.try_disk(folder, 4 * sum(tensor.numel() for tensor in tensors.values()) + 4 * model.num_parameters())
         on_gpu = ranks.device.type == "cuda"
         # CUDA's current device is each thread's own: else copies from every GPU but the first would not be waited for
         setup = {"initializer": torch.cuda.set_device, "initargs": (ranks.device,)} if on_gpu else {}
@@ -117,6 +146,15 @@ class Checkpoints:
         # the thread's own: two threads that use one group could meet in different orders on different ranks
         timeout = timedelta(seconds=config.dist.timeout)
         self.group = dist.new_group(backend="gloo", timeout=timeout) if ranks.mesh is not None else None
+
+    def try_disk(self, folder: Path, needed: int):
+        """ConfigError where no checkpoint could be written, of so many bytes with hf/: sooner than after hours."""
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            room = f"a checkpoint and hf/ take up to {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} are free"
+            raise ConfigError(f"out: {folder}: {room}: make room, or name another disk")
+        with blame("model.name: its config, generation config or tokenizer"), TemporaryDirectory(dir=folder) as place:
+            self.write_small_files(Path(place))  # transformers refuses some
 
     def after_step(self):
         """After every step: says at once that a save has failed; after the first, begins to allocate."""
@@ -133,7 +171,7 @@ class Checkpoints:
         if self.group:
             dist.all_gather_object(states, data, group=self.group)
         state = {"format": FORMAT, "step": step, **facts, "data": merge_states(states)}
-        state |= {"config": self.config.model_dump(mode="json"), "files": self.ranks.world}
+        state |= {"config": self.config.model_dump(mode="json"), "fingerprints": {}}
         # taken here, since FSDP2 may give a parameter other memory at its first use
         shares = [local(tensor).detach() for tensor in self.tensors.values()]
         self.copied = self.thread.submit(self.copy, shares)
@@ -156,34 +194,41 @@ class Checkpoints:
     def write(self, step: int, state: dict):
         """Write this rank's files; once all ranks have, name the folder and remove the oldest."""
         path = self.folder / f".step_{step}"
-        errors = [""] * self.ranks.world
+        files = [path / f"rank_{self.ranks.rank:05}.safetensors"]
+        outcome = ("", {})  # an error; the fingerprint of each file
         try:
             self.copied.result()
             path.mkdir(parents=True, exist_ok=True)
-            files = [path / f"rank_{self.ranks.rank:05}.safetensors"]
             self.write_safetensors(files[0])
             if self.ranks.rank == 0:
-                for content in self.small_files:
-                    content.save_pretrained(path)
-                (path / "state.json").write_text(json.dumps(state))
-                files += path.glob("*.json")
-            for file in files:  # to the disk before the rename, or after a power failure it could be empty
-                with open(file, "rb") as content:
-                    os.fsync(content.fileno())
+                self.write_small_files(path)
+                # other ranks' files may be half written
+                files += [file for file in path.glob("[!.]*.*") if file.suffix != ".safetensors"]
+            outcome = ("", {file.name: fingerprint([file]) for file in files})
+            sync(files)
         except Exception as error:  # of any kind: the other ranks must hear of it
-            errors[self.ranks.rank] = str(error) or repr(error)
+            outcome = (str(error) or repr(error), {})
+        outcomes = [outcome] * self.ranks.world
         if self.group:
-            dist.all_gather_object(errors, errors[self.ranks.rank], group=self.group)
-        for error in filter(None, errors):
-            raise ConfigError(f"no checkpoint of step {step}: {error}. Make room there; {AGAIN}")
+            dist.all_gather_object(outcomes, outcome, group=self.group)
+        for error, fingerprints in outcomes:
+            if error:
+                raise ConfigError(f"no checkpoint of step {step}: {error}. Make room there; {AGAIN}")
+            state["fingerprints"] |= fingerprints
         if self.ranks.rank > 0:
             return
         with blame(f"no checkpoint of step {step}: {AGAIN}"):
+            (path / "state.json").write_text(json.dumps(state | {"crc32": checksum(state)}))
+            sync([path / "state.json"])
             path = path.rename(self.folder / f"step_{step}")
         log.info("step %d: checkpoint in %s", step, path)
         for old in in_order(self.folder)[: -self.config.checkpoint.keep]:
             # gone at once, whatever happens while it is deleted; what stays is removed when the run starts again
             shutil.rmtree(old.rename(old.with_name(f".old_{old.name}")), ignore_errors=True)
+
+    def write_small_files(self, path: Path):
+        for content in self.small_files:
+            content.save_pretrained(path)
 
     def write_safetensors(self, file: Path):
         """One file of float32 tensors, with the offsets of sharded ones in the whole."""
@@ -195,6 +240,13 @@ class Checkpoints:
                 _, begin = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
                 offsets[name] = {"saved_offsets": begin}
         save_file(shares, file, {"DCP_SHARDING_INFO": json.dumps(offsets)})  # one: two have no order
+
+
+def sync(files: list[Path]):
+    """To the disk before the rename, or after a power failure they could be empty."""
+    for file in files:
+        with open(file, "rb") as content:
+            os.fsync(content.fileno())
 
 
 def match_eos(config: Config, model: PreTrainedModel, tokenizer):
@@ -222,19 +274,21 @@ def match_eos(config: Config, model: PreTrainedModel, tokenizer):
 
 def check_base(name: str, state: dict) -> str:
     """The fingerprint of a run's first weights; ConfigError where its state has another."""
-    found = fingerprint(weight_folder(name))
+    found = fingerprint(weight_files(weight_folder(name)))
     if state.get("base", found) != found:
         raise ConfigError(f"model.name {name} has other weights than when this run began")
     return found
 
 
-def export(checkpoint: Path, out: Path):
-    """Make a Hugging Face folder of a checkpoint, in its config's dtype; of LoRA with an adapter/ in it."""
+def export(checkpoint: Path, out: Path, dtype: str | None = None):
+    """Make a Hugging Face folder of a checkpoint, by default in its config's dtype; of LoRA with an adapter/ in it."""
     state = state_of(checkpoint)
     if out.resolve() == checkpoint.resolve():
         raise ConfigError(f"{out} is the checkpoint itself")
     config = state["config"]
     hf_config = AutoConfig.from_pretrained(checkpoint)
+    if dtype:
+        hf_config.dtype = getattr(torch, dtype)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf_config, dtype=hf_config.dtype, attn_implementation="eager")
     model.to_empty(device="cpu").requires_grad_(False)
@@ -258,4 +312,5 @@ def export(checkpoint: Path, out: Path):
     for old in out.glob("model*.safetensors*"):
         old.unlink()
     model.save_pretrained(out, max_shard_size="5GB")  # under the names that came in
-    shutil.copytree(checkpoint, out, ignore=shutil.ignore_patterns("*.safetensors", "state.json"), dirs_exist_ok=True)
+    others = shutil.ignore_patterns("*.safetensors", "state.json", "config.json")
+    shutil.copytree(checkpoint, out, ignore=others, dirs_exist_ok=True)

@@ -6,15 +6,16 @@ import sys
 from contextlib import suppress
 from glob import glob
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 
-from lacuna.config import AGAIN, Config, ConfigError, Preempted, blame, fault, load_config, log
+from lacuna.config import AGAIN, RED, Config, ConfigError, Parser, Preempted, blame, fault, load_config, log, paint
 from lacuna.preemption import REQUEUE, SIGNALS, Preemption
 
 USAGE = """usage: lacuna pt [CONFIG.toml]          train on text: every token
        lacuna sft [CONFIG.toml]         train on what an assistant says
        lacuna RECIPE.py CONFIG.toml     train by a recipe, such as examples/dpo.py
-       lacuna export CHECKPOINT FOLDER  make a Hugging Face folder of it
+       lacuna export CHECKPOINT FOLDER  make a Hugging Face folder of it [--dtype bfloat16]
 
 `lacuna pt --help` shows every --section.key VALUE. Without a config: configs/pt.toml (sft.toml, dpo.toml)."""
 
@@ -23,17 +24,15 @@ def main():
     if not (sys.stderr and sys.stderr.isatty()):
         os.environ["TQDM_DISABLE"] = "1"  # of all libraries
     try:
-        command, config, words = parse(sys.argv[1:])
-        if config:
-            launch(words)
-            preemption = Preemption()  # imports alone take seconds
-            train = import_module("lacuna.train")
-            gc.freeze()  # or imports are looked through, .5 s every few dozen steps
-            train.run(config, preemption)
-        if command == "export":
-            with blame(f"lacuna export {' '.join(words)}"):
-                import_module("lacuna.checkpoint").export(*map(Path, words))
-            print(f"The model is in {words[1]}")
+        command, *words = sys.argv[1:] or ["--help"]
+        if command in ("-h", "--help"):
+            print(USAGE)
+        elif command == "--version":
+            print(", ".join(f"{name} {version(name)}" for name in ("lacuna", "torch", "transformers")))
+        elif command == "export":
+            export(words)
+        else:
+            train(*parse([command, *words]))
         leave(0)
     except Preempted as error:
         leave(REQUEUE, str(error))
@@ -49,24 +48,39 @@ def main():
         leave(1, sentence)
 
 
-def parse(argv: list[str]) -> tuple[str, Config | None, list[str]]:
-    """The command, its config (export has none), and its words; exits if they ask for help."""
-    command, *words = argv or ["--help"]
-    if command in ("-h", "--help") or argv == ["export", "--help"]:
-        print(USAGE, flush=True)
-        sys.exit(0)
-    if (command, len(words)) == ("export", 2):
-        return command, None, words
-    if command not in ("pt", "sft") and not command.endswith(".py"):
+def parse(argv: list[str]) -> tuple[Config, list[str]]:
+    """The config of a run, and its words with the config's path; exits if they ask for help."""
+    task, *words = argv
+    if task not in ("pt", "sft") and not task.endswith(".py"):
         raise ConfigError(f"unknown command {' '.join(argv)}\n{USAGE}")
     if words and not words[0].startswith("-"):
         path = words.pop(0)
     else:
-        path = f"configs/{Path(command).stem}.toml"
+        path = f"configs/{Path(task).stem}.toml"
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one GPU is enough
         if not (Path(path).exists() or {"-h", "--help"} & set(words)):
             raise ConfigError(f"no config given, and no {path} here: name one, or run in a clone of lacuna")
-    return command, load_config(path, words, command), [command, path, *words]
+    return load_config(path, words, task), [task, path, *words]
+
+
+def train(config: Config, words: list[str]):
+    launch(words)
+    preemption = Preemption()  # imports alone take seconds
+    run = import_module("lacuna.train").run
+    gc.freeze()  # or imports are looked through, .5 s every few dozen steps
+    run(config, preemption)
+    gc.unfreeze()  # or extensions say at exit that all of it is leaked
+
+
+def export(words: list[str]):
+    parser = Parser(prog="lacuna export", description="Make a Hugging Face folder of a checkpoint.")
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="default: as hf/ of its run")
+    given = parser.parse_args(words)
+    with blame(f"lacuna export {' '.join(words)}"):
+        import_module("lacuna.checkpoint").export(given.checkpoint, given.folder, given.dtype)
+    print(f"The model is in {given.folder}")
 
 
 def leave(status: int, sentence: str = ""):
@@ -76,7 +90,7 @@ def leave(status: int, sentence: str = ""):
     with suppress(OSError, AttributeError):  # the terminal may be gone
         if sentence:
             log.debug(sentence)
-            sys.stderr.write(f"{name}: {sentence}\n")
+            sys.stderr.write(paint(f"{name}: {sentence}", RED) + "\n")
         sys.stdout.flush()
     # threads of gloo's, or a loader's that stands still in a read, outlive the interpreter: 1 run in 20 aborted
     if status or rank:

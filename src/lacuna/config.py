@@ -5,6 +5,7 @@ import errno
 import logging
 import os
 import re
+import sys
 import tomllib
 from argparse import ArgumentParser
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from pydantic_settings import CliSettingsSource
 
 log = logging.getLogger("lacuna")
 
+RED = 31
+YELLOW = 33
 AGAIN = "the same command goes on from the last checkpoint"
 CURES = dict.fromkeys([errno.ENOSPC, errno.EDQUOT], f". The disk is full: make room, and {AGAIN}")
 CURES |= dict.fromkeys([errno.EROFS, errno.EACCES, errno.EPERM], f". Change who may, or name another place; {AGAIN}")
@@ -48,6 +51,13 @@ def fault(error: BaseException) -> str:
     if "gloo" in text or type(error).__module__ == "torch.distributed":
         cure = f". Another rank has ended, or cannot be reached: see what it says; {AGAIN}"
     return f"{type(error).__name__}: {text}{cure}"
+
+
+def paint(text: str, colour: int | None) -> str:
+    """Text in a colour of ANSI's, if stderr is a terminal; not under NO_COLOR (no-color.org)."""
+    if not (colour and sys.stderr and sys.stderr.isatty()) or os.environ.get("NO_COLOR"):
+        return text
+    return f"\033[{colour}m{text}\033[m"
 
 
 def key(default, meaning: str, **limits):

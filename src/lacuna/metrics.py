@@ -16,7 +16,7 @@ from torch import nn
 from tqdm.contrib import DummyTqdmFile
 from transformers import PreTrainedModel
 
-from lacuna.config import Config, log
+from lacuna.config import YELLOW, Config, log, paint
 from lacuna.model import experts
 from lacuna.parallel import Ranks
 
@@ -170,10 +170,12 @@ def start_logging(folder: Path, rank: int):
     log.setLevel(logging.DEBUG)
     logging.raiseExceptions = False  # of a full disk; metrics.jsonl ends the run then
     log.propagate = False  # libraries print their own; on the root logger those would stand twice
-    log.handlers = [logging.StreamHandler(DummyTqdmFile(sys.stderr))]  # above a live line
-    log.handlers[0].setLevel(logging.INFO if rank == 0 else logging.WARNING)
     folder.mkdir(parents=True, exist_ok=True)
-    log.addHandler(logging.FileHandler(folder / "log.txt", mode="a"))
-    log.handlers[1].addFilter(lambda record: rank == 0 or record.exc_info)
-    for handler in log.handlers:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    layout = logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
+    file = logging.FileHandler(folder / "log.txt", mode="a")
+    file.setFormatter(layout)
+    file.addFilter(lambda record: rank == 0 or record.exc_info)
+    terminal = logging.StreamHandler(DummyTqdmFile(sys.stderr))  # above a live line
+    terminal.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    terminal.format = lambda record: paint(layout.format(record), YELLOW if record.levelno > logging.INFO else None)
+    log.handlers = [terminal, file]

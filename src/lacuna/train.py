@@ -97,7 +97,8 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
 
         # 1. All micro-batches of the step, and what they hold together over all ranks.
         begin = time.perf_counter()
-        batches = loader.step()
+        with blame("data.sources, or the place in them that state.json holds"):
+            batches = loader.step()
         data_seconds = time.perf_counter() - begin
         sums = sum_over_ranks([batch.counts for batch in batches], ranks.device)
 
@@ -196,7 +197,8 @@ def evaluate(trainee: Trainee, config: Config, dataset: RowDataset, ranks: Ranks
     trainee.eval()
     rows = dataset.count_rows() if dataset.map_style else config.eval.rows
     # every rank takes as many rows, and one without data feeds rows that train nothing: so nobody hangs
-    for _ in range(math.ceil(rows / (config.train.micro_batch_size * ranks.world))):
+    batches = math.ceil(rows / (config.train.micro_batch_size * ranks.world))
+    for _ in trange(batches, ncols=72, desc="evaluating", leave=False, disable=ranks.rank > 0 or None):
         [batch] = loader.step()
         size = count_bytes(tokenizer, batch.labels.view(-1, config.train.seq_len).cpu().numpy())
         loss, figures = trainee(batch)

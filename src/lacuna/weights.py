@@ -21,6 +21,7 @@ from lacuna.config import ConfigError, blame, log
 from lacuna.parallel import local
 
 WHOLE = "model.safetensors"
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INDEX = "model.safetensors.index.json"  # of a model in several files
 TEXT = re.compile(r"^(model\.)?language_model\.")  # of models that see or hear, too
 
@@ -37,9 +38,9 @@ def weight_folder(name: str) -> Path:
     return Path(name if Path(name).is_dir() else snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
 
 
-def fingerprint(folder: Path) -> str:
-    """Tells a folder's weights from others, by 2**18 bytes a file: all of 16 GB would take 10 s."""
-    stored = [np.memmap(file, mode="r") for file in weight_files(folder)]
+def fingerprint(files: list[Path]) -> str:
+    """Tells files from others by 2**18 bytes of each: all of 16 GB would take 10 s."""
+    stored = [np.memmap(file, mode="r") for file in files]
     samples = [content[:: 1 + len(content) // 2**18].tobytes() for content in stored]
     return hashlib.sha256(b"".join(samples)).hexdigest()[:16]
 
@@ -49,11 +50,10 @@ def weight_files(folder: Path) -> list[Path]:
     state = folder / "state.json"
     index = folder / INDEX
     if state.exists():
-        written = json.loads(state.read_text()).get("files")
-        files = sorted(folder.glob("rank_*.safetensors"))
-        if written not in (None, len(files)):
-            raise ConfigError(f"{folder} has {len(files)} of its {written} files rank_*.safetensors")
-        return files
+        for name, written in json.loads(state.read_text()).get("fingerprints", {}).items():
+            if not (folder / name).exists() or fingerprint([folder / name]) != written:
+                raise ConfigError(f"{folder}: {name} is missing, or not what was saved")
+        return sorted(folder.glob("rank_*.safetensors"))
     if index.exists():
         with blame(f"{index} cannot be read"):
             return sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
@@ -98,6 +98,8 @@ def fill(tensor: torch.Tensor, parts: list[Part], where: str):
     found = [rows, *parts[0].values.shape[1:]] if parts else "missing"
     if found != wanted:
         raise ConfigError(f"{where} is {found}, and should be {wanted}")
+    if tensor.is_floating_point() and parts[0].values.dtype not in FLOATS:
+        raise ConfigError(f"{where} is {parts[0].values.dtype}: lacuna reads no quantized weights")
     share = torch.atleast_1d(local(tensor))
     first = 0
     if isinstance(tensor, DTensor):  # FSDP shards rows
