@@ -69,7 +69,7 @@ def test_on_a_terminal_a_live_line_stands_below_lines_that_stay_whole(runs):
     assert "\r" not in log and ESCAPE not in log
     warning, *_ = [line for line in log.splitlines() if "1 of 1 documents dropped: no text" in line]
     assert f"{ESCAPE}[33m{warning}{ESCAPE}[m" in written, "in yellow"
-    parts = re.split(r"[\r\n]+", re.sub(rf"{ESCAPE}\[\d*m", "", written))
+    parts = re.split(r"[\r\n]+", re.sub(rf"{ESCAPE}\[\d*[mA]", "", written))
     assert [part for part in parts if part in log.splitlines()] == log.splitlines()
     live = [part for part in parts if re.search(rf"\d/{STEPS} \[\d\d:\d\d<", part)]
     assert f" {STEPS}/{STEPS} " in live[-1]
