@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_settings import CliSettingsSource
 
 log = logging.getLogger("lacuna")
@@ -164,21 +164,9 @@ class Config(Section):
     log: LogConfig = key(LogConfig(), "what is reported")
     eval: EvalConfig = key(EvalConfig(), "on what it is measured")
 
-    @model_validator(mode="after")
-    def check(self):
-        for broken, message in contradictions(self):
-            if broken:
-                raise ValueError(message)
-        rate = 3e-4 if self.task == "pt" else 2e-5
-        if self.lora.rank:
-            rate = 2e-4  # ten times full fine-tuning's
-            self.lora.alpha = self.lora.alpha or 2.0 * self.lora.rank
-        self.optim.lr = self.optim.lr or rate
-        return self
 
-
-def contradictions(config: Config) -> list[tuple]:
-    """What keys may say against each other: whether they do, and a sentence."""
+def refuse_contradictions(config: Config):
+    """ConfigError where keys say something against each other."""
     data = config.data.sources
     train = config.train
     rows = train.micro_batch_size * (int(os.environ.get("WORLD_SIZE", 1)) or 1)
@@ -189,7 +177,7 @@ def contradictions(config: Config) -> list[tuple]:
     lacks_weights = mixed and len(data) > 1 and len(weighted) < len(data)
     held_out = config.eval.sources
     fraction = config.eval.fraction
-    return [
+    problems = [
         (not data, "data.sources is empty: add a [[data.sources]] table with a path"),
         (lacks_weights, "data.sources: give every source a weight, or none; a mixture that streams needs weights"),
         ((train.steps is None) == (train.epochs is None), "give exactly one of train.steps and train.epochs"),
@@ -206,12 +194,9 @@ def contradictions(config: Config) -> list[tuple]:
         (fraction and mixed, "eval.fraction: data streams or has weights: name eval.sources"),
         (config.eval.every and not (held_out or fraction), "eval.every needs eval.sources or eval.fraction"),
     ]
-
-
-class Parser(ArgumentParser):
-    def error(self, message):
-        unknown = re.match(r"unrecognized arguments: .*?--([^ =]+)", message)
-        raise ConfigError(unknown_key(unknown[1]) if unknown else message)
+    for there, problem in problems:
+        if there:
+            raise ConfigError(problem)
 
 
 def unknown_key(wrong: str) -> str:
@@ -232,9 +217,14 @@ def unknown_key(wrong: str) -> str:
 
 def load_config(path: str | None, argv: list[str], task: str = "pt") -> Config:
     """The config from a TOML file and a command line's words; exits if they ask for help."""
-    parser = Parser(usage=f"lacuna {task} [CONFIG.toml] [--section.key VALUE ...]", allow_abbrev=False)
+    usage = f"lacuna {task} [CONFIG.toml] [--section.key VALUE ...]"
+    parser = ArgumentParser(usage=usage, allow_abbrev=False, exit_on_error=False)
+    source = CliSettingsSource(Config, root_parser=parser)
     with blame("the command line (--section.key VALUE; a list is JSON)"):
-        given = CliSettingsSource(Config, None, argv, root_parser=parser, parse_args_method=Parser.parse_args)()
+        words, unknown = parser.parse_known_args(argv)
+        given = source(parsed_args=words)()
+    if unknown:
+        raise ConfigError(unknown_key(unknown[0].strip("-").partition("=")[0]))
     with blame(f"cannot read config {path} as TOML"):
         merged = tomllib.loads(Path(path).read_text("utf-8-sig")) if path else {}
     train = given.get("train", {})
@@ -247,9 +237,16 @@ def load_config(path: str | None, argv: list[str], task: str = "pt") -> Config:
     if merged.setdefault("task", task) != task:
         raise ConfigError(f"{path or 'the command line'} has task = {merged['task']!r}: run lacuna {merged['task']}")
     try:
-        return Config.model_validate(merged)
+        config = Config.model_validate(merged)
     except ValidationError as error:
         raise ConfigError("\n".join(sentence(problem) for problem in error.errors()[:20])) from None
+    refuse_contradictions(config)
+    rate = 3e-4 if config.task == "pt" else 2e-5
+    if config.lora.rank:
+        rate = 2e-4  # ten times full fine-tuning's
+        config.lora.alpha = config.lora.alpha or 2.0 * config.lora.rank
+    config.optim.lr = config.optim.lr or rate
+    return config
 
 
 def sentence(problem: dict) -> str:
@@ -257,7 +254,5 @@ def sentence(problem: dict) -> str:
     place = [str(part) for part in problem["loc"]]
     if problem["type"] == "extra_forbidden":
         return unknown_key(".".join(part for part in place if not part.isdigit()))
-    message = re.sub(r"^Value error, | or instance of \w+", "", problem["msg"])
-    if not place:
-        return message
+    message = re.sub(r" or instance of \w+", "", problem["msg"])
     return f"{'.'.join(place)}: {message}, not {problem['input']!r:.100}"
