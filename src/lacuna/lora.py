@@ -9,9 +9,6 @@ from torch import nn
 
 from lacuna.config import ConfigError, LoraConfig
 
-# How the two begin: as PEFT's, so that the model computes what it did before.
-BEGINNINGS = {"lora_A": nn.Linear.reset_parameters, "lora_B": lambda module: nn.init.zeros_(module.weight)}
-
 
 class LoRALinear(nn.Linear):
     """x W' + b + alpha / rank * x A' B': W [out, in], b frozen, A [rank, in], B [out, rank] trained."""
@@ -45,6 +42,9 @@ def add_adapters(model: nn.Module, layers: list[nn.Module], config: LoraConfig):
             module.__class__ = ADAPTED[type(module)]
             module.lora_A = nn.Linear(module.in_features, config.rank, bias=False, device="meta")
             module.lora_B = nn.Linear(config.rank, module.out_features, bias=False, device="meta")
+            # as PEFT's begin, so that the model computes what it did before
+            module.lora_A._init_weights = nn.Linear.reset_parameters
+            module.lora_B._init_weights = lambda layer: nn.init.zeros_(layer.weight)
             module.scale = config.alpha / config.rank
 
 

@@ -21,11 +21,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lacuna.attention import boundaries, choose_backend, packed_attention
 from lacuna.config import Config, ConfigError, ModelConfig, blame, log
 from lacuna.data.batch import PackedBatch
-from lacuna.lora import BEGINNINGS, add_adapters
+from lacuna.lora import add_adapters
 from lacuna.loss import head_loss
 from lacuna.optim import trained
 from lacuna.parallel import Ranks, shard_model
-from lacuna.weights import load_weights, read_tensors, weight_folder
+from lacuna.weights import held, load_weights, read_tensors, weight_folder
 
 
 class Trainee(nn.Module):
@@ -141,8 +141,8 @@ def materialise(trainee: Trainee, device: torch.device, seed: int, folder: Path 
     model.tie_weights(recompute_mapping=False)  # to_empty gives each module a tensor of its own
     for parameter in model.parameters():
         parameter._is_hf_initialized = True  # what `initialise` puts in their place is not
-    initialise(model, seed, from_scratch=folder is None)
-    if folder is not None:
+    initialise(model, seed, set(held(model).values()) if folder else set())
+    if folder:
         load_weights(model, folder)
 
 
@@ -257,32 +257,22 @@ def checkpoint_activations(layers: list[nn.Module], how: str):
 
 
 @torch.no_grad()
-def initialise(model: PreTrainedModel, seed: int, from_scratch: bool):
-    """What no folder holds, as transformers, or LoRA, begins with, on any ranks: a seed for each name."""
-    done = set()
+def initialise(model: PreTrainedModel, seed: int, done: set[torch.Tensor]):
+    """All but what is done, as transformers, or LoRA, begins with, on any ranks: a seed for each name."""
     for name, module in model.named_modules():
-        parent, _, last = name.rpartition(".")
-        begin = BEGINNINGS.get(last)
-        mine = {}
-        if from_scratch or begin:
-            # tied weights are made once, with the first module that has them
-            mine = {key: p for key, p in module.named_parameters(recurse=False) if p not in done}
+        mine = {key: p for key, p in module.named_parameters(recurse=False) if p not in done}
+        done |= set(mine.values())  # tied weights are made once, with the first module that has them
         whole = {key: nn.Parameter(torch.empty(p.shape, device=p.device)) for key, p in mine.items()}
-        # those that persist, a folder holds
-        buffers = set(module._buffers) if from_scratch else module._non_persistent_buffers_set
-        tensors = [*whole.values(), *map(module._buffers.get, buffers)]
+        tensors = [*whole.values(), *(buffer for buffer in module.buffers(recurse=False) if buffer not in done)]
         if not tensors:
             continue
-        done.update(mine.values())
         torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7]))
         module._parameters.update(whole)
         for tensor in tensors:
             tensor.fill_(float("nan") if tensor.is_floating_point() else 0)
-        if begin:
-            begin(module)
-        else:
-            for part in (module, model.get_submodule(parent)):  # a parent may do it otherwise, as GPT-2's does
-                getattr(part, "_init_weights", model._init_weights)(part)
+        parent = model.get_submodule(name.rpartition(".")[0])
+        for part in (module, parent):  # a parent may do it otherwise, as GPT-2's does
+            getattr(part, "_init_weights", model._init_weights)(part)
         if any(tensor.isnan().any() for tensor in tensors):
             raise ConfigError(f"{type(model).__name__} does not say how to initialise {name}")
         module._parameters.update(mine)
