@@ -95,7 +95,7 @@ def assemble(config: Config, ranks: Ranks, tokenizer, frozen: bool = False) -> T
     # what is frozen is held as it computes
     held_in = dtype if frozen or config.lora.rank else torch.float32
     with blame(f"model.name {config.model.name}, model.overrides {config.model.overrides}"):
-        model = empty_model(config.model, tokenizer, held_in)
+        model = empty_model(config.model, tokenizer, held_in, dtype)
     model.requires_grad_(not frozen)
     layers = [module for module in model.get_decoder().modules() if isinstance(module, GradientCheckpointingLayer)]
     # a patch replaces modules, so it comes first
@@ -117,9 +117,6 @@ def assemble(config: Config, ranks: Ranks, tokenizer, frozen: bool = False) -> T
     trainee = Trainee(model, layers, dtype=dtype, compiled=compiled, backend=backend)
     if ranks.mesh is not None:
         shard_model(trainee, layers, ranks, dtype)
-    # what goes out has the dtype of what came in, unless model.dtype says otherwise
-    if config.model.from_scratch or config.model.dtype or model.config.dtype is None:
-        model.config.dtype = dtype
     return trainee
 
 
@@ -146,7 +143,7 @@ def materialise(trainee: Trainee, device: torch.device, seed: int, folder: Path 
         load_weights(model, folder)
 
 
-def empty_model(config: ModelConfig, tokenizer, dtype: torch.dtype) -> PreTrainedModel:
+def empty_model(config: ModelConfig, tokenizer, held_in: torch.dtype, dtype: torch.dtype) -> PreTrainedModel:
     """The model on the meta device, with lacuna's attention."""
     whole = AutoConfig.from_pretrained(config.name, trust_remote_code=False)
     hf_config = whole.get_text_config()
@@ -164,10 +161,11 @@ def empty_model(config: ModelConfig, tokenizer, dtype: torch.dtype) -> PreTraine
             setattr(hf_config, key, getattr(tokenizer, key))
     # before the model is built: transformers would fetch and run a kernel that a config names as its attention
     hf_config._attn_implementation = "lacuna"
-    stored = whole.dtype or hf_config.dtype
+    stored = whole.dtype or hf_config.dtype or dtype
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
-    model.config.dtype = stored
+        model = AutoModelForCausalLM.from_config(hf_config, dtype=held_in)
+    # what goes out has the dtype of what came in, unless model.dtype says otherwise
+    model.config.dtype = dtype if config.dtype or config.from_scratch else stored
     if len(tokenizer) > hf_config.vocab_size:
         raise ConfigError(f"the model knows {hf_config.vocab_size} of {len(tokenizer)} tokens: set model.tokenizer")
     return model
@@ -222,7 +220,7 @@ def experts(model: nn.Module) -> list[nn.Module]:
 
 def cast_in_forward(model: PreTrainedModel, layers: list[nn.Module], dtype: torch.dtype):
     """On a rank without FSDP: float32 parameters, cast to dtype inside what is compiled."""
-    inside = {module for layer in layers for module in list(layer.modules())[1:]}
+    inside = set(nn.ModuleList(layers).modules())
     for module in model.get_decoder().modules():
         if isinstance(module, nn.Embedding):
             module.register_forward_hook(lambda module, args, output: output.to(dtype))
