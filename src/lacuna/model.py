@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -25,7 +24,7 @@ from lacuna.lora import add_adapters
 from lacuna.loss import head_loss
 from lacuna.optim import trained
 from lacuna.parallel import Ranks, shard_model
-from lacuna.weights import held, load_weights, read_tensors, weight_folder
+from lacuna.weights import Part, fill, held, load_weights, read_tensors, weight_folder
 
 
 class Trainee(nn.Module):
@@ -274,8 +273,5 @@ def initialise(model: PreTrainedModel, seed: int, done: set[torch.Tensor]):
         if any(tensor.isnan().any() for tensor in tensors):
             raise ConfigError(f"{type(model).__name__} does not say how to initialise {name}")
         module._parameters.update(mine)
-        for key, parameter in mine.items():
-            share = whole[key]
-            if isinstance(parameter, DTensor):  # nothing is sent: every rank has made the same whole
-                share = distribute_tensor(share, parameter.device_mesh, parameter.placements, src_data_rank=None)
-            parameter.copy_(share)
+        for key, parameter in mine.items():  # every rank has made the same whole: it takes its rows
+            fill(parameter, [Part(0, torch.atleast_1d(whole[key]))], name)

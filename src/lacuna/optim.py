@@ -27,8 +27,9 @@ class AdamW:
         inside = set().union(*self.groups)
         self.groups.append([p for p in self.moments if p not in inside])
         # embeddings, norms and biases do not decay (karpathy/minGPT pull 24)
-        self.constant = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
-        self.constant |= {p for p in self.moments if p.ndim < 2}
+        constant = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+        constant += [p for p in self.moments if p.ndim < 2]
+        self.decays = dict.fromkeys(self.moments, config.weight_decay) | dict.fromkeys(constant, 0.0)
         assert all(p.dtype == torch.float32 for p in self.moments), "bf16 parameters would lose small updates"
         self.count = torch.zeros((), device=next(iter(self.moments)).device)  # of updates
 
@@ -47,7 +48,7 @@ class AdamW:
             if not group:  # dynamo would give up this function for good: op by op, 130 ms a step
                 continue
             tensors = [tuple(map(local, (p, p.grad, *self.moments[p]))) for p in group]
-            decays = [0.0 if p in self.constant else self.config.weight_decay for p in group]
+            decays = [self.decays[p] for p in group]
             self.update(tensors, decays, **now, beta1=beta1, beta2=beta2, eps=self.config.eps)
 
     def tensors(self, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
