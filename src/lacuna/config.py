@@ -171,30 +171,29 @@ def refuse_contradictions(config: Config):
     train = config.train
     rows = train.micro_batch_size * (int(os.environ.get("WORLD_SIZE", 1)) or 1)
     is_recipe = config.task.endswith(".py")
-    streams = any(source.streaming for source in data)
     weighted = [source for source in data if source.weight]
-    mixed = streams or weighted
+    mixed = weighted or any(source.streaming for source in data)
     lacks_weights = mixed and len(data) > 1 and len(weighted) < len(data)
     held_out = config.eval.sources
     fraction = config.eval.fraction
-    problems = [
-        (not data, "data.sources is empty: add a [[data.sources]] table with a path"),
-        (lacks_weights, "data.sources: give every source a weight, or none; a mixture that streams needs weights"),
-        ((train.steps is None) == (train.epochs is None), "give exactly one of train.steps and train.epochs"),
-        (train.epochs and mixed, "train.epochs of a stream, or with weights: set train.steps, or streaming = false"),
-        (train.global_batch_size % rows, f"train.global_batch_size is no multiple of micro_batch_size x ranks, {rows}"),
-        (config.lora.rank and config.model.from_scratch, "lora.rank adapts a model: not from_scratch"),
-        (config.recipe and not is_recipe, "recipe: these keys are for lacuna RECIPE.py"),
-        (is_recipe and not config.optim.lr, "optim.lr: a recipe has no default: give one"),
-        (config.task == "pt" and config.data.chat_template, "data.chat_template belongs to lacuna sft"),
-        (config.optim.decay_steps and config.optim.schedule != "wsd", 'optim.decay_steps needs optim.schedule = "wsd"'),
-        (any(source.weight for source in held_out), "eval.sources have no weight: all of their data counts"),
-        (len(held_out) > 1 and any(s.streaming for s in held_out), "eval.sources: what streams must stand alone"),
-        (fraction and held_out, "give eval.sources or eval.fraction, not both"),
-        (fraction and mixed, "eval.fraction: data streams or has weights: name eval.sources"),
-        (config.eval.every and not (held_out or fraction), "eval.every needs eval.sources or eval.fraction"),
-    ]
-    for there, problem in problems:
+    problems = {
+        "data.sources is empty: add a [[data.sources]] table with a path": not data,
+        "data.sources: give every source a weight, or none; a mixture that streams needs weights": lacks_weights,
+        "give exactly one of train.steps and train.epochs": (train.steps is None) == (train.epochs is None),
+        "train.epochs of a stream, or with weights: set train.steps, or streaming = false": train.epochs and mixed,
+        f"train.global_batch_size is no multiple of micro_batch_size x ranks, {rows}": train.global_batch_size % rows,
+        "lora.rank adapts a model: not from_scratch": config.lora.rank and config.model.from_scratch,
+        "recipe: these keys are for lacuna RECIPE.py": config.recipe and not is_recipe,
+        "optim.lr: a recipe has no default: give one": is_recipe and not config.optim.lr,
+        "data.chat_template belongs to lacuna sft": config.task == "pt" and config.data.chat_template,
+        'optim.decay_steps needs optim.schedule = "wsd"': config.optim.decay_steps and config.optim.schedule != "wsd",
+        "eval.sources have no weight: all of their data counts": any(source.weight for source in held_out),
+        "eval.sources: what streams must stand alone": len(held_out) > 1 and any(s.streaming for s in held_out),
+        "give eval.sources or eval.fraction, not both": fraction and held_out,
+        "eval.fraction: data streams or has weights: name eval.sources": fraction and mixed,
+        "eval.every needs eval.sources or eval.fraction": config.eval.every and not (held_out or fraction),
+    }
+    for problem, there in problems.items():
         if there:
             raise ConfigError(problem)
 

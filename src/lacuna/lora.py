@@ -50,12 +50,10 @@ def add_adapters(model: nn.Module, layers: list[nn.Module], config: LoraConfig):
 
 def merge(weights: dict[str, torch.Tensor], adapters: dict[str, torch.Tensor], config: LoraConfig):
     """Add to weights what their adapters have learned: rounded once."""
-    for name in adapters:
-        layer, is_a, _ = name.partition(".lora_A")
-        if is_a:
-            product = adapters[f"{layer}.lora_B.weight"] @ adapters[name]
-            weight = weights[f"{layer}.weight"]
-            weight.copy_(weight.float() + config.alpha / config.rank * product)
+    for layer in {name.partition(".lora_")[0] for name in adapters}:
+        product = adapters[f"{layer}.lora_B.weight"] @ adapters[f"{layer}.lora_A.weight"]
+        weight = weights[f"{layer}.weight"]
+        weight.copy_(weight.float() + config.alpha / config.rank * product)
 
 
 def write_adapter(adapters: dict[str, torch.Tensor], config: LoraConfig, base: str, folder: Path):

@@ -74,12 +74,11 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     """The learning rate of a step, counted from 0, of so many: the last has lr * min_lr_ratio."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / (config.warmup_steps + 1)
-    if config.schedule == "constant":
-        return config.lr
     begin = config.warmup_steps
     # warmup-stable-decay, arXiv 2404.06395: constant, then a linear decay
     if config.schedule == "wsd":
         begin = max(begin, steps - (config.decay_steps or max(1, steps // 10)))
     done = max(0, step - begin) / max(1, steps - 1 - begin)
-    share = 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done
+    shares = {"constant": 1.0, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
+    share = shares.get(config.schedule, 1 - done)
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * share)
