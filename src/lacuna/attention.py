@@ -41,8 +41,8 @@ def boundaries(batch: PackedBatch, backend: str) -> dict:
     torch._dynamo.mark_dynamic(batch.cu_seqlens, 0)
     mask = None
     if backend == "sdpa":  # which slots of its row a slot sees: itself, and those before it in its document
-        slots = torch.arange(len(batch.input_ids), device=batch.input_ids.device)
-        document = torch.searchsorted(batch.cu_seqlens[1:], slots, right=True).view(-1, batch.max_seqlen)  # [B, S]
+        document = torch.repeat_interleave(batch.cu_seqlens.diff(), output_size=len(batch.input_ids))  # [T]
+        document = document.view(-1, batch.max_seqlen)  # [B, S]
         mask = (document[:, :, None] == document[:, None, :]).tril()[:, None]  # [B, 1, S, S]
     return {"backend": backend, "cu_seqlens": batch.cu_seqlens, "max_seqlen": batch.max_seqlen, "document_mask": mask}
 
