@@ -40,7 +40,8 @@ def boundaries(batch: PackedBatch, backend: str) -> dict:
     # one graph for any number of documents: padding cost FlashAttention-4 7 of 350 ms (Qwen3-1.7B, H200)
     torch._dynamo.mark_dynamic(batch.cu_seqlens, 0)
     mask = None
-    if backend == "sdpa":  # which slots of its row a slot sees: itself, and those before it in its document
+    # which slots of its row a slot sees: itself, and those before it in its document
+    if backend == "sdpa":
         document = torch.repeat_interleave(batch.cu_seqlens.diff(), output_size=len(batch.input_ids))  # [T]
         document = document.view(-1, batch.max_seqlen)  # [B, S]
         mask = (document[:, :, None] == document[:, None, :]).tril()[:, None]  # [B, 1, S, S]

@@ -20,6 +20,8 @@ AGAIN = "the same command goes on from the last checkpoint"
 CURES = dict.fromkeys([errno.ENOSPC, errno.EDQUOT], f". The disk is full: make room, and {AGAIN}")
 CURES |= dict.fromkeys([errno.EROFS, errno.EACCES, errno.EPERM], f". Change who may, or name another place; {AGAIN}")
 
+OneOrSeveral = BeforeValidator(lambda value: [value] if isinstance(value, str | dict) else value)
+
 
 class ConfigError(Exception):
     """What the user asked for cannot be done; the message names key and cure."""
@@ -43,7 +45,7 @@ def blame(where: str):
 
 def fault(error: BaseException) -> str:
     """An error of any library in one line, with a cure where a disk or another rank is at fault."""
-    text = str(error).partition("\n")[0] if isinstance(error, OSError) else " ".join(str(error).split())[:300]
+    text = " ".join(str(error).split())[:300]
     cure = CURES.get(getattr(error, "errno", None), "")
     if "gloo" in text or type(error).__module__ == "torch.distributed":
         cure = f". Another rank has ended, or cannot be reached: see what it says; {AGAIN}"
@@ -67,9 +69,6 @@ class ModelConfig(Section):
     patch: str | None = key(None, "file.py:function, called first with the empty model")
     dtype: Literal["bfloat16", "float32"] | None = key(None, "of computation and hf/; default: bf16 on GPUs")
     attention: Literal["varlen", "fa4", "sdpa"] | None = key(None, "default: fa4, varlen or sdpa, what runs")
-
-
-OneOrSeveral = BeforeValidator(lambda value: [value] if isinstance(value, str | dict) else value)
 
 
 class Source(Section):
@@ -200,12 +199,11 @@ def refuse_contradictions(config: Config):
 
 def unknown_key(wrong: str) -> str:
     """A sentence for a key that does not exist, with the nearest one that does."""
-    sections = {"": Config, "data.sources.": Source, "eval.sources.": Source}
-    sections |= {f"{name}.": field.annotation for name, field in Config.model_fields.items()}
-    known = {}
-    for prefix, section in sections.items():
+    known = {name: field.description for name, field in Config.model_fields.items()}
+    sections = {name: field.annotation for name, field in Config.model_fields.items()}
+    for prefix, section in (sections | {"data.sources": Source, "eval.sources": Source}).items():
         for name, field in getattr(section, "model_fields", {}).items():
-            known[prefix + name] = field.description
+            known[f"{prefix}.{name}"] = field.description
     last = wrong.split(".")[-1]
     # descriptions hold in brackets what others call a key
     near = [key for key, meaning in known.items() if last == key.split(".")[-1] or f"({last})" in meaning]
@@ -226,9 +224,9 @@ def load_config(path: str | None, argv: list[str], task: str = "pt") -> Config:
         raise ConfigError(unknown_key(unknown[0].strip("-").partition("=")[0]))
     with blame(f"cannot read config {path} as TOML"):
         merged = tomllib.loads(Path(path).read_text("utf-8-sig")) if path else {}
-    train = given.get("train", {})
-    if "steps" in train or "epochs" in train:  # they exclude each other: one given here takes back the file's
-        given["train"] = {"steps": None, "epochs": None} | train
+    # they exclude each other: one given here takes back the file's
+    if {"steps", "epochs"} & given.get("train", {}).keys():
+        given["train"] = {"steps": None, "epochs": None} | given["train"]
     for section, value in given.items():
         if isinstance(value, dict) and isinstance(merged.get(section), dict):
             value = merged[section] | value
@@ -238,7 +236,7 @@ def load_config(path: str | None, argv: list[str], task: str = "pt") -> Config:
     try:
         config = Config.model_validate(merged)
     except ValidationError as error:
-        raise ConfigError("\n".join(sentence(problem) for problem in error.errors()[:20])) from None
+        raise ConfigError("\n".join(map(sentence, error.errors()[:20]))) from None
     refuse_contradictions(config)
     rate = 3e-4 if config.task == "pt" else 2e-5
     if config.lora.rank:

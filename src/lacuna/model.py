@@ -4,9 +4,9 @@ Everything replaces `layer.forward` in place: parameter names stay those of Hugg
 """
 
 import copy
-import functools
 import hashlib
 import sys
+from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -62,7 +62,7 @@ class Trainee(nn.Module):
             scaling = 1 / scaling
         factor = scaling * (known.get("logit_scale") or 1.0)
         cap = known.get("final_logit_softcapping") or known.get("logits_soft_cap")
-        return functools.partial(head_loss, hidden, weight, batch, self.compiled, factor=factor, cap=cap)
+        return partial(head_loss, hidden, weight, batch, self.compiled, factor=factor, cap=cap)
 
     def hidden(self, batch: PackedBatch) -> torch.Tensor:
         """The decoder's last hidden states [T, H]."""
@@ -149,13 +149,15 @@ def empty_model(config: ModelConfig, tokenizer, held_in: torch.dtype, dtype: tor
     for key in config.overrides:
         if not hasattr(hf_config, key):
             raise ConfigError(f"model.overrides.{key} is no field of {config.name}'s config")
-    if config.overrides:  # made anew of its file: what follows from other fields still does
+    # made anew of its file: what follows from other fields still does
+    if config.overrides:
         fields, _ = hf_config.get_config_dict(config.name)
         fields = fields.get("text_config", fields)
         if {"num_hidden_layers", "sliding_window", "use_sliding_window", "max_window_layers"} & config.overrides.keys():
             fields.pop("layer_types", None)  # which layers have a window
         hf_config = type(hf_config).from_dict(fields | copy.deepcopy(config.overrides))
-    if config.tokenizer:  # before the model is built: the row of an old padding_idx would have no gradient
+    # before the model is built: the row of an old padding_idx would have no gradient
+    if config.tokenizer:
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(hf_config, key, getattr(tokenizer, key))
     # before the model is built: transformers would fetch and run a kernel that a config names as its attention
@@ -225,7 +227,7 @@ def cast_in_forward(model: PreTrainedModel, layers: list[nn.Module], dtype: torc
             module.register_forward_hook(lambda module, args, output: output.to(dtype))
         elif module in layers or (module._parameters and module not in inside):
             template = copy.deepcopy(module)  # on meta for ever: it has the code, `module` has the weights
-            module.forward = functools.partial(run_in, template, module, dtype)
+            module.forward = partial(run_in, template, module, dtype)
 
 
 def run_in(template: nn.Module, module: nn.Module, dtype: torch.dtype, *args, **kwargs):
@@ -248,9 +250,9 @@ def checkpoint_activations(layers: list[nn.Module], how: str):
     """Recompute in the backward pass: everything (full), or what is cheap (selective)."""
     options = {"use_reentrant": False}
     if how == "selective":
-        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, SAVED_OPS)
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, SAVED_OPS)
     for layer in layers:
-        layer.forward = functools.partial(checkpoint, layer.forward, **options)
+        layer.forward = partial(checkpoint, layer.forward, **options)
 
 
 @torch.no_grad()
@@ -258,7 +260,8 @@ def initialise(model: PreTrainedModel, seed: int, done: set[torch.Tensor]):
     """All but what is done, as transformers, or LoRA, begins with, on any ranks: a seed for each name."""
     for name, module in model.named_modules():
         mine = {key: p for key, p in module.named_parameters(recurse=False) if p not in done}
-        done |= set(mine.values())  # tied weights are made once, with the first module that has them
+        # tied weights are made once, with the first module that has them
+        done |= set(mine.values())
         whole = {key: nn.Parameter(torch.empty(p.shape, device=p.device)) for key, p in mine.items()}
         tensors = [*whole.values(), *(buffer for buffer in module.buffers(recurse=False) if buffer not in done)]
         if not tensors:

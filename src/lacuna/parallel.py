@@ -1,7 +1,4 @@
-"""Ranks, meshes, sharding, and the collectives of a step.
-
-The mesh is (dp_replicate, dp_shard): parameters are copied over the first dimension, and sharded over the second.
-"""
+"""Ranks, meshes, sharding, and the collectives of a step."""
 
 import os
 from datetime import timedelta
@@ -21,7 +18,8 @@ class Ranks(NamedTuple):
     rank: int
     world: int
     device: torch.device
-    mesh: DeviceMesh | None  # (dp_replicate, dp_shard); None where one rank is alone
+    # (dp_replicate, dp_shard): parameters are copied over the first, sharded over the second; None: one rank is alone
+    mesh: DeviceMesh | None
 
 
 def start(config: DistConfig, train: TrainConfig) -> Ranks:
@@ -39,7 +37,8 @@ def start(config: DistConfig, train: TrainConfig) -> Ranks:
     if train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    if world == 1:  # there is nothing to shard, and FSDP's copies cost 28 of 433 ms of a 1.7B model (H200)
+    # there is nothing to shard, and FSDP's copies cost 28 of 433 ms of a 1.7B model (H200)
+    if world == 1:
         return Ranks(rank, world, device, None)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout))
