@@ -199,11 +199,11 @@ def refuse_contradictions(config: Config):
 
 def unknown_key(wrong: str) -> str:
     """A sentence for a key that does not exist, with the nearest one that does."""
-    known = {name: field.description for name, field in Config.model_fields.items()}
-    sections = {name: field.annotation for name, field in Config.model_fields.items()}
-    for prefix, section in (sections | {"data.sources": Source, "eval.sources": Source}).items():
+    known = {}
+    sections = {f"{name}.": field.annotation for name, field in Config.model_fields.items()}
+    for prefix, section in {"": Config, "data.sources.": Source, "eval.sources.": Source, **sections}.items():
         for name, field in getattr(section, "model_fields", {}).items():
-            known[f"{prefix}.{name}"] = field.description
+            known[prefix + name] = field.description
     last = wrong.split(".")[-1]
     # descriptions hold in brackets what others call a key
     near = [key for key, meaning in known.items() if last == key.split(".")[-1] or f"({last})" in meaning]
@@ -248,8 +248,8 @@ def load_config(path: str | None, argv: list[str], task: str = "pt") -> Config:
 
 def sentence(problem: dict) -> str:
     """An error of pydantic's as a sentence, with the key as it is written in TOML."""
-    place = [str(part) for part in problem["loc"]]
+    place = ".".join(map(str, problem["loc"]))
     if problem["type"] == "extra_forbidden":
-        return unknown_key(".".join(part for part in place if not part.isdigit()))
+        return unknown_key(re.sub(r"\.\d+\b", "", place))
     message = re.sub(r" or instance of \w+", "", problem["msg"])
-    return f"{'.'.join(place)}: {message}, not {problem['input']!r:.100}"
+    return f"{place}: {message}, not {problem['input']!r:.100}"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from lacuna.config import ConfigError, LoraConfig
 
@@ -15,7 +15,7 @@ class LoRALinear(nn.Linear):
 
     active = True  # of the class: layers may run as copies, see cast_in_forward
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         own = super().forward(x)
         if not self.active:
             return own
@@ -48,7 +48,7 @@ def add_adapters(model: nn.Module, layers: list[nn.Module], config: LoraConfig):
             module.scale = config.alpha / config.rank
 
 
-def merge(weights: dict[str, torch.Tensor], adapters: dict[str, torch.Tensor], config: LoraConfig):
+def merge(weights: dict[str, Tensor], adapters: dict[str, Tensor], config: LoraConfig):
     """Add to weights what their adapters have learned: rounded once."""
     for layer in {name.partition(".lora_")[0] for name in adapters}:
         product = adapters[f"{layer}.lora_B.weight"] @ adapters[f"{layer}.lora_A.weight"]
@@ -56,7 +56,7 @@ def merge(weights: dict[str, torch.Tensor], adapters: dict[str, torch.Tensor], c
         weight.copy_(weight.float() + config.alpha / config.rank * product)
 
 
-def write_adapter(adapters: dict[str, torch.Tensor], config: LoraConfig, base: str, folder: Path):
+def write_adapter(adapters: dict[str, Tensor], config: LoraConfig, base: str, folder: Path):
     """PEFT's folder of an adapter, as peft, transformers and vLLM read it."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"base_model.model.{name}": tensor for name, tensor in adapters.items()}

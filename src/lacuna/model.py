@@ -11,7 +11,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -39,7 +39,7 @@ class Trainee(nn.Module):
         self.backend = backend  # of attention
         self.objective = None  # a recipe's, in place of the sum of losses
 
-    def forward(self, batch: PackedBatch) -> tuple[torch.Tensor, dict]:
+    def forward(self, batch: PackedBatch) -> tuple[Tensor, dict]:
         """The sum of the batch's losses, nats, and a recipe's figures by name: sums over the same units."""
         if self.objective:
             return self.objective(self, batch)
@@ -64,7 +64,7 @@ class Trainee(nn.Module):
         cap = known.get("final_logit_softcapping") or known.get("logits_soft_cap")
         return partial(head_loss, hidden, weight, batch, self.compiled, factor=factor, cap=cap)
 
-    def hidden(self, batch: PackedBatch) -> torch.Tensor:
+    def hidden(self, batch: PackedBatch) -> Tensor:
         """The decoder's last hidden states [T, H]."""
         # transformers wants a batch: ours is one long sample
         inputs = {"input_ids": batch.input_ids[None], "position_ids": batch.position_ids[None], "use_cache": False}
@@ -176,7 +176,6 @@ def refuse_unfit(model: PreTrainedModel, layers: list[nn.Module], seq_len: int, 
     """Refuse, by name and with the reason, what would not be exact."""
     config = model.config
     leaks = ", ".join(sorted(find_leaks(model, layers, seq_len)))
-    mixture = experts(model)
     scores = getattr(config, "attn_logit_softcapping", None) or "sinks" in " ".join(dict(model.named_parameters()))
     inside = {*model.get_decoder().parameters(), *model.get_output_embeddings().parameters()}
     problems = {
@@ -184,7 +183,7 @@ def refuse_unfit(model: PreTrainedModel, layers: list[nn.Module], seq_len: int, 
         "has capped scores or sinks: see docs/models.md": scores and AttentionInterface()["lacuna"] is packed_attention,
         "has more in its head than one matrix": set(model.parameters()) - inside,
         "hides a window in its mask": config.model_type == "phimoe" and seq_len > (config.sliding_window or seq_len),
-        "is a mixture of experts: from scratch it needs a balancing loss": from_scratch and mixture,
+        "is a mixture of experts: from scratch it needs a balancing loss": from_scratch and experts(model),
         "attends to later tokens, too": not all(getattr(module, "is_causal", True) for module in model.modules()),
         "is quantized: take a copy without quantization_config": getattr(config, "quantization_config", None),
         "must have model.overrides.attention_dropout = 0.0": getattr(config, "attention_dropout", 0.0),
@@ -193,7 +192,7 @@ def refuse_unfit(model: PreTrainedModel, layers: list[nn.Module], seq_len: int, 
     for problem, there in problems.items():
         if there:
             raise ConfigError(f"{type(model).__name__} {problem}")
-    if mixture:
+    if experts(model):
         log.info("experts: no balancing loss, no LoRA")
 
 
@@ -226,8 +225,8 @@ def cast_in_forward(model: PreTrainedModel, layers: list[nn.Module], dtype: torc
         if isinstance(module, nn.Embedding):
             module.register_forward_hook(lambda module, args, output: output.to(dtype))
         elif module in layers or (module._parameters and module not in inside):
-            template = copy.deepcopy(module)  # on meta for ever: it has the code, `module` has the weights
-            module.forward = partial(run_in, template, module, dtype)
+            # the copy, on meta for ever, has the code, and `module` the weights
+            module.forward = partial(run_in, copy.deepcopy(module), module, dtype)
 
 
 def run_in(template: nn.Module, module: nn.Module, dtype: torch.dtype, *args, **kwargs):
@@ -256,14 +255,14 @@ def checkpoint_activations(layers: list[nn.Module], how: str):
 
 
 @torch.no_grad()
-def initialise(model: PreTrainedModel, seed: int, done: set[torch.Tensor]):
+def initialise(model: PreTrainedModel, seed: int, done: set[Tensor]):
     """All but what is done, as transformers, or LoRA, begins with, on any ranks: a seed for each name."""
     for name, module in model.named_modules():
         mine = {key: p for key, p in module.named_parameters(recurse=False) if p not in done}
         # tied weights are made once, with the first module that has them
         done |= set(mine.values())
         whole = {key: nn.Parameter(torch.empty(p.shape, device=p.device)) for key, p in mine.items()}
-        tensors = [*whole.values(), *(buffer for buffer in module.buffers(recurse=False) if buffer not in done)]
+        tensors = [*whole.values(), *(b for b in module.buffers(recurse=False) if b not in done)]
         if not tensors:
             continue
         torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7]))

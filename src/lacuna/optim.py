@@ -3,7 +3,7 @@
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lacuna.config import OptimConfig
 from lacuna.parallel import local
@@ -34,24 +34,23 @@ class AdamW:
         self.count = torch.zeros((), device=next(iter(self.moments)).device)  # of updates
 
     @torch.no_grad()
-    def step(self, lr: float, scale: torch.Tensor, failed: torch.Tensor):
+    def step(self, lr: float, scale: Tensor, failed: Tensor):
         """Update by gradients times `scale`; nothing at all where `failed` is true."""
         beta1, beta2 = self.config.betas
         self.count += ~failed
-        lr = torch.full_like(self.count, lr)
         # what changes from step to step, as tensors: so nothing is compiled again, and nothing waits
-        now = {"lr": lr, "scale": scale, "failed": failed}
-        now["step_size"] = lr / (1 - beta1**self.count)  # with the first moment's bias correction
+        now = {"lr": torch.full_like(self.count, lr), "scale": scale, "failed": failed}
+        now["step_size"] = now["lr"] / (1 - beta1**self.count)  # with the first moment's bias correction
         now["root"] = (1 - beta2**self.count).sqrt()  # of the second moment's
         for group in self.groups:
             group = [p for p in group if p.grad is not None]  # what took no part stays as it is
-            if not group:  # dynamo would give up this function for good: op by op, 130 ms a step
-                continue
             tensors = [tuple(map(local, (p, p.grad, *self.moments[p]))) for p in group]
             decays = [self.decays[p] for p in group]
-            self.update(tensors, decays, **now, beta1=beta1, beta2=beta2, eps=self.config.eps)
+            # with nothing to do dynamo would give up this function for good: op by op, 130 ms a step
+            if group:
+                self.update(tensors, decays, **now, beta1=beta1, beta2=beta2, eps=self.config.eps)
 
-    def tensors(self, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    def tensors(self, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
         """The state as a checkpoint names it, float32, sharded like the parameters."""
         average = {f"optimizer.exp_avg.{name}": self.moments[p][0] for name, p in parameters.items()}
         square = {f"optimizer.exp_avg_sq.{name}": self.moments[p][1] for name, p in parameters.items()}

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -65,12 +65,12 @@ def shard_model(model: nn.Module, layers: list[nn.Module], ranks: Ranks, dtype: 
         module.set_force_sum_reduction_for_comms(True)
 
 
-def local(tensor: torch.Tensor) -> torch.Tensor:
+def local(tensor: Tensor) -> Tensor:
     """This rank's part of a sharded tensor, or the tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def sum_over_ranks(parts: list[dict], device: torch.device) -> dict[str, torch.Tensor]:
+def sum_over_ranks(parts: list[dict], device: torch.device) -> dict[str, Tensor]:
     """Figures by name, numbers or scalar tensors, added over parts and ranks in one collective: float64."""
     totals = {}
     for part in parts:
@@ -83,7 +83,7 @@ def sum_over_ranks(parts: list[dict], device: torch.device) -> dict[str, torch.T
     return dict(zip(totals, vector, strict=True))
 
 
-def gradient_norm(parameters: list, mesh: DeviceMesh | None) -> torch.Tensor:
+def gradient_norm(parameters: list, mesh: DeviceMesh | None) -> Tensor:
     """The global L2 norm of gradients, sharded or not; nothing waits."""
     # float64: in float32 a CPU's norm of a million values is off by 1e-5, and an H200 reads both at the same speed
     grads = [local(p.grad) for p in parameters if p.grad is not None]  # None: took no part
