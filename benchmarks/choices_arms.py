@@ -106,7 +106,7 @@ def decay_everything():
 
     def begin_without_exceptions(self, *args):
         begin(self, *args)
-        self.constant = set()
+        self.decays = dict.fromkeys(self.moments, self.config.weight_decay)
 
     AdamW.__init__ = begin_without_exceptions
 

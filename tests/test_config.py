@@ -492,6 +492,7 @@ def test_help_exits_with_0(argv):
         (["pt", "ok.toml", "--train.stesp", "5"], "unknown key train.stesp: did you mean train.steps?"),
         (["pt", "ok.toml", "--train.seq_len", "4"], "train.seq_len"),
         (["pt", "ok.toml", "--train.steps"], "train.steps"),
+        (["pt", "ok.toml", "stray"], "unknown key stray: take it out"),
         (["pt"], "no config given"),
     ],
 )

@@ -7,8 +7,8 @@ transformers calls `packed_attention` in place of its own, and hands on to it wh
     sdpa    torch's own over each row with a mask, which costs seq_len^2: any device and dtype
 """
 
-import importlib.util
 import os
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ def choose_backend(asked: str | None, device: torch.device, dtype: torch.dtype) 
     """The backend for `model.attention`; ConfigError where this machine cannot run it."""
     can_flash = device.type == "cuda" and dtype == torch.bfloat16
     capability = torch.cuda.get_device_capability(device) if can_flash else (0, 0)
-    has_fa4 = importlib.util.find_spec("flash_attn") and importlib.util.find_spec("flash_attn.cute")
+    has_fa4 = find_spec("flash_attn") and find_spec("flash_attn.cute")
     can = {"fa4": capability >= (9, 0) and has_fa4, "varlen": capability >= (8, 0), "sdpa": True}
     possible = [backend for backend in can if can[backend]]
     if asked and asked not in possible:
@@ -40,9 +40,10 @@ def boundaries(batch: PackedBatch, backend: str) -> dict:
     # one graph for any number of documents: padding cost FlashAttention-4 7 of 350 ms (Qwen3-1.7B, H200)
     torch._dynamo.mark_dynamic(batch.cu_seqlens, 0)
     mask = None
-    if backend == "sdpa":  # which slots of its row a slot sees: itself, and those before it in its document
-        slots = torch.arange(len(batch.input_ids), device=batch.input_ids.device)
-        document = torch.searchsorted(batch.cu_seqlens[1:], slots, right=True).view(-1, batch.max_seqlen)  # [B, S]
+    # which slots of its row a slot sees: itself, and those before it in its document
+    if backend == "sdpa":
+        document = torch.repeat_interleave(batch.cu_seqlens.diff(), output_size=len(batch.input_ids))  # [T]
+        document = document.view(-1, batch.max_seqlen)  # [B, S]
         mask = (document[:, :, None] == document[:, None, :]).tril()[:, None]  # [B, 1, S, S]
     return {"backend": backend, "cu_seqlens": batch.cu_seqlens, "max_seqlen": batch.max_seqlen, "document_mask": mask}
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_settings import CliSettingsSource
 
 log = logging.getLogger("lacuna")
@@ -22,6 +22,8 @@ YELLOW = 33
 AGAIN = "the same command goes on from the last checkpoint"
 CURES = dict.fromkeys([errno.ENOSPC, errno.EDQUOT], f". The disk is full: make room, and {AGAIN}")
 CURES |= dict.fromkeys([errno.EROFS, errno.EACCES, errno.EPERM], f". Change who may, or name another place; {AGAIN}")
+
+OneOrSeveral = BeforeValidator(lambda value: [value] if isinstance(value, str | dict) else value)
 
 
 class ConfigError(Exception):
@@ -46,7 +48,7 @@ def blame(where: str):
 
 def fault(error: BaseException) -> str:
     """An error of any library in one line, with a cure where a disk or another rank is at fault."""
-    text = str(error).partition("\n")[0] if isinstance(error, OSError) else " ".join(str(error).split())[:300]
+    text = " ".join(str(error).split())[:300]
     cure = CURES.get(getattr(error, "errno", None), "")
     if "gloo" in text or type(error).__module__ == "torch.distributed":
         cure = f". Another rank has ended, or cannot be reached: see what it says; {AGAIN}"
@@ -77,9 +79,6 @@ class ModelConfig(Section):
     patch: str | None = key(None, "file.py:function, called first with the empty model")
     dtype: Literal["bfloat16", "float32"] | None = key(None, "of computation and hf/; default: bf16 on GPUs")
     attention: Literal["varlen", "fa4", "sdpa"] | None = key(None, "default: fa4, varlen or sdpa, what runs")
-
-
-OneOrSeveral = BeforeValidator(lambda value: [value] if isinstance(value, str | dict) else value)
 
 
 class Source(Section):
@@ -174,62 +173,45 @@ class Config(Section):
     log: LogConfig = key(LogConfig(), "what is reported")
     eval: EvalConfig = key(EvalConfig(), "on what it is measured")
 
-    @model_validator(mode="after")
-    def check(self):
-        for broken, message in contradictions(self):
-            if broken:
-                raise ValueError(message)
-        rate = 3e-4 if self.task == "pt" else 2e-5
-        if self.lora.rank:
-            rate = 2e-4  # ten times full fine-tuning's
-            self.lora.alpha = self.lora.alpha or 2.0 * self.lora.rank
-        self.optim.lr = self.optim.lr or rate
-        return self
 
-
-def contradictions(config: Config) -> list[tuple]:
-    """What keys may say against each other: whether they do, and a sentence."""
+def refuse_contradictions(config: Config):
+    """ConfigError where keys say something against each other."""
     data = config.data.sources
     train = config.train
     rows = train.micro_batch_size * (int(os.environ.get("WORLD_SIZE", 1)) or 1)
     is_recipe = config.task.endswith(".py")
-    streams = any(source.streaming for source in data)
     weighted = [source for source in data if source.weight]
-    mixed = streams or weighted
+    mixed = weighted or any(source.streaming for source in data)
     lacks_weights = mixed and len(data) > 1 and len(weighted) < len(data)
     held_out = config.eval.sources
     fraction = config.eval.fraction
-    return [
-        (not data, "data.sources is empty: add a [[data.sources]] table with a path"),
-        (lacks_weights, "data.sources: give every source a weight, or none; a mixture that streams needs weights"),
-        ((train.steps is None) == (train.epochs is None), "give exactly one of train.steps and train.epochs"),
-        (train.epochs and mixed, "train.epochs of a stream, or with weights: set train.steps, or streaming = false"),
-        (train.global_batch_size % rows, f"train.global_batch_size is no multiple of micro_batch_size x ranks, {rows}"),
-        (config.lora.rank and config.model.from_scratch, "lora.rank adapts a model: not from_scratch"),
-        (config.recipe and not is_recipe, "recipe: these keys are for lacuna RECIPE.py"),
-        (is_recipe and not config.optim.lr, "optim.lr: a recipe has no default: give one"),
-        (config.task == "pt" and config.data.chat_template, "data.chat_template belongs to lacuna sft"),
-        (config.optim.decay_steps and config.optim.schedule != "wsd", 'optim.decay_steps needs optim.schedule = "wsd"'),
-        (any(source.weight for source in held_out), "eval.sources have no weight: all of their data counts"),
-        (len(held_out) > 1 and any(s.streaming for s in held_out), "eval.sources: what streams must stand alone"),
-        (fraction and held_out, "give eval.sources or eval.fraction, not both"),
-        (fraction and mixed, "eval.fraction: data streams or has weights: name eval.sources"),
-        (config.eval.every and not (held_out or fraction), "eval.every needs eval.sources or eval.fraction"),
-    ]
-
-
-class Parser(ArgumentParser):
-    def error(self, message):
-        unknown = re.match(r"unrecognized arguments: .*?--([^ =]+)", message)
-        raise ConfigError(unknown_key(unknown[1]) if unknown else message)
+    problems = {
+        "data.sources is empty: add a [[data.sources]] table with a path": not data,
+        "data.sources: give every source a weight, or none; a mixture that streams needs weights": lacks_weights,
+        "give exactly one of train.steps and train.epochs": (train.steps is None) == (train.epochs is None),
+        "train.epochs of a stream, or with weights: set train.steps, or streaming = false": train.epochs and mixed,
+        f"train.global_batch_size is no multiple of micro_batch_size x ranks, {rows}": train.global_batch_size % rows,
+        "lora.rank adapts a model: not from_scratch": config.lora.rank and config.model.from_scratch,
+        "recipe: these keys are for lacuna RECIPE.py": config.recipe and not is_recipe,
+        "optim.lr: a recipe has no default: give one": is_recipe and not config.optim.lr,
+        "data.chat_template belongs to lacuna sft": config.task == "pt" and config.data.chat_template,
+        'optim.decay_steps needs optim.schedule = "wsd"': config.optim.decay_steps and config.optim.schedule != "wsd",
+        "eval.sources have no weight: all of their data counts": any(source.weight for source in held_out),
+        "eval.sources: what streams must stand alone": len(held_out) > 1 and any(s.streaming for s in held_out),
+        "give eval.sources or eval.fraction, not both": fraction and held_out,
+        "eval.fraction: data streams or has weights: name eval.sources": fraction and mixed,
+        "eval.every needs eval.sources or eval.fraction": config.eval.every and not (held_out or fraction),
+    }
+    for problem, there in problems.items():
+        if there:
+            raise ConfigError(problem)
 
 
 def unknown_key(wrong: str) -> str:
     """A sentence for a key that does not exist, with the nearest one that does."""
-    sections = {"": Config, "data.sources.": Source, "eval.sources.": Source}
-    sections |= {f"{name}.": field.annotation for name, field in Config.model_fields.items()}
     known = {}
-    for prefix, section in sections.items():
+    sections = {f"{name}.": field.annotation for name, field in Config.model_fields.items()}
+    for prefix, section in {"": Config, "data.sources.": Source, "eval.sources.": Source, **sections}.items():
         for name, field in getattr(section, "model_fields", {}).items():
             known[prefix + name] = field.description
     last = wrong.split(".")[-1]
@@ -242,14 +224,19 @@ def unknown_key(wrong: str) -> str:
 
 def load_config(path: str | None, argv: list[str], task: str = "pt") -> Config:
     """The config from a TOML file and a command line's words; exits if they ask for help."""
-    parser = Parser(usage=f"lacuna {task} [CONFIG.toml] [--section.key VALUE ...]", allow_abbrev=False)
+    usage = f"lacuna {task} [CONFIG.toml] [--section.key VALUE ...]"
+    parser = ArgumentParser(usage=usage, allow_abbrev=False, exit_on_error=False)
+    source = CliSettingsSource(Config, root_parser=parser)
     with blame("the command line (--section.key VALUE; a list is JSON)"):
-        given = CliSettingsSource(Config, None, argv, root_parser=parser, parse_args_method=Parser.parse_args)()
+        words, unknown = parser.parse_known_args(argv)
+        given = source(parsed_args=words)()
+    if unknown:
+        raise ConfigError(unknown_key(unknown[0].strip("-").partition("=")[0]))
     with blame(f"cannot read config {path} as TOML"):
         merged = tomllib.loads(Path(path).read_text("utf-8-sig")) if path else {}
-    train = given.get("train", {})
-    if "steps" in train or "epochs" in train:  # they exclude each other: one given here takes back the file's
-        given["train"] = {"steps": None, "epochs": None} | train
+    # they exclude each other: one given here takes back the file's
+    if {"steps", "epochs"} & given.get("train", {}).keys():
+        given["train"] = {"steps": None, "epochs": None} | given["train"]
     for section, value in given.items():
         if isinstance(value, dict) and isinstance(merged.get(section), dict):
             value = merged[section] | value
@@ -257,17 +244,22 @@ def load_config(path: str | None, argv: list[str], task: str = "pt") -> Config:
     if merged.setdefault("task", task) != task:
         raise ConfigError(f"{path or 'the command line'} has task = {merged['task']!r}: run lacuna {merged['task']}")
     try:
-        return Config.model_validate(merged)
+        config = Config.model_validate(merged)
     except ValidationError as error:
-        raise ConfigError("\n".join(sentence(problem) for problem in error.errors()[:20])) from None
+        raise ConfigError("\n".join(map(sentence, error.errors()[:20]))) from None
+    refuse_contradictions(config)
+    rate = 3e-4 if config.task == "pt" else 2e-5
+    if config.lora.rank:
+        rate = 2e-4  # ten times full fine-tuning's
+        config.lora.alpha = config.lora.alpha or 2.0 * config.lora.rank
+    config.optim.lr = config.optim.lr or rate
+    return config
 
 
 def sentence(problem: dict) -> str:
     """An error of pydantic's as a sentence, with the key as it is written in TOML."""
-    place = [str(part) for part in problem["loc"]]
+    place = ".".join(map(str, problem["loc"]))
     if problem["type"] == "extra_forbidden":
-        return unknown_key(".".join(part for part in place if not part.isdigit()))
-    message = re.sub(r"^Value error, | or instance of \w+", "", problem["msg"])
-    if not place:
-        return message
-    return f"{'.'.join(place)}: {message}, not {problem['input']!r:.100}"
+        return unknown_key(re.sub(r"\.\d+\b", "", place))
+    message = re.sub(r" or instance of \w+", "", problem["msg"])
+    return f"{place}: {message}, not {problem['input']!r:.100}"

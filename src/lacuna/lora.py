@@ -5,12 +5,9 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from lacuna.config import ConfigError, LoraConfig
-
-# How the two begin: as PEFT's, so that the model computes what it did before.
-BEGINNINGS = {"lora_A": nn.Linear.reset_parameters, "lora_B": lambda module: nn.init.zeros_(module.weight)}
 
 
 class LoRALinear(nn.Linear):
@@ -18,7 +15,7 @@ class LoRALinear(nn.Linear):
 
     active = True  # of the class: layers may run as copies, see cast_in_forward
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         own = super().forward(x)
         if not self.active:
             return own
@@ -45,20 +42,21 @@ def add_adapters(model: nn.Module, layers: list[nn.Module], config: LoraConfig):
             module.__class__ = ADAPTED[type(module)]
             module.lora_A = nn.Linear(module.in_features, config.rank, bias=False, device="meta")
             module.lora_B = nn.Linear(config.rank, module.out_features, bias=False, device="meta")
+            # as PEFT's begin, so that the model computes what it did before
+            module.lora_A._init_weights = nn.Linear.reset_parameters
+            module.lora_B._init_weights = lambda layer: nn.init.zeros_(layer.weight)
             module.scale = config.alpha / config.rank
 
 
-def merge(weights: dict[str, torch.Tensor], adapters: dict[str, torch.Tensor], config: LoraConfig):
+def merge(weights: dict[str, Tensor], adapters: dict[str, Tensor], config: LoraConfig):
     """Add to weights what their adapters have learned: rounded once."""
-    for name in adapters:
-        layer, is_a, _ = name.partition(".lora_A")
-        if is_a:
-            product = adapters[f"{layer}.lora_B.weight"] @ adapters[name]
-            weight = weights[f"{layer}.weight"]
-            weight.copy_(weight.float() + config.alpha / config.rank * product)
+    for layer in {name.partition(".lora_")[0] for name in adapters}:
+        product = adapters[f"{layer}.lora_B.weight"] @ adapters[f"{layer}.lora_A.weight"]
+        weight = weights[f"{layer}.weight"]
+        weight.copy_(weight.float() + config.alpha / config.rank * product)
 
 
-def write_adapter(adapters: dict[str, torch.Tensor], config: LoraConfig, base: str, folder: Path):
+def write_adapter(adapters: dict[str, Tensor], config: LoraConfig, base: str, folder: Path):
     """PEFT's folder of an adapter, as peft, transformers and vLLM read it."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"base_model.model.{name}": tensor for name, tensor in adapters.items()}

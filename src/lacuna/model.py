@@ -4,15 +4,14 @@ Everything replaces `layer.forward` in place: parameter names stay those of Hugg
 """
 
 import copy
-import functools
 import hashlib
 import sys
+from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -21,11 +20,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lacuna.attention import boundaries, choose_backend, packed_attention
 from lacuna.config import Config, ConfigError, ModelConfig, blame, log
 from lacuna.data.batch import PackedBatch
-from lacuna.lora import BEGINNINGS, add_adapters
+from lacuna.lora import add_adapters
 from lacuna.loss import head_loss
 from lacuna.optim import trained
 from lacuna.parallel import Ranks, shard_model
-from lacuna.weights import load_weights, read_tensors, weight_folder
+from lacuna.weights import Part, fill, held, load_weights, read_tensors, weight_folder
 
 
 class Trainee(nn.Module):
@@ -40,7 +39,7 @@ class Trainee(nn.Module):
         self.backend = backend  # of attention
         self.objective = None  # a recipe's, in place of the sum of losses
 
-    def forward(self, batch: PackedBatch) -> tuple[torch.Tensor, dict]:
+    def forward(self, batch: PackedBatch) -> tuple[Tensor, dict]:
         """The sum of the batch's losses, nats, and a recipe's figures by name: sums over the same units."""
         if self.objective:
             return self.objective(self, batch)
@@ -63,9 +62,9 @@ class Trainee(nn.Module):
             scaling = 1 / scaling
         factor = scaling * (known.get("logit_scale") or 1.0)
         cap = known.get("final_logit_softcapping") or known.get("logits_soft_cap")
-        return functools.partial(head_loss, hidden, weight, batch, self.compiled, factor=factor, cap=cap)
+        return partial(head_loss, hidden, weight, batch, self.compiled, factor=factor, cap=cap)
 
-    def hidden(self, batch: PackedBatch) -> torch.Tensor:
+    def hidden(self, batch: PackedBatch) -> Tensor:
         """The decoder's last hidden states [T, H]."""
         # transformers wants a batch: ours is one long sample
         inputs = {"input_ids": batch.input_ids[None], "position_ids": batch.position_ids[None], "use_cache": False}
@@ -95,7 +94,7 @@ def assemble(config: Config, ranks: Ranks, tokenizer, frozen: bool = False) -> T
     # what is frozen is held as it computes
     held_in = dtype if frozen or config.lora.rank else torch.float32
     with blame(f"model.name {config.model.name}, model.overrides {config.model.overrides}"):
-        model = empty_model(config.model, tokenizer, held_in)
+        model = empty_model(config.model, tokenizer, held_in, dtype)
     model.requires_grad_(not frozen)
     layers = [module for module in model.get_decoder().modules() if isinstance(module, GradientCheckpointingLayer)]
     # a patch replaces modules, so it comes first
@@ -117,9 +116,6 @@ def assemble(config: Config, ranks: Ranks, tokenizer, frozen: bool = False) -> T
     trainee = Trainee(model, layers, dtype=dtype, compiled=compiled, backend=backend)
     if ranks.mesh is not None:
         shard_model(trainee, layers, ranks, dtype)
-    # what goes out has the dtype of what came in, unless model.dtype says otherwise
-    if config.model.from_scratch or config.model.dtype or model.config.dtype is None:
-        model.config.dtype = dtype
     return trainee
 
 
@@ -141,33 +137,36 @@ def materialise(trainee: Trainee, device: torch.device, seed: int, folder: Path 
     model.tie_weights(recompute_mapping=False)  # to_empty gives each module a tensor of its own
     for parameter in model.parameters():
         parameter._is_hf_initialized = True  # what `initialise` puts in their place is not
-    initialise(model, seed, from_scratch=folder is None)
-    if folder is not None:
+    initialise(model, seed, set(held(model).values()) if folder else set())
+    if folder:
         load_weights(model, folder)
 
 
-def empty_model(config: ModelConfig, tokenizer, dtype: torch.dtype) -> PreTrainedModel:
+def empty_model(config: ModelConfig, tokenizer, held_in: torch.dtype, dtype: torch.dtype) -> PreTrainedModel:
     """The model on the meta device, with lacuna's attention."""
     whole = AutoConfig.from_pretrained(config.name, trust_remote_code=False)
     hf_config = whole.get_text_config()
     for key in config.overrides:
         if not hasattr(hf_config, key):
             raise ConfigError(f"model.overrides.{key} is no field of {config.name}'s config")
-    if config.overrides:  # made anew of its file: what follows from other fields still does
+    # made anew of its file: what follows from other fields still does
+    if config.overrides:
         fields, _ = hf_config.get_config_dict(config.name)
         fields = fields.get("text_config", fields)
         if {"num_hidden_layers", "sliding_window", "use_sliding_window", "max_window_layers"} & config.overrides.keys():
             fields.pop("layer_types", None)  # which layers have a window
         hf_config = type(hf_config).from_dict(fields | copy.deepcopy(config.overrides))
-    if config.tokenizer:  # before the model is built: the row of an old padding_idx would have no gradient
+    # before the model is built: the row of an old padding_idx would have no gradient
+    if config.tokenizer:
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(hf_config, key, getattr(tokenizer, key))
     # before the model is built: transformers would fetch and run a kernel that a config names as its attention
     hf_config._attn_implementation = "lacuna"
-    stored = whole.dtype or hf_config.dtype
+    stored = whole.dtype or hf_config.dtype or dtype
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
-    model.config.dtype = stored
+        model = AutoModelForCausalLM.from_config(hf_config, dtype=held_in)
+    # what goes out has the dtype of what came in, unless model.dtype says otherwise
+    model.config.dtype = dtype if config.dtype or config.from_scratch else stored
     if len(tokenizer) > hf_config.vocab_size:
         raise ConfigError(f"the model knows {hf_config.vocab_size} of {len(tokenizer)} tokens: set model.tokenizer")
     return model
@@ -177,7 +176,6 @@ def refuse_unfit(model: PreTrainedModel, layers: list[nn.Module], seq_len: int, 
     """Refuse, by name and with the reason, what would not be exact."""
     config = model.config
     leaks = ", ".join(sorted(find_leaks(model, layers, seq_len)))
-    mixture = experts(model)
     scores = getattr(config, "attn_logit_softcapping", None) or "sinks" in " ".join(dict(model.named_parameters()))
     inside = {*model.get_decoder().parameters(), *model.get_output_embeddings().parameters()}
     problems = {
@@ -185,7 +183,7 @@ def refuse_unfit(model: PreTrainedModel, layers: list[nn.Module], seq_len: int, 
         "has capped scores or sinks: see docs/models.md": scores and AttentionInterface()["lacuna"] is packed_attention,
         "has more in its head than one matrix": set(model.parameters()) - inside,
         "hides a window in its mask": config.model_type == "phimoe" and seq_len > (config.sliding_window or seq_len),
-        "is a mixture of experts: from scratch it needs a balancing loss": from_scratch and mixture,
+        "is a mixture of experts: from scratch it needs a balancing loss": from_scratch and experts(model),
         "attends to later tokens, too": not all(getattr(module, "is_causal", True) for module in model.modules()),
         "is quantized: take a copy without quantization_config": getattr(config, "quantization_config", None),
         "must have model.overrides.attention_dropout = 0.0": getattr(config, "attention_dropout", 0.0),
@@ -194,7 +192,7 @@ def refuse_unfit(model: PreTrainedModel, layers: list[nn.Module], seq_len: int, 
     for problem, there in problems.items():
         if there:
             raise ConfigError(f"{type(model).__name__} {problem}")
-    if mixture:
+    if experts(model):
         log.info("experts: no balancing loss, no LoRA")
 
 
@@ -222,13 +220,13 @@ def experts(model: nn.Module) -> list[nn.Module]:
 
 def cast_in_forward(model: PreTrainedModel, layers: list[nn.Module], dtype: torch.dtype):
     """On a rank without FSDP: float32 parameters, cast to dtype inside what is compiled."""
-    inside = {module for layer in layers for module in list(layer.modules())[1:]}
+    inside = set(nn.ModuleList(layers).modules())
     for module in model.get_decoder().modules():
         if isinstance(module, nn.Embedding):
             module.register_forward_hook(lambda module, args, output: output.to(dtype))
         elif module in layers or (module._parameters and module not in inside):
-            template = copy.deepcopy(module)  # on meta for ever: it has the code, `module` has the weights
-            module.forward = functools.partial(run_in, template, module, dtype)
+            # the copy, on meta for ever, has the code, and `module` the weights
+            module.forward = partial(run_in, copy.deepcopy(module), module, dtype)
 
 
 def run_in(template: nn.Module, module: nn.Module, dtype: torch.dtype, *args, **kwargs):
@@ -251,43 +249,31 @@ def checkpoint_activations(layers: list[nn.Module], how: str):
     """Recompute in the backward pass: everything (full), or what is cheap (selective)."""
     options = {"use_reentrant": False}
     if how == "selective":
-        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, SAVED_OPS)
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, SAVED_OPS)
     for layer in layers:
-        layer.forward = functools.partial(checkpoint, layer.forward, **options)
+        layer.forward = partial(checkpoint, layer.forward, **options)
 
 
 @torch.no_grad()
-def initialise(model: PreTrainedModel, seed: int, from_scratch: bool):
-    """What no folder holds, as transformers, or LoRA, begins with, on any ranks: a seed for each name."""
-    done = set()
+def initialise(model: PreTrainedModel, seed: int, done: set[Tensor]):
+    """All but what is done, as transformers, or LoRA, begins with, on any ranks: a seed for each name."""
     for name, module in model.named_modules():
-        parent, _, last = name.rpartition(".")
-        begin = BEGINNINGS.get(last)
-        mine = {}
-        if from_scratch or begin:
-            # tied weights are made once, with the first module that has them
-            mine = {key: p for key, p in module.named_parameters(recurse=False) if p not in done}
+        mine = {key: p for key, p in module.named_parameters(recurse=False) if p not in done}
+        # tied weights are made once, with the first module that has them
+        done |= set(mine.values())
         whole = {key: nn.Parameter(torch.empty(p.shape, device=p.device)) for key, p in mine.items()}
-        # those that persist, a folder holds
-        buffers = set(module._buffers) if from_scratch else module._non_persistent_buffers_set
-        tensors = [*whole.values(), *map(module._buffers.get, buffers)]
+        tensors = [*whole.values(), *(b for b in module.buffers(recurse=False) if b not in done)]
         if not tensors:
             continue
-        done.update(mine.values())
         torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7]))
         module._parameters.update(whole)
         for tensor in tensors:
             tensor.fill_(float("nan") if tensor.is_floating_point() else 0)
-        if begin:
-            begin(module)
-        else:
-            for part in (module, model.get_submodule(parent)):  # a parent may do it otherwise, as GPT-2's does
-                getattr(part, "_init_weights", model._init_weights)(part)
+        parent = model.get_submodule(name.rpartition(".")[0])
+        for part in (module, parent):  # a parent may do it otherwise, as GPT-2's does
+            getattr(part, "_init_weights", model._init_weights)(part)
         if any(tensor.isnan().any() for tensor in tensors):
             raise ConfigError(f"{type(model).__name__} does not say how to initialise {name}")
         module._parameters.update(mine)
-        for key, parameter in mine.items():
-            share = whole[key]
-            if isinstance(parameter, DTensor):  # nothing is sent: every rank has made the same whole
-                share = distribute_tensor(share, parameter.device_mesh, parameter.placements, src_data_rank=None)
-            parameter.copy_(share)
+        for key, parameter in mine.items():  # every rank has made the same whole: it takes its rows
+            fill(parameter, [Part(0, torch.atleast_1d(whole[key]))], name)

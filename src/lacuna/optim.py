@@ -3,7 +3,7 @@
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lacuna.config import OptimConfig
 from lacuna.parallel import local
@@ -27,30 +27,30 @@ class AdamW:
         inside = set().union(*self.groups)
         self.groups.append([p for p in self.moments if p not in inside])
         # embeddings, norms and biases do not decay (karpathy/minGPT pull 24)
-        self.constant = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
-        self.constant |= {p for p in self.moments if p.ndim < 2}
+        constant = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+        constant += [p for p in self.moments if p.ndim < 2]
+        self.decays = dict.fromkeys(self.moments, config.weight_decay) | dict.fromkeys(constant, 0.0)
         assert all(p.dtype == torch.float32 for p in self.moments), "bf16 parameters would lose small updates"
         self.count = torch.zeros((), device=next(iter(self.moments)).device)  # of updates
 
     @torch.no_grad()
-    def step(self, lr: float, scale: torch.Tensor, failed: torch.Tensor):
+    def step(self, lr: float, scale: Tensor, failed: Tensor):
         """Update by gradients times `scale`; nothing at all where `failed` is true."""
         beta1, beta2 = self.config.betas
         self.count += ~failed
-        lr = torch.full_like(self.count, lr)
         # what changes from step to step, as tensors: so nothing is compiled again, and nothing waits
-        now = {"lr": lr, "scale": scale, "failed": failed}
-        now["step_size"] = lr / (1 - beta1**self.count)  # with the first moment's bias correction
+        now = {"lr": torch.full_like(self.count, lr), "scale": scale, "failed": failed}
+        now["step_size"] = now["lr"] / (1 - beta1**self.count)  # with the first moment's bias correction
         now["root"] = (1 - beta2**self.count).sqrt()  # of the second moment's
         for group in self.groups:
             group = [p for p in group if p.grad is not None]  # what took no part stays as it is
-            if not group:  # dynamo would give up this function for good: op by op, 130 ms a step
-                continue
             tensors = [tuple(map(local, (p, p.grad, *self.moments[p]))) for p in group]
-            decays = [0.0 if p in self.constant else self.config.weight_decay for p in group]
-            self.update(tensors, decays, **now, beta1=beta1, beta2=beta2, eps=self.config.eps)
+            decays = [self.decays[p] for p in group]
+            # with nothing to do dynamo would give up this function for good: op by op, 130 ms a step
+            if group:
+                self.update(tensors, decays, **now, beta1=beta1, beta2=beta2, eps=self.config.eps)
 
-    def tensors(self, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    def tensors(self, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
         """The state as a checkpoint names it, float32, sharded like the parameters."""
         average = {f"optimizer.exp_avg.{name}": self.moments[p][0] for name, p in parameters.items()}
         square = {f"optimizer.exp_avg_sq.{name}": self.moments[p][1] for name, p in parameters.items()}
@@ -73,12 +73,11 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     """The learning rate of a step, counted from 0, of so many: the last has lr * min_lr_ratio."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / (config.warmup_steps + 1)
-    if config.schedule == "constant":
-        return config.lr
     begin = config.warmup_steps
     # warmup-stable-decay, arXiv 2404.06395: constant, then a linear decay
     if config.schedule == "wsd":
         begin = max(begin, steps - (config.decay_steps or max(1, steps // 10)))
     done = max(0, step - begin) / max(1, steps - 1 - begin)
-    share = 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done
+    shares = {"constant": 1.0, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
+    share = shares.get(config.schedule, 1 - done)
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * share)
