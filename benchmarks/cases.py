@@ -47,7 +47,7 @@ def say(file: Path, task: str, tokenizer: str, cache: str) -> str:
 
 
 def is_text(file: Path) -> bool:
-    return b"text" in file.read_bytes()[:16] or file.suffix in (".parquet", ".csv") and b"text" in file.read_bytes()
+    return b"text" in file.read_bytes()[:16] or (file.suffix in (".parquet", ".csv") and b"text" in file.read_bytes())
 
 
 def main(folder: Path, tokenizer: str):

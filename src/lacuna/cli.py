@@ -3,13 +3,14 @@
 import gc
 import os
 import sys
+from argparse import ArgumentParser
 from contextlib import suppress
 from glob import glob
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
-from lacuna.config import AGAIN, RED, Config, ConfigError, Parser, Preempted, blame, fault, load_config, log, paint
+from lacuna.config import AGAIN, RED, Config, ConfigError, Preempted, blame, fault, load_config, log, paint
 from lacuna.preemption import REQUEUE, SIGNALS, Preemption
 
 USAGE = """usage: lacuna pt [CONFIG.toml]          train on text: every token
@@ -73,7 +74,7 @@ def train(config: Config, words: list[str]):
 
 
 def export(words: list[str]):
-    parser = Parser(prog="lacuna export", description="Make a Hugging Face folder of a checkpoint.")
+    parser = ArgumentParser(prog="lacuna export", description="Make a Hugging Face folder of a checkpoint.")
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="default: as hf/ of its run")
