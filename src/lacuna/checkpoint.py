@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import weakref
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
@@ -26,7 +25,7 @@ from lacuna.config import AGAIN, Config, ConfigError, LoraConfig, blame, log
 from lacuna.data.loader import merge_states
 from lacuna.lora import merge, write_adapter
 from lacuna.parallel import Ranks, local
-from lacuna.weights import fingerprint, held, load_weights, stored_parts, weight_files, weight_folder
+from lacuna.weights import FINGERPRINTS, fingerprint, held, load_weights, stored_parts, weight_files, weight_folder
 
 FORMAT = 5  # of names and state in a checkpoint: counted up when no run can go on from those of before
 # What may change when a run goes on: places, reports, hardware. With another value of any other key it is another run.
@@ -40,41 +39,33 @@ def find_checkpoint(config: Config, folder: Path, rank: int) -> Path | None:
     if rank == 0:
         for leftover in (folder / "checkpoints").glob(".*step_*"):
             shutil.rmtree(leftover)
-        found = [newest_whole(folder / "checkpoints") or config.checkpoint.resume]
+        put_damaged_aside(folder / "checkpoints")
+        found = in_order(folder / "checkpoints")[-1:] or [config.checkpoint.resume]
     if dist.is_initialized():
         dist.broadcast_object_list(found, device=torch.device("cpu"))
     return Path(found[0]) if found[0] else None
 
 
-def newest_whole(checkpoints: Path) -> Path | None:
-    """The newest one that is what was saved; damaged ones are put aside, as long as there is an older one."""
-    found = in_order(checkpoints)
-    for checkpoint in reversed(found):
+def put_damaged_aside(checkpoints: Path):
+    """Rename the newest ones down to a whole one, or to the oldest: no run begins again by itself."""
+    for checkpoint in reversed(in_order(checkpoints)[1:]):
         try:
             state_of(checkpoint)
-            return checkpoint
+            return
         except ConfigError as error:
-            if checkpoint == found[0] or isinstance(error.__cause__, OSError):  # that may be over soon
+            if isinstance(error.__cause__, OSError):  # it may be over soon
                 raise
             aside = checkpoint.rename(f"{checkpoint}.damaged")
             log.warning("%s. It is %s now, and the run goes on from the one before", error, aside.name)
-    return None
 
 
 def state_of(checkpoint: Path) -> dict:
     """What its state.json says. ConfigError where a file of it is not what was saved."""
     if not (checkpoint / "state.json").exists():
         raise ConfigError(f"{checkpoint} is no checkpoint, such as runs/NAME/checkpoints/step_N")
+    weight_files(checkpoint)
     with blame(f"{checkpoint}/state.json"):
-        state = json.loads((checkpoint / "state.json").read_text())
-        if state.pop("crc32", None) not in (None, checksum(state)):  # folders of before have none
-            raise ConfigError(f"{checkpoint}/state.json is not what was saved")
-        weight_files(checkpoint)
-    return state
-
-
-def checksum(state: dict) -> int:
-    return zlib.crc32(json.dumps(state).encode())
+        return json.loads((checkpoint / "state.json").read_text())
 
 
 def in_order(checkpoints: Path) -> list[Path]:
@@ -171,7 +162,7 @@ class Checkpoints:
         if self.group:
             dist.all_gather_object(states, data, group=self.group)
         state = {"format": FORMAT, "step": step, **facts, "data": merge_states(states)}
-        state |= {"config": self.config.model_dump(mode="json"), "fingerprints": {}}
+        state["config"] = self.config.model_dump(mode="json")
         # taken here, since FSDP2 may give a parameter other memory at its first use
         shares = [local(tensor).detach() for tensor in self.tensors.values()]
         self.copied = self.thread.submit(self.copy, shares)
@@ -202,24 +193,25 @@ class Checkpoints:
             self.write_safetensors(files[0])
             if self.ranks.rank == 0:
                 self.write_small_files(path)
+                (path / "state.json").write_text(json.dumps(state))
                 # other ranks' files may be half written
                 files += [file for file in path.glob("[!.]*.*") if file.suffix != ".safetensors"]
-            outcome = ("", {file.name: fingerprint([file]) for file in files})
-            sync(files)
+            outcome = ("", seal(files))
         except Exception as error:  # of any kind: the other ranks must hear of it
             outcome = (str(error) or repr(error), {})
         outcomes = [outcome] * self.ranks.world
         if self.group:
             dist.all_gather_object(outcomes, outcome, group=self.group)
-        for error, fingerprints in outcomes:
+        fingerprints = {}
+        for error, of_rank in outcomes:
             if error:
                 raise ConfigError(f"no checkpoint of step {step}: {error}. Make room there; {AGAIN}")
-            state["fingerprints"] |= fingerprints
+            fingerprints |= of_rank
         if self.ranks.rank > 0:
             return
         with blame(f"no checkpoint of step {step}: {AGAIN}"):
-            (path / "state.json").write_text(json.dumps(state | {"crc32": checksum(state)}))
-            sync([path / "state.json"])
+            (path / FINGERPRINTS).write_text(json.dumps(fingerprints))
+            seal([path / FINGERPRINTS])
             path = path.rename(self.folder / f"step_{step}")
         log.info("step %d: checkpoint in %s", step, path)
         for old in in_order(self.folder)[: -self.config.checkpoint.keep]:
@@ -242,11 +234,12 @@ class Checkpoints:
         save_file(shares, file, {"DCP_SHARDING_INFO": json.dumps(offsets)})  # one: two have no order
 
 
-def sync(files: list[Path]):
-    """To the disk before the rename, or after a power failure they could be empty."""
+def seal(files: list[Path]) -> dict[str, str]:
+    """The fingerprint of each file, once it is on the disk: after a power failure it could be empty otherwise."""
     for file in files:
         with open(file, "rb") as content:
             os.fsync(content.fileno())
+    return {file.name: fingerprint([file]) for file in files}
 
 
 def match_eos(config: Config, model: PreTrainedModel, tokenizer):
@@ -312,5 +305,5 @@ def export(checkpoint: Path, out: Path, dtype: str | None = None):
     for old in out.glob("model*.safetensors*"):
         old.unlink()
     model.save_pretrained(out, max_shard_size="5GB")  # under the names that came in
-    others = shutil.ignore_patterns("*.safetensors", "state.json", "config.json")
+    others = shutil.ignore_patterns("*.safetensors", "state.json", FINGERPRINTS, "config.json")
     shutil.copytree(checkpoint, out, ignore=others, dirs_exist_ok=True)

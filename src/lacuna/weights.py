@@ -20,6 +20,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from lacuna.config import ConfigError, blame, log
 from lacuna.parallel import local
 
+FINGERPRINTS = "fingerprints.json"  # of a checkpoint's other files
 WHOLE = "model.safetensors"
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INDEX = "model.safetensors.index.json"  # of a model in several files
@@ -40,19 +41,21 @@ def weight_folder(name: str) -> Path:
 
 def fingerprint(files: list[Path]) -> str:
     """Tells files from others by 2**18 bytes of each: all of 16 GB would take 10 s."""
-    stored = [np.memmap(file, mode="r") for file in files]
+    stored = [np.memmap(file, mode="r") for file in files if file.stat().st_size]
     samples = [content[:: 1 + len(content) // 2**18].tobytes() for content in stored]
     return hashlib.sha256(b"".join(samples)).hexdigest()[:16]
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that count: of a checkpoint, or else as transformers finds them."""
-    state = folder / "state.json"
+    fingerprints = folder / FINGERPRINTS
     index = folder / INDEX
-    if state.exists():
-        for name, written in json.loads(state.read_text()).get("fingerprints", {}).items():
-            if not (folder / name).exists() or fingerprint([folder / name]) != written:
-                raise ConfigError(f"{folder}: {name} is missing, or not what was saved")
+    if fingerprints.exists():
+        with blame(f"{fingerprints} cannot be read"):
+            for name, written in json.loads(fingerprints.read_text()).items():
+                if not (folder / name).exists() or fingerprint([folder / name]) != written:
+                    raise ConfigError(f"{folder}: {name} is missing, or not what was saved")
+    if (folder / "state.json").exists():
         return sorted(folder.glob("rank_*.safetensors"))
     if index.exists():
         with blame(f"{index} cannot be read"):
