@@ -735,7 +735,7 @@ def test_lacunas_template_is_compared_on_the_datas_own_rows(tokenizer):
         "<tool_response>\\n' }}", "<tool_response>\\n' }}{% if 'odd' in message.content %}!{% endif %}", 1
     )
     encoder = make(tokenizer)
-    assert encoder.own == tokenizer.chat_template
+    assert encoder.template != tokenizer.chat_template
     call = say("user: x", "assistant: ", tool_calls=[WEATHER])
     plain = {"messages": [*call, *say("tool: even", "assistant: b")]}
     odd = {"messages": [*call, *say("tool: odd", "assistant: b")]}

@@ -3,7 +3,6 @@
 import copy
 import json
 import re
-from itertools import chain
 from pathlib import Path
 from threading import Lock
 
@@ -16,15 +15,14 @@ from lacuna.config import Config, ConfigError, Source, blame, log
 from lacuna.data.batch import Tokens, hide
 from lacuna.data.tokenize import TextEncoder, adds_bos, digest
 
-FORMATS = {  # recognised by these columns
-    "messages": ["messages"],
-    "conversations": ["conversations"],
-    "prompt and completion": ["prompt", "completion"],
-    "instruction and output": ["instruction", "output"],
-    "token ids": ["input_ids"],
-}
 MASKS = ["loss_mask", "completion_mask", "assistant_masks"]
-OPTIONAL = ["tools", "system", "input", "history", "labels", "attention_mask", *MASKS]
+FORMATS = {  # recognised by the columns of the first list; a row may have those of the second besides
+    "messages": (["messages"], ["tools", "system"]),
+    "conversations": (["conversations"], ["tools", "system"]),
+    "prompt and completion": (["prompt", "completion"], ["tools", "system"]),
+    "instruction and output": (["instruction", "output"], ["input", "history", "tools", "system"]),
+    "token ids": (["input_ids"], ["labels", "attention_mask", *MASKS]),
+}
 # Who speaks, under `role` or `from`, in the words of chat templates; a `call` is a turn of the assistant's.
 ROLES = {"system": "system", "developer": "developer"} | dict.fromkeys(["user", "human"], "user")
 ROLES |= dict.fromkeys(["assistant", "gpt", "bot", "model", "chatgpt"], "assistant")
@@ -34,14 +32,12 @@ FLAGS = ["train", "training", "trainable", "loss", "weight"]
 TRAINED = dict.fromkeys(["true", "1", "1.0"], True) | dict.fromkeys(["false", "0", "0.0"], False)
 REASONING = ["reasoning_content", "reasoning", "thinking"]
 CALLS = ["tool_calls", "function_call", "function_calls", "functions", "tools"]
-READ = {"role", "content", "tool_call_id", *REASONING, *CALLS}  # of a message; what else, a template may:
-FIELD = r"(\.|\[.|\.get\(.){}\b"
+READ = {"role", "content", "tool_call_id", *REASONING, *CALLS}  # of a message; a template may read others
 TEMPLATES = Path(__file__).parent / "templates"
 MARKS = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
 CURE = "put {% generation %} before and {% endgeneration %} after what the assistant writes, its stop token included"
 # A prompt and a completion that are plain text go through the same machinery, as the simplest of chats.
 PLAIN = "{{ messages[0].content }}{% generation %}{{ messages[1].content }}{{ eos_token }}{% endgeneration %}"
-NOTHING = np.zeros(0, dtype=np.int32)
 RENDERING = Lock()  # transformers keeps the mask that it is making in the template: one at a time
 
 
@@ -58,38 +54,37 @@ class ChatEncoder:
         self.tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=False)
         self.data = config.data
         self.seq_len = config.train.seq_len
-        self.own = None  # the model's own template, where one of lacuna's stands in for it
         self.unread = set()  # (source, key of its messages): each is told once
         self.bos = tokenizer.bos_token if adds_bos(tokenizer) else ""
         try:
             self.template = training_template(tokenizer, self.data.chat_template)
             with blame("data.chat_template"):
                 self.tokenizer.eos_token = self.stop_token()
-            if not self.data.chat_template and self.template != tokenizer.get_chat_template():
-                self.own = tokenizer.get_chat_template()
         except (LookupError, jinja2.TemplateError) as error:  # token ids and plain text need none
-            self.template, self.problem = None, error
+            self.template = None
+            self.problem = error
         self.eos = self.tokenizer.eos_token_id
 
     def stop_token(self) -> str:
         ids, mask = self.render(as_turns("?", "user") + as_turns("yes", "assistant"), self.template, [])
         stop = int(ids[mask][-1]) if mask.any() else None
         if stop not in self.tokenizer.added_tokens_decoder:
-            raise ConfigError(f"the chat template marks turns that do not end with one stop token: {CURE}")
+            raise ConfigError(f"data.chat_template: no turn is marked that ends with one stop token: {CURE}")
         return self.tokenizer.convert_ids_to_tokens(stop)
 
     def columns(self, columns, source):
-        row_format = recognise(columns, source)
-        read = [name for name in columns if name in FORMATS[row_format] + OPTIONAL]
-        unread = ", ".join(name for name in columns if name not in read) or "nothing"
-        log.info("%s is read as %s; not read: %s", source.path, row_format, unread)
-        return read
+        row_format, known = recognise(columns, source)
+        unread = [name for name in columns if name not in known]
+        log.info("%s is read as %s; not read: %s", source.path, row_format, ", ".join(unread) or "nothing")
+        return [name for name in columns if name in known]
 
     def documents(self, rows, source, numbers):
-        row_format = recognise(list(dict.fromkeys(chain.from_iterable(rows))), source) if rows else ""
+        if not rows:
+            return []
+        row_format, known = recognise(sorted(set().union(*rows)), source)
         documents = []
         for number, row in zip(numbers, rows, strict=True):
-            given = {name: row[name] for name in FORMATS[row_format] + OPTIONAL if row.get(name) is not None}
+            given = {name: row[name] for name in known if row.get(name) is not None}
             with blame(f"data.sources {source.path}, row {number}, read as {row_format}"):
                 documents.append(self.document(given, row_format, source.path))
         return documents
@@ -106,15 +101,15 @@ class ChatEncoder:
         flags = [message.pop("train") and says_something(message) for message in messages]  # templates do not see it
         if not any(flags):
             silent = any(message["role"] == "assistant" and not says_something(message) for message in messages)
-            return Tokens(NOTHING, "dropped: an empty answer" if silent else "dropped: without a trained token")
+            return Tokens(note="dropped: an empty answer" if silent else "dropped: without a trained token")
         for key in set().union(*messages) - READ:
-            if (path, key) not in self.unread and not re.search(FIELD.format(re.escape(key)), template or ""):
+            if (path, key) not in self.unread and not re.search(rf"\b{re.escape(key)}\b", template or ""):
                 log.warning("%s: messages have %r, which nothing reads", path, key)
                 self.unread.add((path, key))
         tools = [decoded(tool) for tool in decoded(row.get("tools")) or []]
         left_out = self.left_out(messages, template, tools, max(np.flatnonzero(flags)))
         if left_out and self.data.unrendered == "drop":
-            return Tokens(NOTHING, "dropped: the chat template leaves something out")
+            return Tokens(note="dropped: the chat template leaves something out")
         if left_out:
             raise ValueError(f"the chat template leaves out {', '.join(left_out)}: see data.unrendered")
         ids, mask = self.render(messages, template, tools)
@@ -126,7 +121,7 @@ class ChatEncoder:
         # Each turn has one stop token, and it is the last one: else the model would learn to go on after it.
         stops = np.flatnonzero(mask & (ids == self.eos))
         if stops.tolist() != [end - 1 for _, end in turns]:
-            return Tokens(NOTHING, "dropped: a stop token inside a turn, or none at its end")
+            return Tokens(note="dropped: a stop token inside a turn, or none at its end")
         for (begin, end), flag in zip(turns, trained, strict=True):
             mask[begin:end] = flag
         return self.fit(ids, mask)
@@ -147,7 +142,8 @@ class ChatEncoder:
             if "reasoning_content" in message:
                 message |= dict.fromkeys(REASONING, message["reasoning_content"])
         text = self.render(copies, template, tools, tokenize=False)
-        if self.own and template == self.template and self.render(copies, self.own, tools, tokenize=False) != text:
+        stands_in = template not in (PLAIN, self.tokenizer.chat_template) and not self.data.chat_template
+        if stands_in and self.render(copies, self.tokenizer.get_chat_template(), tools, tokenize=False) != text:
             raise ValueError(f"the model's own chat template differs: set data.chat_template, and {CURE}")
         left_out = list(dict.fromkeys(place for word, place in places.items() if word not in text))
         known = "tools" in template and all(str(tool.get("function", tool).get("name")) in text for tool in tools)
@@ -168,9 +164,9 @@ class ChatEncoder:
         """The document of ids [n], trained where mask [n] says so: at most seq_len of them."""
         long = len(ids) > self.seq_len
         if long and self.data.overlong == "drop":
-            return Tokens(NOTHING, "dropped: longer than train.seq_len")
+            return Tokens(note="dropped: longer than train.seq_len")
         if not mask[1 : self.seq_len].any():  # nothing predicts a first token
-            return Tokens(NOTHING, "dropped: without a trained token")
+            return Tokens(note="dropped: without a trained token")
         return Tokens(hide(ids, mask)[: self.seq_len], "truncated to train.seq_len" if long else "")
 
     def fingerprint(self):
@@ -200,12 +196,13 @@ def marked(value, place: str, places: dict[str, str]):
     return value[:at] + word + value[at:]
 
 
-def recognise(columns: list[str], source: Source) -> str:
+def recognise(columns: list[str], source: Source) -> tuple[str, list[str]]:
+    """The format of rows with these columns, and all columns that it knows."""
     if "rejected" in columns and not source.fields:
         raise ConfigError(f"data.sources {source.path} holds preference pairs: see examples/dpo.py")
-    for row_format, required in FORMATS.items():
+    for row_format, (required, optional) in FORMATS.items():
         if set(required) <= set(columns):
-            return row_format
+            return row_format, required + optional
     raise ConfigError(f"data.sources {source.path} has {', '.join(columns)}: no format. Formats: {', '.join(FORMATS)}")
 
 
@@ -301,20 +298,15 @@ def training_template(tokenizer, given: str | None) -> str:
     if given is not None:
         if "{" not in given and given not in shipped and not Path(given).is_file():
             raise ConfigError(f"data.chat_template {given}: no file, no Jinja, none of {', '.join(shipped)}")
-        template = given if "{" in given else shipped.get(given) or Path(given).read_text()
-        if not MARKS.search(template):
-            raise ConfigError(f"data.chat_template has no marks: {CURE}")
-        return template
-    name = tokenizer.name_or_path
-    if not tokenizer.chat_template:
-        raise LookupError(f"{name} has no chat template: set data.chat_template to a file or one of {list(shipped)}")
-    own = tokenizer.get_chat_template()
-    if MARKS.search(own):
-        return own
-    # two answers: some templates drop what was thought before the first; each row is compared, too, see `left_out`
-    probe = 2 * [*as_turns("?", "user"), *as_turns("yes", "assistant")]
-    wanted = tokenizer.apply_chat_template(probe, chat_template=own, tokenize=False)
-    for template in shipped.values():
-        if tokenizer.apply_chat_template(probe, chat_template=template, tokenize=False) == wanted:
-            return template
-    raise LookupError(f"{name}'s chat template has no marks: set data.chat_template to a copy, and {CURE}")
+        return given if "{" in given else shipped.get(given) or Path(given).read_text()
+    if tokenizer.chat_template:
+        own = tokenizer.get_chat_template()
+        # two answers: some templates drop what was thought before the first; each row is compared, too: `left_out`
+        probe = 2 * (as_turns("?", "user") + as_turns("yes", "assistant"))
+        wanted = tokenizer.apply_chat_template(probe, chat_template=own, tokenize=False)
+        for template in [own, *shipped.values()]:
+            written = tokenizer.apply_chat_template(probe, chat_template=template, tokenize=False)
+            if written == wanted and MARKS.search(template):
+                return template
+    cure = f"set data.chat_template to one of {', '.join(shipped)}, or to a file, and {CURE}"
+    raise LookupError(f"{tokenizer.name_or_path} has no chat template with marks: {cure}")
