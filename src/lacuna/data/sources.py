@@ -4,7 +4,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from glob import escape, glob
 from itertools import chain, count, filterfalse
 from pathlib import Path
@@ -40,9 +39,8 @@ datasets.config.STREAMING_OPEN_MAX_RETRIES = 8
 SILENCE = {"client_kwargs": {"timeout": aiohttp.ClientTimeout(sock_connect=10, sock_read=10)}}
 
 
-@dataclass(frozen=True)
-class Cursor:
-    """A place in a source, before a document; `asdict` makes JSON of it."""
+class Cursor(NamedTuple):
+    """A place in a source, before a document; `_asdict` makes JSON of it."""
 
     epoch: int = 0
     taken: int = 0  # documents before it: of its epoch if data is map-style, of its chunk if it streams
@@ -54,8 +52,7 @@ class Cursor:
 class Document(NamedTuple):
     key: int | np.ndarray  # what its source loads it by
     length: int  # tokens
-    begin: Cursor  # of its epoch (map-style) or its chunk (streaming)
-    taken: int  # documents between `begin` and this one
+    cursor: Cursor  # its own place
     epoch: float  # epochs before it, as far as is known
 
 
@@ -80,10 +77,9 @@ class MapSource:
         for epoch in count(cursor.epoch):
             order = np.random.default_rng([*self.seed, epoch]).permutation(self.documents)[stream::num_streams]
             lengths = self.lengths[order]
-            begin = Cursor(epoch)
             for i in range(cursor.taken, len(order)):
-                yield Document(order.item(i), lengths.item(i), begin, i, epoch + i / len(order))
-            cursor = begin
+                yield Document(order.item(i), lengths.item(i), Cursor(epoch, i), epoch + i / len(order))
+            cursor = Cursor(epoch + 1)
 
     def load(self, key: int) -> np.ndarray:
         return self.tokens[key]["ids"]
@@ -136,7 +132,7 @@ class StreamSource:
                     documents = [tokens.ids for tokens in encoded if len(tokens.ids)]
                     warn(f"{self.source.path}, shard {shard}", Counter(tokens.note for tokens in encoded))
                     for i, ids in enumerate(documents[begin.taken :], begin.taken):
-                        yield Document(ids, len(ids), begin, i, epoch + place / len(order))
+                        yield Document(ids, len(ids), begin._replace(taken=i), epoch + place / len(order))
                         last_epoch = epoch
                 cursor = Cursor(epoch, shard=place + 1)
             cursor = Cursor(epoch + 1)
@@ -150,7 +146,7 @@ class StreamSource:
             for batch in dataset.iter(READ_CHUNK):
                 numbers = range(cursor.row, cursor.row + len(next(iter(batch.values()))))
                 yield cursor, numbers, batch
-                cursor = replace(cursor, taken=0, row=numbers.stop, chunk=dataset.state_dict())
+                cursor = cursor._replace(taken=0, row=numbers.stop, chunk=dataset.state_dict())
 
     def load(self, key: np.ndarray) -> np.ndarray:
         return key
@@ -256,5 +252,4 @@ def find_splits(folder: Path, source: Source, files: dict) -> dict[str, list[str
 
 def ending(path: str | Path) -> str:
     """A file's last ending, but for one of compression."""
-    found = re.search(r"(\.\w+?)(\.gz|\.zst|\.bz2|\.xz)?$", str(path).lower())
-    return found[1] if found else ""
+    return Path(re.sub(r"\.(gz|zst|bz2|xz)$", "", str(path).lower())).suffix
