@@ -1,6 +1,7 @@
 """Conversations to token ids and a loss mask: what the template's {% generation %} marks enclose is trained."""
 
 import copy
+import functools
 import json
 import re
 from pathlib import Path
@@ -32,10 +33,12 @@ FLAGS = ["train", "training", "trainable", "loss", "weight"]
 TRAINED = dict.fromkeys(["true", "1", "1.0"], True) | dict.fromkeys(["false", "0", "0.0"], False)
 REASONING = ["reasoning_content", "reasoning", "thinking"]
 CALLS = ["tool_calls", "function_call", "function_calls", "functions", "tools"]
-READ = {"role", "content", "tool_call_id", *REASONING, *CALLS}  # of a message; a template may read others
+TEXTS = ["content", "reasoning_content", *CALLS]
+READ = {"role", "tool_call_id", *REASONING, *TEXTS}  # of a message; a template may read others
 TEMPLATES = Path(__file__).parent / "templates"
 MARKS = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
 CURE = "put {% generation %} before and {% endgeneration %} after what the assistant writes, its stop token included"
+PROBE = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "yes"}]
 # A prompt and a completion that are plain text go through the same machinery, as the simplest of chats.
 PLAIN = "{{ messages[0].content }}{% generation %}{{ messages[1].content }}{{ eos_token }}{% endgeneration %}"
 RENDERING = Lock()  # transformers keeps the mask that it is making in the template: one at a time
@@ -66,11 +69,11 @@ class ChatEncoder:
         self.eos = self.tokenizer.eos_token_id
 
     def stop_token(self) -> str:
-        ids, mask = self.render(as_turns("?", "user") + as_turns("yes", "assistant"), self.template, [])
-        stop = int(ids[mask][-1]) if mask.any() else None
-        if stop not in self.tokenizer.added_tokens_decoder:
-            raise ConfigError(f"data.chat_template: no turn is marked that ends with one stop token: {CURE}")
-        return self.tokenizer.convert_ids_to_tokens(stop)
+        ids, mask = self.render(PROBE, self.template, [])
+        stop = self.tokenizer.decode(ids[mask][-1:])
+        if stop not in self.tokenizer.added_tokens_encoder:
+            raise ConfigError(f"data.chat_template: marks no turn that ends with one stop token: {CURE}")
+        return stop
 
     def columns(self, columns, source):
         row_format, known = recognise(columns, source)
@@ -98,10 +101,10 @@ class ChatEncoder:
             template = PLAIN
             messages[0]["content"] = self.bos + row["prompt"].removeprefix(self.bos)
             messages[1]["content"] = row["completion"].removesuffix(self.tokenizer.eos_token)
-        flags = [message.pop("train") and says_something(message) for message in messages]  # templates do not see it
+        wanted = [message.pop("train") for message in messages]  # templates do not see it
+        flags = [want and says_something(message) for want, message in zip(wanted, messages, strict=True)]
         if not any(flags):
-            silent = any(message["role"] == "assistant" and not says_something(message) for message in messages)
-            return Tokens(note="dropped: an empty answer" if silent else "dropped: without a trained token")
+            return Tokens(note="dropped: an empty answer" if any(wanted) else "dropped: without a trained token")
         for key in set().union(*messages) - READ:
             if (path, key) not in self.unread and not re.search(rf"\b{re.escape(key)}\b", template or ""):
                 log.warning("%s: messages have %r, which nothing reads", path, key)
@@ -113,18 +116,15 @@ class ChatEncoder:
         if left_out:
             raise ValueError(f"the chat template leaves out {', '.join(left_out)}: see data.unrendered")
         ids, mask = self.render(messages, template, tools)
-        # marked tokens come in runs, one a turn: where each begins and ends, [turns, 2]
-        turns = np.flatnonzero(np.diff(mask, prepend=False, append=False)).reshape(-1, 2)
+        ends = mask & ~np.append(mask[1:], False)  # marked tokens come in runs, one a turn
         trained = [flag for flag, message in zip(flags, messages, strict=True) if message["role"] == "assistant"]
-        if len(turns) != len(trained):
-            raise ValueError(f"the chat template marks {len(turns)} of {len(trained)} assistant turns: {CURE}")
+        if ends.sum() != len(trained):
+            raise ValueError(f"the chat template marks {ends.sum()} of {len(trained)} assistant turns: {CURE}")
         # Each turn has one stop token, and it is the last one: else the model would learn to go on after it.
-        stops = np.flatnonzero(mask & (ids == self.eos))
-        if stops.tolist() != [end - 1 for _, end in turns]:
+        if (ends != mask & (ids == self.eos)).any():
             return Tokens(note="dropped: a stop token inside a turn, or none at its end")
-        for (begin, end), flag in zip(turns, trained, strict=True):
-            mask[begin:end] = flag
-        return self.fit(ids, mask)
+        turn = np.cumsum(ends) - ends  # of each token: how many end before it
+        return self.fit(ids, mask & np.append(trained, False)[turn])
 
     def left_out(self, messages: list[dict], template: str | None, tools: list, last: int) -> list[str]:
         """What the template leaves out of a conversation; `last` is the last message that is trained.
@@ -136,7 +136,7 @@ class ChatEncoder:
         copies = [dict(message) for message in messages]
         places = {}  # of each word
         for number, message in enumerate(copies):
-            for key in ("content", "reasoning_content", *CALLS):
+            for key in TEXTS:
                 if key in message and (key != "reasoning_content" or number >= question):
                     message[key] = marked(message[key], f"message {number} ({message['role']}), {key}", places)
             if "reasoning_content" in message:
@@ -289,7 +289,7 @@ def decoded(value):
 
 
 def says_something(message: dict) -> bool:
-    return any(str(message[key]).strip() for key in ("content", "reasoning_content", *CALLS) if key in message)
+    return any(str(message[key]).strip() for key in TEXTS if key in message)
 
 
 def training_template(tokenizer, given: str | None) -> str:
@@ -302,11 +302,9 @@ def training_template(tokenizer, given: str | None) -> str:
     if tokenizer.chat_template:
         own = tokenizer.get_chat_template()
         # two answers: some templates drop what was thought before the first; each row is compared, too: `left_out`
-        probe = 2 * (as_turns("?", "user") + as_turns("yes", "assistant"))
-        wanted = tokenizer.apply_chat_template(probe, chat_template=own, tokenize=False)
+        write = functools.partial(tokenizer.apply_chat_template, 2 * PROBE, tokenize=False)
         for template in [own, *shipped.values()]:
-            written = tokenizer.apply_chat_template(probe, chat_template=template, tokenize=False)
-            if written == wanted and MARKS.search(template):
+            if MARKS.search(template) and write(chat_template=template) == write(chat_template=own):
                 return template
     cure = f"set data.chat_template to one of {', '.join(shipped)}, or to a file, and {CURE}"
     raise LookupError(f"{tokenizer.name_or_path} has no chat template with marks: {cure}")

@@ -99,14 +99,14 @@ def tokenise(source: Source, encoder, cache: str) -> datasets.Dataset:
     options = {"batched": True, "with_indices": True, "remove_columns": dataset.column_names, "features": CACHED}
     with FileLock(file.with_suffix(".lock")):  # one rank makes it, the others wait here and read it
         tokens = dataset.map(encode, cache_file_name=str(file), new_fingerprint=name, **options)
-    warn(source.path, Counter(tokens.data["note"].to_pylist()))
+    warn(source.path, tokens["note"][:])
     return tokens
 
 
-def warn(where: str, notes: Counter):
-    for note, number in notes.items():
+def warn(where: str, notes: list[str]):
+    for note, number in Counter(notes).items():
         if note:
-            log.warning("%s: %d of %d documents %s", where, number, notes.total(), note)
+            log.warning("%s: %d of %d documents %s", where, number, len(notes), note)
 
 
 class StreamSource:
@@ -130,7 +130,7 @@ class StreamSource:
                     rows, numbers = as_rows(batch, numbers, self.source)
                     encoded = self.encoder.documents(rows, self.source, numbers)
                     documents = [tokens.ids for tokens in encoded if len(tokens.ids)]
-                    warn(f"{self.source.path}, shard {shard}", Counter(tokens.note for tokens in encoded))
+                    warn(f"{self.source.path}, shard {shard}", [tokens.note for tokens in encoded])
                     for i, ids in enumerate(documents[begin.taken :], begin.taken):
                         yield Document(ids, len(ids), begin._replace(taken=i), epoch + place / len(order))
                         last_epoch = epoch
@@ -174,8 +174,8 @@ def as_rows(batch: dict[str, list], numbers: Sequence[int], source: Source) -> t
 
 def rename(row: dict, fields: dict[str, str]) -> dict:
     """A row by lacuna's names, in place of what has such names."""
-    others = {column: value for column, value in row.items() if column not in {*fields, *fields.values()}}
-    return others | {name: row[column] for name, column in fields.items() if column in row}
+    others = {column: value for column, value in row.items() if column not in fields.values()}
+    return others | {name: row.get(column) for name, column in fields.items()}
 
 
 def without_nulls(value):
@@ -193,15 +193,15 @@ def open_dataset(source: Source, encoder) -> datasets.Dataset | datasets.Iterabl
         files = find_files(source)
         if files["path"] == "parquet" and not source.fields:
             # the schema first: then only columns that are needed are read from disk or network
-            schema = datasets.load_dataset(**files, split=next(iter(files["data_files"])), streaming=True, **remote)
-            options["columns"] = encoder.columns(schema.column_names, source)
+            splits = datasets.load_dataset(**files, streaming=True, **remote)
+            options["columns"] = encoder.columns(next(iter(splits.values())).column_names, source)
         dataset = datasets.load_dataset(**files, **options)
         if "columns" in options:
             return dataset
         if "features" in files and "sample_by" in files:
             dataset = dataset.map(split_json, batched=True, batch_size=1)
-        names = dataset.column_names or list(next(iter(dataset)))
-        if names == [ROW]:
+        names = dataset.column_names
+        if names in (None, [ROW]):
             rows, _ = as_rows(next(dataset.iter(100)), range(100), source.model_copy(update={"fields": {}}))
             names = list(dict.fromkeys(chain.from_iterable(rows)))
         if not set(source.fields.values()) <= set(names):
