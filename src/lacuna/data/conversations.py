@@ -30,12 +30,12 @@ ROLES |= dict.fromkeys(["assistant", "gpt", "bot", "model", "chatgpt"], "assista
 ROLES |= dict.fromkeys(["tool", "function", "observation", "ipython", "environment"], "tool")
 ROLES |= dict.fromkeys(["function_call", "tool_call"], "call")
 FLAGS = ["train", "training", "trainable", "loss", "weight"]
-TRAINED = dict.fromkeys(["true", "1", "1.0"], True) | dict.fromkeys(["false", "0", "0.0"], False)
+YES = {"true", "1", "1.0"}
+NO = {"false", "0", "0.0"}
 REASONING = ["reasoning_content", "reasoning", "thinking"]
 CALLS = ["tool_calls", "function_call", "function_calls", "functions", "tools"]
 TEXTS = ["content", "reasoning_content", *CALLS]
 READ = {"role", "tool_call_id", *REASONING, *TEXTS}  # of a message; a template may read others
-TEMPLATES = Path(__file__).parent / "templates"
 MARKS = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
 CURE = "put {% generation %} before and {% endgeneration %} after what the assistant writes, its stop token included"
 PROBE = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "yes"}]
@@ -254,32 +254,30 @@ def read_turn(turn: dict) -> dict:
     turn["role"] = ROLES.get(speaker.lower())
     if turn["role"] is None:
         raise ValueError(f"a turn of {speaker!r}; lacuna knows {', '.join(ROLES)}")
-    flags = [str(turn.pop(name)).lower() for name in FLAGS if name in turn]
-    if not set(flags) <= TRAINED.keys():
+    flags = {str(turn.pop(name)).lower() for name in FLAGS if name in turn}
+    if not flags <= YES | NO:
         raise ValueError(f"a turn is trained or not: true or false (or 1, 0), not {', '.join(flags)}")
-    thoughts = [turn.pop(name) for name in REASONING if name in turn]
     content = turn.pop("value", turn.get("content", ""))
     if turn["role"] == "call":
         calls = decoded(content)
         calls = calls if isinstance(calls, list) else [calls]
         turn |= {"role": "assistant", "tool_calls": [{"type": "function", "function": call} for call in calls]}
         content = ""
-    if isinstance(content, list):
-        said = [(part.get("type", "text"), part.get("text", part.get("value"))) for part in content]
-        if not all(kind in ("text", "reasoning") and isinstance(text, str) for kind, text in said):
-            raise ValueError(f"content has a part that is no text, of {[kind for kind, _ in said]}")
-        thoughts += [text for kind, text in said if kind == "reasoning"]
-        content = "".join(text for kind, text in said if kind == "text")
-    if not isinstance(content, str):
-        raise ValueError(f"content of a turn is {type(content).__name__}, not text")
-    turn["content"] = content
-    if any(thoughts):
-        thought = "\n".join(dict.fromkeys(thoughts))  # often the same twice
-        turn |= dict.fromkeys(REASONING, thought)  # templates differ in which of the names they read
+    texts = {"text": [], "reasoning": [turn.pop(name) for name in REASONING if name in turn]}
+    for part in content if isinstance(content, list) else [{"text": content}]:
+        kind = part.get("type", "text")
+        text = part.get("text", part.get("value"))
+        if kind not in texts or not isinstance(text, str):
+            raise ValueError(f"content has a part of type {kind} that is {type(text).__name__}, not text")
+        texts[kind].append(text)
+    turn["content"] = "".join(texts["text"])
+    thoughts = dict.fromkeys(filter(None, texts["reasoning"]))  # often the same twice
+    if thoughts:  # templates differ in which of the names they read
+        turn |= dict.fromkeys(REASONING, "\n".join(thoughts))
     for call in turn.get("tool_calls", []):
         function = call.get("function", call)
         function["arguments"] = decoded(function.get("arguments") or "{}")  # or templates quote them twice
-    turn["train"] = turn["role"] == "assistant" and all(TRAINED[flag] for flag in flags)
+    turn["train"] = turn["role"] == "assistant" and flags <= YES
     return turn
 
 
@@ -294,7 +292,8 @@ def says_something(message: dict) -> bool:
 
 def training_template(tokenizer, given: str | None) -> str:
     """The template with marks: the user's, the tokenizer's, or lacuna's of the same text; or a LookupError."""
-    shipped = {file.stem: file.read_text() for file in sorted(TEMPLATES.glob("*.jinja"))}
+    files = sorted(Path(__file__).parent.glob("templates/*.jinja"))
+    shipped = {file.stem: file.read_text() for file in files}
     if given is not None:
         if "{" not in given and given not in shipped and not Path(given).is_file():
             raise ConfigError(f"data.chat_template {given}: no file, no Jinja, none of {', '.join(shipped)}")

@@ -21,7 +21,7 @@ from lacuna.data.tokenize import digest
 READ_CHUNK = 128  # documents tokenised in one call: enough for the tokenizer to use every core
 # JSON is read as text, for Python to parse: Arrow would give all rows one type, make dates of texts, and lose nulls.
 ROW = "a row's JSON"
-JSON = {"path": "text", "features": datasets.Features({ROW: datasets.Value("string")})}
+JSON = {"path": "text", "encoding": "utf-8-sig", "features": datasets.Features({ROW: datasets.Value("string")})}
 READERS = {
     ".parquet": {"path": "parquet"},
     ".arrow": {"path": "arrow"},  # as save_to_disk writes
@@ -154,7 +154,7 @@ class StreamSource:
 
 def split_json(file: dict[str, list]) -> dict[str, list]:
     """A file of JSON, whole, as its rows' JSON: of a list, or as the lines are."""
-    text = file[ROW][0].removeprefix("\ufeff").strip()
+    text = file[ROW][0].strip()
     rows = map(json.dumps, json.loads(text)) if text.startswith("[") else filter(str.strip, text.split("\n"))
     return {ROW: list(rows)}
 
@@ -168,7 +168,7 @@ def as_rows(batch: dict[str, list], numbers: Sequence[int], source: Source) -> t
     for number, text in zip(numbers, batch[ROW], strict=False):
         with blame(f"data.sources {source.path}, row {number}: no row of JSON"):
             if text.strip():
-                rows[number] = rename(json.loads(text.removeprefix("\ufeff")), source.fields)
+                rows[number] = rename(json.loads(text), source.fields)
     return list(rows.values()), list(rows)
 
 
@@ -203,7 +203,7 @@ def open_dataset(source: Source, encoder) -> datasets.Dataset | datasets.Iterabl
         names = dataset.column_names
         if names in (None, [ROW]):
             rows, _ = as_rows(next(dataset.iter(100)), range(100), source.model_copy(update={"fields": {}}))
-            names = list(dict.fromkeys(chain.from_iterable(rows)))
+            names = sorted(set().union(*rows))
         if not set(source.fields.values()) <= set(names):
             raise ConfigError(f"data.sources {source.path}: fields {source.fields} are not all among {names}")
         read = encoder.columns(list(rename(dict.fromkeys(names), source.fields)), source)
@@ -219,7 +219,7 @@ def open_dataset(source: Source, encoder) -> datasets.Dataset | datasets.Iterabl
 def find_files(source: Source) -> dict:
     """What datasets is to read, and how."""
     path = Path(source.path)
-    files = {"path": source.path, "name": source.name, "data_files": source.data_files}
+    files = source.model_dump(include={"path", "name", "data_files"})
     splits = {"train": [escape(source.path) if path.is_file() else source.path]}
     if path.is_dir():
         splits = find_splits(path, source, files)
