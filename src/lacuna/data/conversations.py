@@ -16,13 +16,13 @@ from lacuna.config import Config, ConfigError, Source, blame, log
 from lacuna.data.batch import Tokens, hide
 from lacuna.data.tokenize import TextEncoder, adds_bos, digest
 
-MASKS = ["loss_mask", "completion_mask", "assistant_masks"]
+MASKS = ["attention_mask", "loss_mask", "completion_mask", "assistant_masks"]
 FORMATS = {  # recognised by the columns of the first list; a row may have those of the second besides
     "messages": (["messages"], ["tools", "system"]),
     "conversations": (["conversations"], ["tools", "system"]),
     "prompt and completion": (["prompt", "completion"], ["tools", "system"]),
     "instruction and output": (["instruction", "output"], ["input", "history", "tools", "system"]),
-    "token ids": (["input_ids"], ["labels", "attention_mask", *MASKS]),
+    "token ids": (["input_ids"], ["labels", *MASKS]),
 }
 # Who speaks, under `role` or `from`, in the words of chat templates; a `call` is a turn of the assistant's.
 ROLES = {"system": "system", "developer": "developer"} | dict.fromkeys(["user", "human"], "user")
@@ -72,7 +72,7 @@ class ChatEncoder:
         ids, mask = self.render(PROBE, self.template, [])
         stop = self.tokenizer.decode(ids[mask][-1:])
         if stop not in self.tokenizer.added_tokens_encoder:
-            raise ConfigError(f"data.chat_template: marks no turn that ends with one stop token: {CURE}")
+            raise ConfigError(f"data.chat_template: no marked turn ends with one stop token: {CURE}")
         return stop
 
     def columns(self, columns, source):
@@ -92,7 +92,7 @@ class ChatEncoder:
                 documents.append(self.document(given, row_format, source.path))
         return documents
 
-    def document(self, row: dict, row_format: str, path: str = "") -> Tokens:
+    def document(self, row: dict, row_format: str, path: str) -> Tokens:
         if row_format == "token ids":
             return self.fit(*read_ids(row, len(self.tokenizer)))
         messages = read_messages(row, row_format)
@@ -197,7 +197,6 @@ def marked(value, place: str, places: dict[str, str]):
 
 
 def recognise(columns: list[str], source: Source) -> tuple[str, list[str]]:
-    """The format of rows with these columns, and all columns that it knows."""
     if "rejected" in columns and not source.fields:
         raise ConfigError(f"data.sources {source.path} holds preference pairs: see examples/dpo.py")
     for row_format, (required, optional) in FORMATS.items():
@@ -214,11 +213,11 @@ def read_ids(row: dict, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
     labels = np.asarray(row.get("labels", ids))
     if labels.shape != ids.shape or ((labels != ids) & (labels != -100)).any():
         raise ValueError("labels are not one for each id: the id itself, or -100")
-    masks = {name: np.asarray(row.get(name, np.ones(len(ids)))) for name in ("attention_mask", *MASKS)}
+    masks = {name: np.asarray(row.get(name, np.ones(len(ids)))) for name in MASKS}
     for name, mask in masks.items():
         if mask.shape != ids.shape or not np.isin(mask, (0, 1)).all():
             raise ValueError(f"{name} is not a 0 or 1 for each of {len(ids)} ids")
-    present = masks.pop("attention_mask") == 1
+    present = masks["attention_mask"] == 1
     trained = (labels != -100) & np.all(list(masks.values()), axis=0)
     return ids[present].astype(np.int32), trained[present]
 

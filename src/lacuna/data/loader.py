@@ -89,7 +89,6 @@ class Stream:
         # A window of indices has so many documents, one of a stream so many rows' tokens.
         rows = min(STREAM_WINDOW[0] << self.state.window, STREAM_WINDOW[1])
         full = math.inf if self.data.map_style else sum(drawn) + rows * self.data.seq_len
-        next_epoch = int(self.lookahead[0].epoch) + 1
         while len(documents) < self.data.window_documents and sum(drawn) < full:
             # No randomness: shares are exact at any time, and the state is a few numbers.
             source = min(range(len(drawn)), key=lambda i: drawn[i] / self.data.weights[i])
@@ -97,7 +96,7 @@ class Stream:
             self.lookahead[source] = next(self.readers[source])
             documents.append((source, document))
             drawn[source] += document.length
-            if len(drawn) == 1 and self.lookahead[0].epoch >= next_epoch:
+            if len(drawn) == 1 and self.lookahead[0].cursor.epoch > document.cursor.epoch:
                 break  # a window ends with the epoch: no row mixes two
         self.state.drawn = drawn
         return documents

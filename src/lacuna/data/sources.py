@@ -76,9 +76,9 @@ class MapSource:
         """The documents of a virtual stream from a cursor on, in each epoch's own order; endless."""
         for epoch in count(cursor.epoch):
             order = np.random.default_rng([*self.seed, epoch]).permutation(self.documents)[stream::num_streams]
-            lengths = self.lengths[order]
             for i in range(cursor.taken, len(order)):
-                yield Document(order.item(i), lengths.item(i), Cursor(epoch, i), epoch + i / len(order))
+                key = order.item(i)
+                yield Document(key, self.lengths.item(key), Cursor(epoch, i), epoch + i / len(order))
             cursor = Cursor(epoch + 1)
 
     def load(self, key: int) -> np.ndarray:
@@ -104,9 +104,8 @@ def tokenise(source: Source, encoder, cache: str) -> datasets.Dataset:
 
 
 def warn(where: str, notes: list[str]):
-    for note, number in Counter(notes).items():
-        if note:
-            log.warning("%s: %d of %d documents %s", where, number, len(notes), note)
+    for note, number in Counter(filter(None, notes)).items():
+        log.warning("%s: %d of %d documents %s", where, number, len(notes), note)
 
 
 class StreamSource:
