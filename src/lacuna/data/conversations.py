@@ -17,7 +17,7 @@ from lacuna.data.batch import Tokens, hide
 from lacuna.data.tokenize import TextEncoder, adds_bos, digest
 
 MASKS = ["attention_mask", "loss_mask", "completion_mask", "assistant_masks"]
-FORMATS = {  # recognised by the columns of the first list; a row may have those of the second besides
+FORMATS = {  # recognised by the first columns; a row may have the second ones, too
     "messages": (["messages"], ["tools", "system"]),
     "conversations": (["conversations"], ["tools", "system"]),
     "prompt and completion": (["prompt", "completion"], ["tools", "system"]),
@@ -35,7 +35,7 @@ NO = {"false", "0", "0.0"}
 REASONING = ["reasoning_content", "reasoning", "thinking"]
 CALLS = ["tool_calls", "function_call", "function_calls", "functions", "tools"]
 TEXTS = ["content", "reasoning_content", *CALLS]
-READ = {"role", "tool_call_id", *REASONING, *TEXTS}  # of a message; a template may read others
+READ = {"role", "tool_call_id", *REASONING, *TEXTS}  # a template may read others
 MARKS = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
 CURE = "put {% generation %} before and {% endgeneration %} after what the assistant writes, its stop token included"
 PROBE = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "yes"}]
@@ -62,18 +62,15 @@ class ChatEncoder:
         try:
             self.template = training_template(tokenizer, self.data.chat_template)
             with blame("data.chat_template"):
-                self.tokenizer.eos_token = self.stop_token()
+                ids, mask = self.render(PROBE, self.template, [])
+                stop = self.tokenizer.decode(ids[mask][-1:])
+                if stop not in self.tokenizer.added_tokens_encoder:
+                    raise ConfigError(f"data.chat_template: no marked turn ends with one stop token: {CURE}")
+                self.tokenizer.eos_token = stop
         except (LookupError, jinja2.TemplateError) as error:  # token ids and plain text need none
             self.template = None
             self.problem = error
         self.eos = self.tokenizer.eos_token_id
-
-    def stop_token(self) -> str:
-        ids, mask = self.render(PROBE, self.template, [])
-        stop = self.tokenizer.decode(ids[mask][-1:])
-        if stop not in self.tokenizer.added_tokens_encoder:
-            raise ConfigError(f"data.chat_template: no marked turn ends with one stop token: {CURE}")
-        return stop
 
     def columns(self, columns, source):
         row_format, known = recognise(columns, source)
@@ -101,30 +98,30 @@ class ChatEncoder:
             template = PLAIN
             messages[0]["content"] = self.bos + row["prompt"].removeprefix(self.bos)
             messages[1]["content"] = row["completion"].removesuffix(self.tokenizer.eos_token)
-        wanted = [message.pop("train") for message in messages]  # templates do not see it
-        flags = [want and says_something(message) for want, message in zip(wanted, messages, strict=True)]
-        if not any(flags):
-            return Tokens(note="dropped: an empty answer" if any(wanted) else "dropped: without a trained token")
+        wanted = [i for i, message in enumerate(messages) if message.pop("train")]  # templates do not see it
+        trained = [i for i in wanted if says_something(messages[i])]
+        if not trained:
+            return Tokens(note="dropped: an empty answer" if wanted else "dropped: without a trained token")
         for key in set().union(*messages) - READ:
             if (path, key) not in self.unread and not re.search(rf"\b{re.escape(key)}\b", template or ""):
                 log.warning("%s: messages have %r, which nothing reads", path, key)
                 self.unread.add((path, key))
         tools = [decoded(tool) for tool in decoded(row.get("tools")) or []]
-        left_out = self.left_out(messages, template, tools, max(np.flatnonzero(flags)))
+        left_out = self.left_out(messages, template, tools, trained[-1])
         if left_out and self.data.unrendered == "drop":
             return Tokens(note="dropped: the chat template leaves something out")
         if left_out:
             raise ValueError(f"the chat template leaves out {', '.join(left_out)}: see data.unrendered")
         ids, mask = self.render(messages, template, tools)
         ends = mask & ~np.append(mask[1:], False)  # marked tokens come in runs, one a turn
-        trained = [flag for flag, message in zip(flags, messages, strict=True) if message["role"] == "assistant"]
-        if ends.sum() != len(trained):
-            raise ValueError(f"the chat template marks {ends.sum()} of {len(trained)} assistant turns: {CURE}")
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if ends.sum() != len(answers):
+            raise ValueError(f"the chat template marks {ends.sum()} of {len(answers)} assistant turns: {CURE}")
         # Each turn has one stop token, and it is the last one: else the model would learn to go on after it.
         if (ends != mask & (ids == self.eos)).any():
             return Tokens(note="dropped: a stop token inside a turn, or none at its end")
         turn = np.cumsum(ends) - ends  # of each token: how many end before it
-        return self.fit(ids, mask & np.append(trained, False)[turn])
+        return self.fit(ids, mask & np.isin([*answers, -1], trained)[turn])
 
     def left_out(self, messages: list[dict], template: str | None, tools: list, last: int) -> list[str]:
         """What the template leaves out of a conversation; `last` is the last message that is trained.
@@ -133,7 +130,7 @@ class ChatEncoder:
         Thoughts before the last question may go. ValueError where the model's own template renders anything else.
         """
         question = max((i for i in range(last) if messages[i]["role"] == "user"), default=0)
-        copies = [dict(message) for message in messages]
+        copies = list(map(dict, messages))
         places = {}  # of each word
         for number, message in enumerate(copies):
             for key in TEXTS:

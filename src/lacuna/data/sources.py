@@ -187,16 +187,15 @@ def without_nulls(value):
 def open_dataset(source: Source, encoder) -> datasets.Dataset | datasets.IterableDataset:
     """A source's dataset, with the columns that are read; or a ConfigError."""
     remote = {"storage_options": {"http": SILENCE, "https": SILENCE}}
-    options = {"split": source.split, "streaming": source.streaming} | (remote if source.streaming else {})
+    options = source.model_dump(include={"split", "streaming"}) | (remote if source.streaming else {})
     try:
         files = find_files(source)
         if files["path"] == "parquet" and not source.fields:
             # the schema first: then only columns that are needed are read from disk or network
-            splits = datasets.load_dataset(**files, streaming=True, **remote)
-            options["columns"] = encoder.columns(next(iter(splits.values())).column_names, source)
+            [schema, *_] = datasets.load_dataset(**files, streaming=True, **remote).values()
+            columns = encoder.columns(schema.column_names, source)
+            return datasets.load_dataset(**files, **options, columns=columns)
         dataset = datasets.load_dataset(**files, **options)
-        if "columns" in options:
-            return dataset
         if "features" in files and "sample_by" in files:
             dataset = dataset.map(split_json, batched=True, batch_size=1)
         names = dataset.column_names
