@@ -82,6 +82,16 @@ def test_files_folders_and_globs_give_every_document_once(tmp_path, tokenizer, n
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+@pytest.mark.parametrize(("kind", "suffix"), [("parquet", ".parquet"), ("json", ".jsonl")])
+def test_several_files_may_be_named_by_the_name_of_their_format(tmp_path, tokenizer, kind, suffix, streaming):
+    files = []
+    for i in range(2):
+        files.append(str(write(tmp_path / f"{i}{suffix}", TEXTS[i::2])))
+    got = read_texts(tmp_path, tokenizer, path=kind, data_files=files, streaming=streaming)
+    assert sorted(got) == sorted(TEXTS)
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
 @pytest.mark.parametrize("path", ["f/*.txt", "f", "f/**/*.txt"])
 def test_every_txt_file_is_one_document(tmp_path, tokenizer, path, streaming):
     for i, value in enumerate(TEXTS):

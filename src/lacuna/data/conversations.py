@@ -57,7 +57,7 @@ class ChatEncoder:
         self.tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=False)
         self.data = config.data
         self.seq_len = config.train.seq_len
-        self.unread = set()  # (source, key of its messages): each is told once
+        self.unread = set()  # (source, key of its messages), told once
         self.bos = tokenizer.bos_token if adds_bos(tokenizer) else ""
         try:
             self.template = training_template(tokenizer, self.data.chat_template)
@@ -120,7 +120,7 @@ class ChatEncoder:
         # Each turn has one stop token, and it is the last one: else the model would learn to go on after it.
         if (ends != mask & (ids == self.eos)).any():
             return Tokens(note="dropped: a stop token inside a turn, or none at its end")
-        turn = np.cumsum(ends) - ends  # of each token: how many end before it
+        turn = np.cumsum(ends) - ends  # each token's, from 0
         return self.fit(ids, mask & np.isin([*answers, -1], trained)[turn])
 
     def left_out(self, messages: list[dict], template: str | None, tools: list, last: int) -> list[str]:
@@ -288,8 +288,7 @@ def says_something(message: dict) -> bool:
 
 def training_template(tokenizer, given: str | None) -> str:
     """The template with marks: the user's, the tokenizer's, or lacuna's of the same text; or a LookupError."""
-    files = sorted(Path(__file__).parent.glob("templates/*.jinja"))
-    shipped = {file.stem: file.read_text() for file in files}
+    shipped = {file.stem: file.read_text() for file in sorted(Path(__file__).parent.glob("templates/*.jinja"))}
     if given is not None:
         if "{" not in given and given not in shipped and not Path(given).is_file():
             raise ConfigError(f"data.chat_template {given}: no file, no Jinja, none of {', '.join(shipped)}")

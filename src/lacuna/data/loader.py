@@ -185,6 +185,6 @@ class Loader:
 
 def merge_states(states: list[dict]) -> dict:
     """One state of all ranks': of each stream the latest window, in which a reader skips ahead."""
-    streams = itertools.chain.from_iterable(state["streams"].items() for state in states)
+    streams = itertools.chain(*(state["streams"].items() for state in states))
     latest = dict(sorted(streams, key=lambda stream: stream[1]["row"]))  # the latest one stays
     return {"rows": states[0]["rows"], "streams": latest}

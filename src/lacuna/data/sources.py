@@ -52,7 +52,7 @@ class Cursor(NamedTuple):
 class Document(NamedTuple):
     key: int | np.ndarray  # what its source loads it by
     length: int  # tokens
-    cursor: Cursor  # its own place
+    cursor: Cursor
     epoch: float  # epochs before it, as far as is known
 
 
