@@ -13,7 +13,7 @@ SECOND = 2**30  # added to ids of the second of two documents that stay side by 
 class Tokens(NamedTuple):
     """A document as an encoder makes it."""
 
-    ids: np.ndarray = np.zeros(0, dtype=np.int32)  # [n], ~id where a token is context only: see `hide`
+    ids: np.ndarray = np.zeros(0, np.int32)  # [n], ~id where a token is context only: see `hide`
     note: str = ""  # why it was cut, or dropped: then n is 0
 
 

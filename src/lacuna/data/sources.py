@@ -200,7 +200,7 @@ def open_dataset(source: Source, encoder) -> datasets.Dataset | datasets.Iterabl
             dataset = dataset.map(split_json, batched=True, batch_size=1)
         names = dataset.column_names
         if names in (None, [ROW]):
-            rows, _ = as_rows(next(dataset.iter(100)), range(100), source.model_copy(update={"fields": {}}))
+            rows, _ = as_rows(next(dataset.iter(100)), range(100), Source(path=source.path))
             names = sorted(set().union(*rows))
         if not set(source.fields.values()) <= set(names):
             raise ConfigError(f"data.sources {source.path}: fields {source.fields} are not all among {names}")
