@@ -37,8 +37,7 @@ class Recorder:
 
 def encode(encoder, batch: dict, source: Source) -> list:
     """The documents of a batch as datasets gives it."""
-    rows, numbers = sources.as_rows(batch, range(len(next(iter(batch.values())))), source)
-    return encoder.documents(rows, source, numbers)
+    return encoder.documents(*sources.as_rows(batch, source, range(len(next(iter(batch.values()))))))
 
 
 def read(path, recorder=None, **keys) -> list[dict]:
@@ -295,7 +294,7 @@ def test_nulls_that_arrow_fills_in_are_no_keys_where_a_dataset_is_mapped():
     got = []
 
     def encode(batch):
-        got.extend(sources.as_rows(batch, range(2), Source(path="some.parquet"))[0])
+        got.extend(sources.as_rows(batch, Source(path="some.parquet"), range(2))[0])
 
     datasets.Dataset.from_list(rows).map(encode, batched=True, new_fingerprint="any")
     assert got == rows

@@ -194,6 +194,7 @@ def marked(value, place: str, places: dict[str, str]):
 
 
 def recognise(columns: list[str], source: Source) -> tuple[str, list[str]]:
+    """The format of such rows, and the columns that it knows."""
     if "rejected" in columns and not source.fields:
         raise ConfigError(f"data.sources {source.path} holds preference pairs: see examples/dpo.py")
     for row_format, (required, optional) in FORMATS.items():

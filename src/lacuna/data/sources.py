@@ -92,8 +92,7 @@ def tokenise(source: Source, encoder, cache: str) -> datasets.Dataset:
     file = Path(cache).expanduser() / f"{name}.arrow"
 
     def encode(batch, numbers):
-        rows, numbers = as_rows(batch, numbers, source)
-        documents = encoder.documents(rows, source, numbers)
+        documents = encoder.documents(*as_rows(batch, source, numbers))
         return {"ids": [tokens.ids for tokens in documents], "note": [tokens.note for tokens in documents]}
 
     options = {"batched": True, "with_indices": True, "remove_columns": dataset.column_names, "features": CACHED}
@@ -126,8 +125,7 @@ class StreamSource:
             order = np.random.default_rng([*self.seed, epoch]).permutation(self.num_shards)[stream::num_streams]
             for place, shard in enumerate(order[cursor.shard :].tolist(), cursor.shard):
                 for begin, numbers, batch in self.read_shard(shard, cursor):
-                    rows, numbers = as_rows(batch, numbers, self.source)
-                    encoded = self.encoder.documents(rows, self.source, numbers)
+                    encoded = self.encoder.documents(*as_rows(batch, self.source, numbers))
                     documents = [tokens.ids for tokens in encoded if len(tokens.ids)]
                     warn(f"{self.source.path}, shard {shard}", [tokens.note for tokens in encoded])
                     for i, ids in enumerate(documents[begin.taken :], begin.taken):
@@ -136,7 +134,7 @@ class StreamSource:
                 cursor = Cursor(epoch, shard=place + 1)
             cursor = Cursor(epoch + 1)
 
-    def read_shard(self, shard: int, cursor: Cursor) -> Iterator[tuple[Cursor, range, dict]]:
+    def read_shard(self, shard: int, cursor: Cursor) -> Iterator[tuple]:
         """The chunks of a shard from a cursor on: where each begins, its rows' numbers, and it."""
         dataset = self.dataset.shard(self.num_shards, shard)
         if cursor.chunk is not None:
@@ -158,17 +156,18 @@ def split_json(file: dict[str, list]) -> dict[str, list]:
     return {ROW: list(rows)}
 
 
-def as_rows(batch: dict[str, list], numbers: Sequence[int], source: Source) -> tuple[list, Sequence]:
-    """Rows and their numbers, of columns or of JSON, under lacuna's names."""
+def as_rows(batch: dict[str, list], source: Source, numbers: Sequence[int]) -> tuple:
+    """What an encoder makes documents of: rows, under lacuna's names, of columns or of JSON."""
     if ROW not in batch:
-        rows = zip(*without_nulls(list(batch.values())), strict=True)
-        return [rename(dict(zip(batch, row, strict=True)), source.fields) for row in rows], numbers
+        values = zip(*without_nulls(list(batch.values())), strict=True)
+        rows = [dict(zip(batch, row, strict=True)) for row in values]
+        return [rename(row, source.fields) for row in rows], source, numbers
     rows = {}
     for number, text in zip(numbers, batch[ROW], strict=False):
         with blame(f"data.sources {source.path}, row {number}: no row of JSON"):
             if text.strip():
                 rows[number] = rename(json.loads(text), source.fields)
-    return list(rows.values()), list(rows)
+    return list(rows.values()), source, list(rows)
 
 
 def rename(row: dict, fields: dict[str, str]) -> dict:
@@ -200,7 +199,7 @@ def open_dataset(source: Source, encoder) -> datasets.Dataset | datasets.Iterabl
             dataset = dataset.map(split_json, batched=True, batch_size=1)
         names = dataset.column_names
         if names in (None, [ROW]):
-            rows, _ = as_rows(next(dataset.iter(100)), range(100), Source(path=source.path))
+            rows, *_ = as_rows(next(dataset.iter(100)), Source(path=source.path), range(100))
             names = sorted(set().union(*rows))
         if not set(source.fields.values()) <= set(names):
             raise ConfigError(f"data.sources {source.path}: fields {source.fields} are not all among {names}")
