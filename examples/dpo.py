@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lacuna.config import Config, ConfigError, blame
 from lacuna.data.batch import IGNORE, SECOND, PackedBatch, Tokens, reveal
-from lacuna.data.conversations import NOTHING, ChatEncoder, as_turns, read_turn
+from lacuna.data.conversations import ChatEncoder, as_turns, read_turn
 from lacuna.data.tokenize import digest
 from lacuna.lora import LoRALinear
 from lacuna.model import Trainee, assemble, materialise
@@ -201,9 +201,9 @@ class PairEncoder:
         answers = [self.chats.document(answer, "prompt and completion", path) for answer in as_completions(row)]
         chosen, rejected = answers
         if chosen.note or rejected.note:
-            return Tokens(NOTHING, chosen.note or rejected.note)
+            return Tokens(note=chosen.note or rejected.note)
         if np.array_equal(chosen.ids, rejected.ids):
-            return Tokens(NOTHING, "dropped: both answers are the same")
+            return Tokens(note="dropped: both answers are the same")
         first, first_trained = reveal(chosen.ids)
         second, second_trained = reveal(rejected.ids)
         trained = np.concatenate([first_trained, second_trained])

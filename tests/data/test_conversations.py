@@ -161,6 +161,20 @@ def test_keys_of_messages_that_nothing_reads_are_told_once_a_source(tokenizer, t
     ]
 
 
+@pytest.mark.parametrize(
+    "use",
+    ["{{ m['mood'] }}", "{{ m[ 'mood' ] }}", "{{ m | attr('mood') }}", "{{ m.get('mood') }}", "{{ 'mood' in m }}"],
+)
+def test_no_key_that_a_template_reads_is_told_however_it_is_written(tokenizer, use):
+    chats = make(tokenizer, "--data.chat_template", MINE.replace("{{ m.role }}", "{{ m.role }}" + use, 1))
+    turns = [message | {"mood": "calm", "moods": "many"} for message in SHORT]
+    with lacuna_log() as messages:
+        documents(chats, {"messages": turns})
+    assert [message for message in messages if "nothing reads" in message] == [
+        "some.jsonl: messages have 'moods', which nothing reads"
+    ]
+
+
 CALL = {"name": "weather", "arguments": {"city": "Köln", "days": [1, 2]}}
 TEXTUAL = CALL | {"arguments": json.dumps(CALL["arguments"])}
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"properties": {"city": {"a": "ü"}}}}}]
@@ -191,15 +205,18 @@ def test_tools_and_calls_are_read_alike_in_both_styles(qwen):
 def test_only_the_columns_of_the_format_are_read_and_the_log_names_it(encoder):
     for form, read, others in [
         ("messages", "messages tools", "id prompt"),
+        ("messages", "messages system", "input history labels"),
         ("conversations", "conversations system", "id"),
         ("prompt and completion", "prompt completion", "score"),
         ("instruction and output", "instruction output input history", "id"),
         ("token ids", "input_ids labels attention_mask loss_mask", "id"),
+        ("token ids", "input_ids assistant_masks", "tools system input"),
     ]:
         with lacuna_log() as messages:
             columns = encoder.columns([*others.split(), *read.split()[::-1]], Source(path="some.jsonl"))
         assert sorted(columns) == sorted(read.split())
         assert any("some.jsonl" in message and form in message for message in messages), messages
+        assert messages[-1].endswith(f"not read: {', '.join(others.split())}")
 
 
 @pytest.mark.parametrize("kind", [byte_level, sentencepiece])
@@ -735,7 +752,7 @@ def test_lacunas_template_is_compared_on_the_datas_own_rows(tokenizer):
         "<tool_response>\\n' }}", "<tool_response>\\n' }}{% if 'odd' in message.content %}!{% endif %}", 1
     )
     encoder = make(tokenizer)
-    assert encoder.own == tokenizer.chat_template
+    assert encoder.template != tokenizer.chat_template
     call = say("user: x", "assistant: ", tool_calls=[WEATHER])
     plain = {"messages": [*call, *say("tool: even", "assistant: b")]}
     odd = {"messages": [*call, *say("tool: odd", "assistant: b")]}

@@ -37,8 +37,7 @@ class Recorder:
 
 def encode(encoder, batch: dict, source: Source) -> list:
     """The documents of a batch as datasets gives it."""
-    rows, numbers = sources.as_rows(batch, range(len(next(iter(batch.values())))), source)
-    return encoder.documents(rows, source, numbers)
+    return encoder.documents(*sources.as_rows(batch, source, range(len(next(iter(batch.values()))))))
 
 
 def read(path, recorder=None, **keys) -> list[dict]:
@@ -78,6 +77,16 @@ def test_files_folders_and_globs_give_every_document_once(tmp_path, tokenizer, n
         mine = ["other"] if "other" in name else TEXTS[wanted.index(name) :: len(wanted)]
         write(tmp_path / name, mine, keys.get("column", "text"))
     got = read_texts(tmp_path, tokenizer, path=tmp_path / path, streaming=streaming, **keys)
+    assert sorted(got) == sorted(TEXTS)
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+@pytest.mark.parametrize(("kind", "suffix"), [("parquet", ".parquet"), ("json", ".jsonl")])
+def test_several_files_may_be_named_by_the_name_of_their_format(tmp_path, tokenizer, kind, suffix, streaming):
+    files = []
+    for i in range(2):
+        files.append(str(write(tmp_path / f"{i}{suffix}", TEXTS[i::2])))
+    got = read_texts(tmp_path, tokenizer, path=kind, data_files=files, streaming=streaming)
     assert sorted(got) == sorted(TEXTS)
 
 
@@ -285,7 +294,7 @@ def test_nulls_that_arrow_fills_in_are_no_keys_where_a_dataset_is_mapped():
     got = []
 
     def encode(batch):
-        got.extend(sources.as_rows(batch, range(2), Source(path="some.parquet"))[0])
+        got.extend(sources.as_rows(batch, Source(path="some.parquet"), range(2))[0])
 
     datasets.Dataset.from_list(rows).map(encode, batched=True, new_fingerprint="any")
     assert got == rows

@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, replace
 
 import pytest
 from transformers import AutoTokenizer
@@ -63,7 +62,7 @@ class Reader:
         return int(self.ahead.epoch)
 
     def state(self) -> dict:
-        return asdict(replace(self.ahead.begin, taken=self.ahead.taken))
+        return self.ahead.cursor._asdict()
 
 
 def drain(reader) -> list[list[int]]:

@@ -13,7 +13,7 @@ SECOND = 2**30  # added to ids of the second of two documents that stay side by 
 class Tokens(NamedTuple):
     """A document as an encoder makes it."""
 
-    ids: np.ndarray  # int32 [n], ~id where a token is context only: see `hide`
+    ids: np.ndarray = np.zeros(0, np.int32)  # [n], ~id where a token is context only: see `hide`
     note: str = ""  # why it was cut, or dropped: then n is 0
 
 
@@ -46,7 +46,6 @@ def assemble(pieces: list[tuple], seq_len: int, *, filler: int, mask_boundary: b
     ids = np.full(seq_len, filler, dtype=np.int32)
     labels = np.full(seq_len, IGNORE, dtype=np.int32)
     starts = []
-    pairs = 0
     at = 0  # the next free slot
     for document, start, end in pieces:
         # One token more than the piece: where a document is cut, the next piece's first is the last one's target.
@@ -57,8 +56,8 @@ def assemble(pieces: list[tuple], seq_len: int, *, filler: int, mask_boundary: b
             labels[at - 1] = tokens[0]
         second = at + np.flatnonzero(np.abs(document[start:end]) >= SECOND)[:1]
         starts += [at, *second]
-        pairs += len(second)
         at += end - start
+    pairs = len(starts) - len(pieces)
     if at < seq_len:
         starts.append(at)
     return Row(ids, labels, np.asarray(starts), at, pairs, zlib.crc32(labels, zlib.crc32(ids, place)))

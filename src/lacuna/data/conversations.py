@@ -1,9 +1,9 @@
 """Conversations to token ids and a loss mask: what the template's {% generation %} marks enclose is trained."""
 
 import copy
+import functools
 import json
 import re
-from itertools import chain
 from pathlib import Path
 from threading import Lock
 
@@ -16,32 +16,31 @@ from lacuna.config import Config, ConfigError, Source, blame, log
 from lacuna.data.batch import Tokens, hide
 from lacuna.data.tokenize import TextEncoder, adds_bos, digest
 
-FORMATS = {  # recognised by these columns
-    "messages": ["messages"],
-    "conversations": ["conversations"],
-    "prompt and completion": ["prompt", "completion"],
-    "instruction and output": ["instruction", "output"],
-    "token ids": ["input_ids"],
+MASKS = ["attention_mask", "loss_mask", "completion_mask", "assistant_masks"]
+FORMATS = {  # recognised by the first columns; a row may have the second ones, too
+    "messages": (["messages"], ["tools", "system"]),
+    "conversations": (["conversations"], ["tools", "system"]),
+    "prompt and completion": (["prompt", "completion"], ["tools", "system"]),
+    "instruction and output": (["instruction", "output"], ["input", "history", "tools", "system"]),
+    "token ids": (["input_ids"], ["labels", *MASKS]),
 }
-MASKS = ["loss_mask", "completion_mask", "assistant_masks"]
-OPTIONAL = ["tools", "system", "input", "history", "labels", "attention_mask", *MASKS]
 # Who speaks, under `role` or `from`, in the words of chat templates; a `call` is a turn of the assistant's.
 ROLES = {"system": "system", "developer": "developer"} | dict.fromkeys(["user", "human"], "user")
 ROLES |= dict.fromkeys(["assistant", "gpt", "bot", "model", "chatgpt"], "assistant")
 ROLES |= dict.fromkeys(["tool", "function", "observation", "ipython", "environment"], "tool")
 ROLES |= dict.fromkeys(["function_call", "tool_call"], "call")
 FLAGS = ["train", "training", "trainable", "loss", "weight"]
-TRAINED = dict.fromkeys(["true", "1", "1.0"], True) | dict.fromkeys(["false", "0", "0.0"], False)
+YES = {"true", "1", "1.0"}
+NO = {"false", "0", "0.0"}
 REASONING = ["reasoning_content", "reasoning", "thinking"]
 CALLS = ["tool_calls", "function_call", "function_calls", "functions", "tools"]
-READ = {"role", "content", "tool_call_id", *REASONING, *CALLS}  # of a message; what else, a template may:
-FIELD = r"(\.|\[.|\.get\(.){}\b"
-TEMPLATES = Path(__file__).parent / "templates"
+TEXTS = ["content", "reasoning_content", *CALLS]
+READ = {"role", "tool_call_id", *REASONING, *TEXTS}  # a template may read others
 MARKS = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
 CURE = "put {% generation %} before and {% endgeneration %} after what the assistant writes, its stop token included"
+PROBE = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "yes"}]
 # A prompt and a completion that are plain text go through the same machinery, as the simplest of chats.
 PLAIN = "{{ messages[0].content }}{% generation %}{{ messages[1].content }}{{ eos_token }}{% endgeneration %}"
-NOTHING = np.zeros(0, dtype=np.int32)
 RENDERING = Lock()  # transformers keeps the mask that it is making in the template: one at a time
 
 
@@ -58,43 +57,39 @@ class ChatEncoder:
         self.tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=False)
         self.data = config.data
         self.seq_len = config.train.seq_len
-        self.own = None  # the model's own template, where one of lacuna's stands in for it
-        self.unread = set()  # (source, key of its messages): each is told once
+        self.unread = set()  # (source, key of its messages), told once
         self.bos = tokenizer.bos_token if adds_bos(tokenizer) else ""
         try:
             self.template = training_template(tokenizer, self.data.chat_template)
             with blame("data.chat_template"):
-                self.tokenizer.eos_token = self.stop_token()
-            if not self.data.chat_template and self.template != tokenizer.get_chat_template():
-                self.own = tokenizer.get_chat_template()
+                ids, mask = self.render(PROBE, self.template, [])
+                stop = self.tokenizer.decode(ids[mask][-1:])
+                if stop not in self.tokenizer.added_tokens_encoder:
+                    raise ConfigError(f"data.chat_template: no marked turn ends with one stop token: {CURE}")
+                self.tokenizer.eos_token = stop
         except (LookupError, jinja2.TemplateError) as error:  # token ids and plain text need none
-            self.template, self.problem = None, error
+            self.template = None
+            self.problem = error
         self.eos = self.tokenizer.eos_token_id
 
-    def stop_token(self) -> str:
-        ids, mask = self.render(as_turns("?", "user") + as_turns("yes", "assistant"), self.template, [])
-        stop = int(ids[mask][-1]) if mask.any() else None
-        if stop not in self.tokenizer.added_tokens_decoder:
-            raise ConfigError(f"the chat template marks turns that do not end with one stop token: {CURE}")
-        return self.tokenizer.convert_ids_to_tokens(stop)
-
     def columns(self, columns, source):
-        row_format = recognise(columns, source)
-        read = [name for name in columns if name in FORMATS[row_format] + OPTIONAL]
-        unread = ", ".join(name for name in columns if name not in read) or "nothing"
-        log.info("%s is read as %s; not read: %s", source.path, row_format, unread)
-        return read
+        row_format, known = recognise(columns, source)
+        unread = [name for name in columns if name not in known]
+        log.info("%s is read as %s; not read: %s", source.path, row_format, ", ".join(unread) or "nothing")
+        return [name for name in columns if name in known]
 
     def documents(self, rows, source, numbers):
-        row_format = recognise(list(dict.fromkeys(chain.from_iterable(rows))), source) if rows else ""
+        if not rows:
+            return []
+        row_format, known = recognise(sorted(set().union(*rows)), source)
         documents = []
         for number, row in zip(numbers, rows, strict=True):
-            given = {name: row[name] for name in FORMATS[row_format] + OPTIONAL if row.get(name) is not None}
+            given = {name: row[name] for name in known if row.get(name) is not None}
             with blame(f"data.sources {source.path}, row {number}, read as {row_format}"):
                 documents.append(self.document(given, row_format, source.path))
         return documents
 
-    def document(self, row: dict, row_format: str, path: str = "") -> Tokens:
+    def document(self, row: dict, row_format: str, path: str) -> Tokens:
         if row_format == "token ids":
             return self.fit(*read_ids(row, len(self.tokenizer)))
         messages = read_messages(row, row_format)
@@ -103,33 +98,30 @@ class ChatEncoder:
             template = PLAIN
             messages[0]["content"] = self.bos + row["prompt"].removeprefix(self.bos)
             messages[1]["content"] = row["completion"].removesuffix(self.tokenizer.eos_token)
-        flags = [message.pop("train") and says_something(message) for message in messages]  # templates do not see it
-        if not any(flags):
-            silent = any(message["role"] == "assistant" and not says_something(message) for message in messages)
-            return Tokens(NOTHING, "dropped: an empty answer" if silent else "dropped: without a trained token")
+        wanted = [i for i, message in enumerate(messages) if message.pop("train")]  # templates do not see it
+        trained = [i for i in wanted if says_something(messages[i])]
+        if not trained:
+            return Tokens(note="dropped: an empty answer" if wanted else "dropped: without a trained token")
         for key in set().union(*messages) - READ:
-            if (path, key) not in self.unread and not re.search(FIELD.format(re.escape(key)), template or ""):
+            if (path, key) not in self.unread and not re.search(rf"\b{re.escape(key)}\b", template or ""):
                 log.warning("%s: messages have %r, which nothing reads", path, key)
                 self.unread.add((path, key))
         tools = [decoded(tool) for tool in decoded(row.get("tools")) or []]
-        left_out = self.left_out(messages, template, tools, max(np.flatnonzero(flags)))
+        left_out = self.left_out(messages, template, tools, trained[-1])
         if left_out and self.data.unrendered == "drop":
-            return Tokens(NOTHING, "dropped: the chat template leaves something out")
+            return Tokens(note="dropped: the chat template leaves something out")
         if left_out:
             raise ValueError(f"the chat template leaves out {', '.join(left_out)}: see data.unrendered")
         ids, mask = self.render(messages, template, tools)
-        # marked tokens come in runs, one a turn: where each begins and ends, [turns, 2]
-        turns = np.flatnonzero(np.diff(mask, prepend=False, append=False)).reshape(-1, 2)
-        trained = [flag for flag, message in zip(flags, messages, strict=True) if message["role"] == "assistant"]
-        if len(turns) != len(trained):
-            raise ValueError(f"the chat template marks {len(turns)} of {len(trained)} assistant turns: {CURE}")
+        ends = mask & ~np.append(mask[1:], False)  # marked tokens come in runs, one a turn
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if ends.sum() != len(answers):
+            raise ValueError(f"the chat template marks {ends.sum()} of {len(answers)} assistant turns: {CURE}")
         # Each turn has one stop token, and it is the last one: else the model would learn to go on after it.
-        stops = np.flatnonzero(mask & (ids == self.eos))
-        if stops.tolist() != [end - 1 for _, end in turns]:
-            return Tokens(NOTHING, "dropped: a stop token inside a turn, or none at its end")
-        for (begin, end), flag in zip(turns, trained, strict=True):
-            mask[begin:end] = flag
-        return self.fit(ids, mask)
+        if (ends != mask & (ids == self.eos)).any():
+            return Tokens(note="dropped: a stop token inside a turn, or none at its end")
+        turn = np.cumsum(ends) - ends  # each token's, from 0
+        return self.fit(ids, mask & np.isin([*answers, -1], trained)[turn])
 
     def left_out(self, messages: list[dict], template: str | None, tools: list, last: int) -> list[str]:
         """What the template leaves out of a conversation; `last` is the last message that is trained.
@@ -138,16 +130,17 @@ class ChatEncoder:
         Thoughts before the last question may go. ValueError where the model's own template renders anything else.
         """
         question = max((i for i in range(last) if messages[i]["role"] == "user"), default=0)
-        copies = [dict(message) for message in messages]
+        copies = list(map(dict, messages))
         places = {}  # of each word
         for number, message in enumerate(copies):
-            for key in ("content", "reasoning_content", *CALLS):
+            for key in TEXTS:
                 if key in message and (key != "reasoning_content" or number >= question):
                     message[key] = marked(message[key], f"message {number} ({message['role']}), {key}", places)
             if "reasoning_content" in message:
                 message |= dict.fromkeys(REASONING, message["reasoning_content"])
         text = self.render(copies, template, tools, tokenize=False)
-        if self.own and template == self.template and self.render(copies, self.own, tools, tokenize=False) != text:
+        stands_in = template not in (PLAIN, self.tokenizer.chat_template) and not self.data.chat_template
+        if stands_in and self.render(copies, self.tokenizer.get_chat_template(), tools, tokenize=False) != text:
             raise ValueError(f"the model's own chat template differs: set data.chat_template, and {CURE}")
         left_out = list(dict.fromkeys(place for word, place in places.items() if word not in text))
         known = "tools" in template and all(str(tool.get("function", tool).get("name")) in text for tool in tools)
@@ -168,9 +161,9 @@ class ChatEncoder:
         """The document of ids [n], trained where mask [n] says so: at most seq_len of them."""
         long = len(ids) > self.seq_len
         if long and self.data.overlong == "drop":
-            return Tokens(NOTHING, "dropped: longer than train.seq_len")
+            return Tokens(note="dropped: longer than train.seq_len")
         if not mask[1 : self.seq_len].any():  # nothing predicts a first token
-            return Tokens(NOTHING, "dropped: without a trained token")
+            return Tokens(note="dropped: without a trained token")
         return Tokens(hide(ids, mask)[: self.seq_len], "truncated to train.seq_len" if long else "")
 
     def fingerprint(self):
@@ -200,12 +193,13 @@ def marked(value, place: str, places: dict[str, str]):
     return value[:at] + word + value[at:]
 
 
-def recognise(columns: list[str], source: Source) -> str:
+def recognise(columns: list[str], source: Source) -> tuple[str, list[str]]:
+    """The format of such rows, and the columns that it knows."""
     if "rejected" in columns and not source.fields:
         raise ConfigError(f"data.sources {source.path} holds preference pairs: see examples/dpo.py")
-    for row_format, required in FORMATS.items():
+    for row_format, (required, optional) in FORMATS.items():
         if set(required) <= set(columns):
-            return row_format
+            return row_format, required + optional
     raise ConfigError(f"data.sources {source.path} has {', '.join(columns)}: no format. Formats: {', '.join(FORMATS)}")
 
 
@@ -217,11 +211,11 @@ def read_ids(row: dict, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
     labels = np.asarray(row.get("labels", ids))
     if labels.shape != ids.shape or ((labels != ids) & (labels != -100)).any():
         raise ValueError("labels are not one for each id: the id itself, or -100")
-    masks = {name: np.asarray(row.get(name, np.ones(len(ids)))) for name in ("attention_mask", *MASKS)}
+    masks = {name: np.asarray(row.get(name, np.ones(len(ids)))) for name in MASKS}
     for name, mask in masks.items():
         if mask.shape != ids.shape or not np.isin(mask, (0, 1)).all():
             raise ValueError(f"{name} is not a 0 or 1 for each of {len(ids)} ids")
-    present = masks.pop("attention_mask") == 1
+    present = masks["attention_mask"] == 1
     trained = (labels != -100) & np.all(list(masks.values()), axis=0)
     return ids[present].astype(np.int32), trained[present]
 
@@ -257,32 +251,30 @@ def read_turn(turn: dict) -> dict:
     turn["role"] = ROLES.get(speaker.lower())
     if turn["role"] is None:
         raise ValueError(f"a turn of {speaker!r}; lacuna knows {', '.join(ROLES)}")
-    flags = [str(turn.pop(name)).lower() for name in FLAGS if name in turn]
-    if not set(flags) <= TRAINED.keys():
+    flags = {str(turn.pop(name)).lower() for name in FLAGS if name in turn}
+    if not flags <= YES | NO:
         raise ValueError(f"a turn is trained or not: true or false (or 1, 0), not {', '.join(flags)}")
-    thoughts = [turn.pop(name) for name in REASONING if name in turn]
     content = turn.pop("value", turn.get("content", ""))
     if turn["role"] == "call":
         calls = decoded(content)
         calls = calls if isinstance(calls, list) else [calls]
         turn |= {"role": "assistant", "tool_calls": [{"type": "function", "function": call} for call in calls]}
         content = ""
-    if isinstance(content, list):
-        said = [(part.get("type", "text"), part.get("text", part.get("value"))) for part in content]
-        if not all(kind in ("text", "reasoning") and isinstance(text, str) for kind, text in said):
-            raise ValueError(f"content has a part that is no text, of {[kind for kind, _ in said]}")
-        thoughts += [text for kind, text in said if kind == "reasoning"]
-        content = "".join(text for kind, text in said if kind == "text")
-    if not isinstance(content, str):
-        raise ValueError(f"content of a turn is {type(content).__name__}, not text")
-    turn["content"] = content
-    if any(thoughts):
-        thought = "\n".join(dict.fromkeys(thoughts))  # often the same twice
-        turn |= dict.fromkeys(REASONING, thought)  # templates differ in which of the names they read
+    texts = {"text": [], "reasoning": [turn.pop(name) for name in REASONING if name in turn]}
+    for part in content if isinstance(content, list) else [{"text": content}]:
+        kind = part.get("type", "text")
+        text = part.get("text", part.get("value"))
+        if kind not in texts or not isinstance(text, str):
+            raise ValueError(f"content has a part of type {kind} that is {type(text).__name__}, not text")
+        texts[kind].append(text)
+    turn["content"] = "".join(texts["text"])
+    thoughts = dict.fromkeys(filter(None, texts["reasoning"]))  # often the same twice
+    if thoughts:  # templates differ in which of the names they read
+        turn |= dict.fromkeys(REASONING, "\n".join(thoughts))
     for call in turn.get("tool_calls", []):
         function = call.get("function", call)
         function["arguments"] = decoded(function.get("arguments") or "{}")  # or templates quote them twice
-    turn["train"] = turn["role"] == "assistant" and all(TRAINED[flag] for flag in flags)
+    turn["train"] = turn["role"] == "assistant" and flags <= YES
     return turn
 
 
@@ -292,29 +284,22 @@ def decoded(value):
 
 
 def says_something(message: dict) -> bool:
-    return any(str(message[key]).strip() for key in ("content", "reasoning_content", *CALLS) if key in message)
+    return any(str(message[key]).strip() for key in TEXTS if key in message)
 
 
 def training_template(tokenizer, given: str | None) -> str:
     """The template with marks: the user's, the tokenizer's, or lacuna's of the same text; or a LookupError."""
-    shipped = {file.stem: file.read_text() for file in sorted(TEMPLATES.glob("*.jinja"))}
+    shipped = {file.stem: file.read_text() for file in sorted(Path(__file__).parent.glob("templates/*.jinja"))}
     if given is not None:
         if "{" not in given and given not in shipped and not Path(given).is_file():
             raise ConfigError(f"data.chat_template {given}: no file, no Jinja, none of {', '.join(shipped)}")
-        template = given if "{" in given else shipped.get(given) or Path(given).read_text()
-        if not MARKS.search(template):
-            raise ConfigError(f"data.chat_template has no marks: {CURE}")
-        return template
-    name = tokenizer.name_or_path
-    if not tokenizer.chat_template:
-        raise LookupError(f"{name} has no chat template: set data.chat_template to a file or one of {list(shipped)}")
-    own = tokenizer.get_chat_template()
-    if MARKS.search(own):
-        return own
-    # two answers: some templates drop what was thought before the first; each row is compared, too, see `left_out`
-    probe = 2 * [*as_turns("?", "user"), *as_turns("yes", "assistant")]
-    wanted = tokenizer.apply_chat_template(probe, chat_template=own, tokenize=False)
-    for template in shipped.values():
-        if tokenizer.apply_chat_template(probe, chat_template=template, tokenize=False) == wanted:
-            return template
-    raise LookupError(f"{name}'s chat template has no marks: set data.chat_template to a copy, and {CURE}")
+        return given if "{" in given else shipped.get(given) or Path(given).read_text()
+    if tokenizer.chat_template:
+        own = tokenizer.get_chat_template()
+        # two answers: some templates drop what was thought before the first; each row is compared, too: `left_out`
+        write = functools.partial(tokenizer.apply_chat_template, 2 * PROBE, tokenize=False)
+        for template in [own, *shipped.values()]:
+            if MARKS.search(template) and write(chat_template=template) == write(chat_template=own):
+                return template
+    cure = f"set data.chat_template to one of {', '.join(shipped)}, or to a file, and {CURE}"
+    raise LookupError(f"{tokenizer.name_or_path} has no chat template with marks: {cure}")

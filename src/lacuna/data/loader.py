@@ -9,7 +9,7 @@ import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -58,7 +58,7 @@ class Stream:
     def __iter__(self) -> Iterator[RowPlan]:
         """Its rows, up to the end of the last epoch."""
         while min(document.epoch for document in self.lookahead) < self.data.epochs:
-            self.state.cursors = [asdict(replace(document.begin, taken=document.taken)) for document in self.lookahead]
+            self.state.cursors = [document.cursor._asdict() for document in self.lookahead]
             state = asdict(self.state)
             begin = max(document.epoch for document in self.lookahead)
             rows = self.draw_window()
@@ -76,7 +76,9 @@ class Stream:
         which, starts, sizes = split_documents(lengths, self.data.seq_len)
         spans = zip(which.tolist(), starts.tolist(), (starts + sizes).tolist(), strict=True)
         pieces = [(*documents[i], start, end) for i, start, end in spans]
-        rows = [[pieces[i] for i in row] for row in best_fit(sizes, self.data.seq_len)]
+        rows = []
+        for row in best_fit(sizes, self.data.seq_len):
+            rows.append([pieces[i] for i in row])
         self.state.window += 1
         return [rows[i] for i in rng.permutation(len(rows))]
 
@@ -87,7 +89,6 @@ class Stream:
         # A window of indices has so many documents, one of a stream so many rows' tokens.
         rows = min(STREAM_WINDOW[0] << self.state.window, STREAM_WINDOW[1])
         full = math.inf if self.data.map_style else sum(drawn) + rows * self.data.seq_len
-        next_epoch = int(self.lookahead[0].epoch) + 1
         while len(documents) < self.data.window_documents and sum(drawn) < full:
             # No randomness: shares are exact at any time, and the state is a few numbers.
             source = min(range(len(drawn)), key=lambda i: drawn[i] / self.data.weights[i])
@@ -95,7 +96,7 @@ class Stream:
             self.lookahead[source] = next(self.readers[source])
             documents.append((source, document))
             drawn[source] += document.length
-            if len(drawn) == 1 and self.lookahead[0].epoch >= next_epoch:
+            if len(drawn) == 1 and self.lookahead[0].cursor.epoch > document.cursor.epoch:
                 break  # a window ends with the epoch: no row mixes two
         self.state.drawn = drawn
         return documents
@@ -184,8 +185,6 @@ class Loader:
 
 def merge_states(states: list[dict]) -> dict:
     """One state of all ranks': of each stream the latest window, in which a reader skips ahead."""
-    latest = {}
-    for state in states:
-        for number, stream in state["streams"].items():
-            latest[number] = max(latest.get(number, stream), stream, key=lambda saved: saved["row"])
+    streams = itertools.chain(*(state["streams"].items() for state in states))
+    latest = dict(sorted(streams, key=lambda stream: stream[1]["row"]))  # the latest one stays
     return {"rows": states[0]["rows"], "streams": latest}

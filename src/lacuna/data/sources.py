@@ -4,7 +4,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from glob import escape, glob
 from itertools import chain, count, filterfalse
 from pathlib import Path
@@ -22,7 +21,7 @@ from lacuna.data.tokenize import digest
 READ_CHUNK = 128  # documents tokenised in one call: enough for the tokenizer to use every core
 # JSON is read as text, for Python to parse: Arrow would give all rows one type, make dates of texts, and lose nulls.
 ROW = "a row's JSON"
-JSON = {"path": "text", "features": datasets.Features({ROW: datasets.Value("string")})}
+JSON = {"path": "text", "encoding": "utf-8-sig", "features": datasets.Features({ROW: datasets.Value("string")})}
 READERS = {
     ".parquet": {"path": "parquet"},
     ".arrow": {"path": "arrow"},  # as save_to_disk writes
@@ -40,9 +39,8 @@ datasets.config.STREAMING_OPEN_MAX_RETRIES = 8
 SILENCE = {"client_kwargs": {"timeout": aiohttp.ClientTimeout(sock_connect=10, sock_read=10)}}
 
 
-@dataclass(frozen=True)
-class Cursor:
-    """A place in a source, before a document; `asdict` makes JSON of it."""
+class Cursor(NamedTuple):
+    """A place in a source, before a document; `_asdict` makes JSON of it."""
 
     epoch: int = 0
     taken: int = 0  # documents before it: of its epoch if data is map-style, of its chunk if it streams
@@ -54,8 +52,7 @@ class Cursor:
 class Document(NamedTuple):
     key: int | np.ndarray  # what its source loads it by
     length: int  # tokens
-    begin: Cursor  # of its epoch (map-style) or its chunk (streaming)
-    taken: int  # documents between `begin` and this one
+    cursor: Cursor
     epoch: float  # epochs before it, as far as is known
 
 
@@ -79,11 +76,10 @@ class MapSource:
         """The documents of a virtual stream from a cursor on, in each epoch's own order; endless."""
         for epoch in count(cursor.epoch):
             order = np.random.default_rng([*self.seed, epoch]).permutation(self.documents)[stream::num_streams]
-            lengths = self.lengths[order]
-            begin = Cursor(epoch)
             for i in range(cursor.taken, len(order)):
-                yield Document(order.item(i), lengths.item(i), begin, i, epoch + i / len(order))
-            cursor = begin
+                key = order.item(i)
+                yield Document(key, self.lengths.item(key), Cursor(epoch, i), epoch + i / len(order))
+            cursor = Cursor(epoch + 1)
 
     def load(self, key: int) -> np.ndarray:
         return self.tokens[key]["ids"]
@@ -96,21 +92,19 @@ def tokenise(source: Source, encoder, cache: str) -> datasets.Dataset:
     file = Path(cache).expanduser() / f"{name}.arrow"
 
     def encode(batch, numbers):
-        rows, numbers = as_rows(batch, numbers, source)
-        documents = encoder.documents(rows, source, numbers)
+        documents = encoder.documents(*as_rows(batch, source, numbers))
         return {"ids": [tokens.ids for tokens in documents], "note": [tokens.note for tokens in documents]}
 
     options = {"batched": True, "with_indices": True, "remove_columns": dataset.column_names, "features": CACHED}
     with FileLock(file.with_suffix(".lock")):  # one rank makes it, the others wait here and read it
         tokens = dataset.map(encode, cache_file_name=str(file), new_fingerprint=name, **options)
-    warn(source.path, Counter(tokens.data["note"].to_pylist()))
+    warn(source.path, tokens["note"][:])
     return tokens
 
 
-def warn(where: str, notes: Counter):
-    for note, number in notes.items():
-        if note:
-            log.warning("%s: %d of %d documents %s", where, number, notes.total(), note)
+def warn(where: str, notes: list[str]):
+    for note, number in Counter(filter(None, notes)).items():
+        log.warning("%s: %d of %d documents %s", where, number, len(notes), note)
 
 
 class StreamSource:
@@ -131,17 +125,16 @@ class StreamSource:
             order = np.random.default_rng([*self.seed, epoch]).permutation(self.num_shards)[stream::num_streams]
             for place, shard in enumerate(order[cursor.shard :].tolist(), cursor.shard):
                 for begin, numbers, batch in self.read_shard(shard, cursor):
-                    rows, numbers = as_rows(batch, numbers, self.source)
-                    encoded = self.encoder.documents(rows, self.source, numbers)
+                    encoded = self.encoder.documents(*as_rows(batch, self.source, numbers))
                     documents = [tokens.ids for tokens in encoded if len(tokens.ids)]
-                    warn(f"{self.source.path}, shard {shard}", Counter(tokens.note for tokens in encoded))
+                    warn(f"{self.source.path}, shard {shard}", [tokens.note for tokens in encoded])
                     for i, ids in enumerate(documents[begin.taken :], begin.taken):
-                        yield Document(ids, len(ids), begin, i, epoch + place / len(order))
+                        yield Document(ids, len(ids), begin._replace(taken=i), epoch + place / len(order))
                         last_epoch = epoch
                 cursor = Cursor(epoch, shard=place + 1)
             cursor = Cursor(epoch + 1)
 
-    def read_shard(self, shard: int, cursor: Cursor) -> Iterator[tuple[Cursor, range, dict]]:
+    def read_shard(self, shard: int, cursor: Cursor) -> Iterator[tuple]:
         """The chunks of a shard from a cursor on: where each begins, its rows' numbers, and it."""
         dataset = self.dataset.shard(self.num_shards, shard)
         if cursor.chunk is not None:
@@ -150,7 +143,7 @@ class StreamSource:
             for batch in dataset.iter(READ_CHUNK):
                 numbers = range(cursor.row, cursor.row + len(next(iter(batch.values()))))
                 yield cursor, numbers, batch
-                cursor = replace(cursor, taken=0, row=numbers.stop, chunk=dataset.state_dict())
+                cursor = cursor._replace(taken=0, row=numbers.stop, chunk=dataset.state_dict())
 
     def load(self, key: np.ndarray) -> np.ndarray:
         return key
@@ -158,28 +151,29 @@ class StreamSource:
 
 def split_json(file: dict[str, list]) -> dict[str, list]:
     """A file of JSON, whole, as its rows' JSON: of a list, or as the lines are."""
-    text = file[ROW][0].removeprefix("\ufeff").strip()
+    text = file[ROW][0].strip()
     rows = map(json.dumps, json.loads(text)) if text.startswith("[") else filter(str.strip, text.split("\n"))
     return {ROW: list(rows)}
 
 
-def as_rows(batch: dict[str, list], numbers: Sequence[int], source: Source) -> tuple[list, Sequence]:
-    """Rows and their numbers, of columns or of JSON, under lacuna's names."""
+def as_rows(batch: dict[str, list], source: Source, numbers: Sequence[int]) -> tuple:
+    """What an encoder makes documents of: rows, under lacuna's names, of columns or of JSON."""
     if ROW not in batch:
-        rows = zip(*without_nulls(list(batch.values())), strict=True)
-        return [rename(dict(zip(batch, row, strict=True)), source.fields) for row in rows], numbers
+        values = zip(*without_nulls(list(batch.values())), strict=True)
+        rows = [dict(zip(batch, row, strict=True)) for row in values]
+        return [rename(row, source.fields) for row in rows], source, numbers
     rows = {}
     for number, text in zip(numbers, batch[ROW], strict=False):
         with blame(f"data.sources {source.path}, row {number}: no row of JSON"):
             if text.strip():
-                rows[number] = rename(json.loads(text.removeprefix("\ufeff")), source.fields)
-    return list(rows.values()), list(rows)
+                rows[number] = rename(json.loads(text), source.fields)
+    return list(rows.values()), source, list(rows)
 
 
 def rename(row: dict, fields: dict[str, str]) -> dict:
     """A row by lacuna's names, in place of what has such names."""
-    others = {column: value for column, value in row.items() if column not in {*fields, *fields.values()}}
-    return others | {name: row[column] for name, column in fields.items() if column in row}
+    others = {column: value for column, value in row.items() if column not in fields.values()}
+    return others | {name: row.get(column) for name, column in fields.items()}
 
 
 def without_nulls(value):
@@ -192,22 +186,21 @@ def without_nulls(value):
 def open_dataset(source: Source, encoder) -> datasets.Dataset | datasets.IterableDataset:
     """A source's dataset, with the columns that are read; or a ConfigError."""
     remote = {"storage_options": {"http": SILENCE, "https": SILENCE}}
-    options = {"split": source.split, "streaming": source.streaming} | (remote if source.streaming else {})
+    options = source.model_dump(include={"split", "streaming"}) | (remote if source.streaming else {})
     try:
         files = find_files(source)
         if files["path"] == "parquet" and not source.fields:
             # the schema first: then only columns that are needed are read from disk or network
-            schema = datasets.load_dataset(**files, split=next(iter(files["data_files"])), streaming=True, **remote)
-            options["columns"] = encoder.columns(schema.column_names, source)
+            [schema, *_] = datasets.load_dataset(**files, streaming=True, **remote).values()
+            columns = encoder.columns(schema.column_names, source)
+            return datasets.load_dataset(**files, **options, columns=columns)
         dataset = datasets.load_dataset(**files, **options)
-        if "columns" in options:
-            return dataset
         if "features" in files and "sample_by" in files:
             dataset = dataset.map(split_json, batched=True, batch_size=1)
-        names = dataset.column_names or list(next(iter(dataset)))
-        if names == [ROW]:
-            rows, _ = as_rows(next(dataset.iter(100)), range(100), source.model_copy(update={"fields": {}}))
-            names = list(dict.fromkeys(chain.from_iterable(rows)))
+        names = dataset.column_names
+        if names in (None, [ROW]):
+            rows, *_ = as_rows(next(dataset.iter(100)), Source(path=source.path), range(100))
+            names = sorted(set().union(*rows))
         if not set(source.fields.values()) <= set(names):
             raise ConfigError(f"data.sources {source.path}: fields {source.fields} are not all among {names}")
         read = encoder.columns(list(rename(dict.fromkeys(names), source.fields)), source)
@@ -223,7 +216,7 @@ def open_dataset(source: Source, encoder) -> datasets.Dataset | datasets.Iterabl
 def find_files(source: Source) -> dict:
     """What datasets is to read, and how."""
     path = Path(source.path)
-    files = {"path": source.path, "name": source.name, "data_files": source.data_files}
+    files = source.model_dump(include={"path", "name", "data_files"})
     splits = {"train": [escape(source.path) if path.is_file() else source.path]}
     if path.is_dir():
         splits = find_splits(path, source, files)
@@ -256,5 +249,4 @@ def find_splits(folder: Path, source: Source, files: dict) -> dict[str, list[str
 
 def ending(path: str | Path) -> str:
     """A file's last ending, but for one of compression."""
-    found = re.search(r"(\.\w+?)(\.gz|\.zst|\.bz2|\.xz)?$", str(path).lower())
-    return found[1] if found else ""
+    return Path(re.sub(r"\.(gz|zst|bz2|xz)$", "", str(path).lower())).suffix
