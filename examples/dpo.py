@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lacuna.config import Config, ConfigError, blame
+from lacuna.config import Config, ConfigError, Source, blame
 from lacuna.data.batch import IGNORE, SECOND, PackedBatch, Tokens, reveal
 from lacuna.data.conversations import ChatEncoder, as_turns, read_turn
 from lacuna.data.tokenize import digest
@@ -194,12 +194,12 @@ class PairEncoder:
         for number, row in zip(numbers, rows, strict=True):
             with blame(f"data.sources {source.path}, row {number}, read as a preference pair"):
                 given = {name: value for name, value in row.items() if value is not None}
-                documents.append(self.document(given, source.path))
+                documents.append(self.document(given, source))
         return documents
 
-    def document(self, row: dict, path: str) -> Tokens:
-        answers = [self.chats.document(answer, "prompt and completion", path) for answer in as_completions(row)]
-        chosen, rejected = answers
+    def document(self, row: dict, source: Source) -> Tokens:
+        answers = as_completions(row, source.roles)
+        chosen, rejected = [self.chats.document(answer, "prompt and completion", source) for answer in answers]
         if chosen.note or rejected.note:
             return Tokens(note=chosen.note or rejected.note)
         if np.array_equal(chosen.ids, rejected.ids):
@@ -218,7 +218,7 @@ def make_encoder(config: Config, tokenizer) -> PairEncoder:
     return PairEncoder(tokenizer, config)
 
 
-def as_completions(row: dict) -> list[dict]:
+def as_completions(row: dict, roles: dict[str, str]) -> list[dict]:
     """The answers of a pair, each as a row of prompt and completion.
 
     Where no prompt is given, or answers are whole conversations, the prompt is what both begin with.
@@ -228,7 +228,7 @@ def as_completions(row: dict) -> list[dict]:
     texts = all(isinstance(answer, str) and not answer.startswith('[{"') for answer in answers)
     if not texts:
         answers = [as_turns(answer, "assistant") for answer in answers]
-    whole = not texts and read_turn(answers[0][0])["role"] != "assistant"
+    whole = not texts and read_turn(answers[0][0], roles)["role"] != "assistant"
     if prompt is None or whole:
         same = itertools.takewhile(lambda both: both[0] == both[1], zip(*answers, strict=False))
         common = len(list(same))

@@ -90,6 +90,7 @@ class Source(Section):
     weight: float | None = key(None, "share of the tokens; default: all data once an epoch", ge=1e-9, le=1e9)
     column: str = key("text", "pt: column that holds the text")
     fields: dict[str, str] = key({}, 'renamed columns: {instruction = "question"}')
+    roles: dict[str, str] = key({}, 'sft: who else speaks: {expert = "assistant"}')
 
 
 SOURCE = "; ".join(f"{name} ({field.description})" for name, field in Source.model_fields.items())

@@ -20,7 +20,7 @@ from tokenizers.processors import ByteLevel
 import lacuna
 from lacuna.config import ConfigError, Source, load_config
 from lacuna.data.conversations import ChatEncoder
-from lacuna.data.sources import without_nulls
+from lacuna.data.sources import tokenise, without_nulls
 
 from .corpora import lacuna_log
 from .test_tokenize import SPECIAL, TEMPLATES, byte_level, sentencepiece
@@ -672,6 +672,31 @@ def test_roles_are_a_closed_set_under_both_keys(tokenizer, encoder, key):
     for alien in ("alien", 5, "tool_response", None):
         chat = [{key: alien, content: "x"}, {key: "assistant", content: "z"}]
         refused(lambda chat=chat: documents(encoder, {"conversations": chat}), "row 41", "ipython")
+
+
+def test_a_source_may_say_who_speaks_by_names_of_its_own(tokenizer, encoder, tmp_path):
+    """In turns of any kind; a name that it does not give, or gives for no known role, is refused as before."""
+    roles = {"Expert": "assistant", "asker": "human", "tool_response": "tool", "user": "system"}
+    turns = [("user", "Be brief."), ("asker", "x"), ("tool_response", "y"), ("Expert", "z")]
+    said = [{"from": speaker, "value": content} for speaker, content in turns]
+    known = dict(zip(roles, ("assistant", "user", "tool", "system"), strict=True))
+    wanted = expected(tokenizer, chatml([{"role": known[role], "content": content} for role, content in turns]))
+    source = Source(path="some.jsonl", roles=roles)
+    for row in ({"conversations": said}, {"prompt": said[:-1], "completion": said[-1:]}):
+        [tokens] = encoder.documents([copy.deepcopy(row)], source, [41])
+        assert taken_apart(tokens.ids) == wanted
+        refused(lambda row=row: documents(encoder, row), "row 41", "a turn of 'asker': see roles of data.sources")
+    alien = source.model_copy(update={"roles": roles | {"asker": "alien"}})
+    refused(lambda: encoder.documents([{"conversations": said}], alien, [41]), "row 41", "a turn of 'asker'")
+    # tokens that were made before the roles were given are not taken from the cache
+    file = tmp_path / "chat.jsonl"
+    file.write_text(json.dumps({"conversations": [{"from": "user", "value": "x"}, {"from": "gpt", "value": "y"}]}))
+    plain = Source(path=str(file))
+    lengths = []
+    for given in (plain, plain.model_copy(update={"roles": {"user": "assistant"}})):
+        made = tokenise(given, encoder, str(tmp_path / "cache"))
+        lengths.append(sum(i >= 0 for i in made[0]["ids"]))
+    assert lengths[0] < lengths[1], "both turns are trained now"
 
 
 def test_calls_as_turns_of_their_own_are_calls(qwen):

@@ -256,6 +256,9 @@ def test_half_a_surrogate_pair_is_one_sentence(tmp_path, tokenizer):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "\\ud83d\\ude00"}\n')
     assert read_texts(tmp_path, tokenizer, path=path) == ["\U0001f600"]
+    path.write_text('{"text": "a"}\n{"text": "cut off \\ud83d"}\n')
+    with pytest.raises(ConfigError, match=r"a\.jsonl: row 1 of 'text' holds no text: UnicodeEncodeError: [^\n]+$"):
+        read_texts(tmp_path, tokenizer, path=path)
     path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": "\\uD83D"}\n')
     words = ["--data.sources", json.dumps({"path": str(path)}), "--train.steps", "1"]
     config = load_config(None, words, "sft")

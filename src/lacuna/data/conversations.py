@@ -86,13 +86,13 @@ class ChatEncoder:
         for number, row in zip(numbers, rows, strict=True):
             given = {name: row[name] for name in known if row.get(name) is not None}
             with blame(f"data.sources {source.path}, row {number}, read as {row_format}"):
-                documents.append(self.document(given, row_format, source.path))
+                documents.append(self.document(given, row_format, source))
         return documents
 
-    def document(self, row: dict, row_format: str, path: str) -> Tokens:
+    def document(self, row: dict, row_format: str, source: Source) -> Tokens:
         if row_format == "token ids":
             return self.fit(*read_ids(row, len(self.tokenizer)))
-        messages = read_messages(row, row_format)
+        messages = read_messages(row, row_format, source.roles)
         template = self.template
         if [row.get("prompt"), row.get("completion")] == [message["content"] for message in messages]:
             template = PLAIN
@@ -103,9 +103,9 @@ class ChatEncoder:
         if not trained:
             return Tokens(note="dropped: an empty answer" if wanted else "dropped: without a trained token")
         for key in set().union(*messages) - READ:
-            if (path, key) not in self.unread and not re.search(rf"\b{re.escape(key)}\b", template or ""):
-                log.warning("%s: messages have %r, which nothing reads", path, key)
-                self.unread.add((path, key))
+            if (source.path, key) not in self.unread and not re.search(rf"\b{re.escape(key)}\b", template or ""):
+                log.warning("%s: messages have %r, which nothing reads", source.path, key)
+                self.unread.add((source.path, key))
         tools = [decoded(tool) for tool in decoded(row.get("tools")) or []]
         left_out = self.left_out(messages, template, tools, trained[-1])
         if left_out and self.data.unrendered == "drop":
@@ -220,7 +220,7 @@ def read_ids(row: dict, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
     return ids[present].astype(np.int32), trained[present]
 
 
-def read_messages(row: dict, row_format: str) -> list[dict]:
+def read_messages(row: dict, row_format: str, roles: dict[str, str]) -> list[dict]:
     """A row as OpenAI's messages: text in one piece, arguments as objects, and `train`, a bool."""
     system = as_turns(row.get("system") or [], "system")
     if row_format == "prompt and completion":  # each of them text or messages; the completion alone is trained
@@ -235,7 +235,7 @@ def read_messages(row: dict, row_format: str) -> list[dict]:
             turns += as_turns(pair[0], "user") + as_turns(pair[1], "assistant")
     else:
         turns = as_turns(decoded(row[row_format]), "user")
-    return [read_turn(turn) for turn in system + turns]
+    return [read_turn(turn, roles) for turn in system + turns]
 
 
 def as_turns(said: str | list[dict], role: str) -> list[dict]:
@@ -243,14 +243,14 @@ def as_turns(said: str | list[dict], role: str) -> list[dict]:
     return said if isinstance(said, list) else [{"role": role, "content": said}]
 
 
-def read_turn(turn: dict) -> dict:
-    """A turn in OpenAI's words, or in ShareGPT's, as one of OpenAI's messages."""
+def read_turn(turn: dict, roles: dict[str, str]) -> dict:
+    """A turn in OpenAI's words, ShareGPT's, or those of a source's `roles`, as one of OpenAI's messages."""
     # no calls are no key: some templates look for it alone
     turn = {name: value for name, value in turn.items() if value is not None and (name, value) != ("tool_calls", [])}
     speaker = str(turn.pop("from", turn.get("role")))
-    turn["role"] = ROLES.get(speaker.lower())
+    turn["role"] = ROLES.get(roles.get(speaker, speaker).lower())
     if turn["role"] is None:
-        raise ValueError(f"a turn of {speaker!r}; lacuna knows {', '.join(ROLES)}")
+        raise ValueError(f"a turn of {speaker!r}: see roles of data.sources; lacuna knows {', '.join(ROLES)}")
     flags = {str(turn.pop(name)).lower() for name in FLAGS if name in turn}
     if not flags <= YES | NO:
         raise ValueError(f"a turn is trained or not: true or false (or 1, 0), not {', '.join(flags)}")

@@ -88,7 +88,7 @@ class MapSource:
 def tokenise(source: Source, encoder, cache: str) -> datasets.Dataset:
     """A map-style source as Tokens, made once: its key holds data, columns, tokenizer and code."""
     dataset = open_dataset(source, encoder)
-    name = digest(dataset._fingerprint, source.column, source.fields, encoder.fingerprint())
+    name = digest(dataset._fingerprint, source.column, source.fields, source.roles, encoder.fingerprint())
     file = Path(cache).expanduser() / f"{name}.arrow"
 
     def encode(batch, numbers):

@@ -45,9 +45,8 @@ class TextEncoder:
         """The document of each row; ConfigError with the number of one that is no text."""
         values = [row.get(source.column) for row in rows]
         for number, value in zip(numbers, values, strict=True):
-            if not isinstance(value, str | None):
-                found = f"row {number} of {source.column!r} holds {type(value).__name__}, not text"
-                raise ConfigError(f"data.sources {source.path}: {found}")
+            with blame(f"data.sources {source.path}: row {number} of {source.column!r} holds no text"):
+                str.encode("" if value is None else value)  # half a surrogate pair is none
         documents = self.encode([value or "" for value in values])
         return [Tokens(ids, "" if len(ids) else "dropped: no text") for ids in documents]
 
