@@ -265,7 +265,7 @@ def read_turn(turn: dict, roles: dict[str, str]) -> dict:
         kind = part.get("type", "text")
         text = part.get("text", part.get("value"))
         if kind not in texts or not isinstance(text, str):
-            raise ValueError(f"content has a part of type {kind} that is {type(text).__name__}, not text")
+            raise ValueError(f"content of type {kind} is {type(text).__name__}, not text")
         texts[kind].append(text)
     turn["content"] = "".join(texts["text"])
     thoughts = dict.fromkeys(filter(None, texts["reasoning"]))  # often the same twice
