@@ -1,4 +1,4 @@
-"""Checkpoints to go on from (docs/runs-that-stop.md; of LoRA the adapters alone), and models out to disk.
+"""Checkpoints to go on from (docs/runs-that-stop.md; of LoRA the adapters), and models out to disk.
 
 One is written as .step_N while training goes on, and renamed once all is on disk: step_N is whole.
 """
@@ -27,7 +27,7 @@ from lacuna.lora import merge, write_adapter
 from lacuna.parallel import Ranks, local
 from lacuna.weights import FINGERPRINTS, fingerprint, held, load_weights, stored_parts, weight_files, weight_folder
 
-FORMAT = 5  # of names and state in a checkpoint: counted up when no run can go on from those of before
+FORMAT = 5  # of names and state: counted up when no run can go on from those of before
 # What may change when a run goes on: places, reports, hardware. With another value of any other key it is another run.
 FREE = ("name", "out", "log.", "checkpoint.", "dist.", "eval.every", "eval.rows", "eval.sources", "data.cache")
 FREE += ("train.micro_batch_size", "train.activation_checkpointing", "train.deterministic")
@@ -47,7 +47,7 @@ def find_checkpoint(config: Config, folder: Path, rank: int) -> Path | None:
 
 
 def put_damaged_aside(checkpoints: Path):
-    """Rename the newest ones down to a whole one, or to the oldest: no run begins again by itself."""
+    """Rename the newest down to a whole one, or to the oldest: no run begins again by itself."""
     for checkpoint in reversed(in_order(checkpoints)[1:]):
         try:
             state_of(checkpoint)
@@ -100,7 +100,7 @@ def flat(config: dict) -> dict:
 
 
 class HostMemory:
-    """Room on the host for a checkpoint's tensors, pinned for a GPU: else copies take ten times as long."""
+    """Room on the host for a checkpoint's tensors, pinned for a GPU: or copies take ten times as long."""
 
     def __init__(self, sizes: list[int], pinned: bool):
         memory = torch.zeros(sum(sizes))  # float32
@@ -113,7 +113,7 @@ class HostMemory:
 
 
 class Checkpoints:
-    """Saves in a thread: training waits only where it would change what is not copied to the host yet."""
+    """Saves in a thread: training waits only where it would change what is not copied yet."""
 
     def __init__(self, config: Config, ranks: Ranks, folder: Path, tensors: dict, model: PreTrainedModel, tokenizer):
         self.config = config
@@ -139,7 +139,7 @@ class Checkpoints:
         self.group = dist.new_group(backend="gloo", timeout=timeout) if ranks.mesh is not None else None
 
     def try_disk(self, folder: Path, needed: int):
-        """ConfigError where no checkpoint could be written, of so many bytes with hf/: sooner than after hours."""
+        """ConfigError where no checkpoint could be written, of so many bytes with hf/: before hours of work."""
         free = shutil.disk_usage(folder).free
         if free < needed:
             room = f"a checkpoint and hf/ take up to {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} are free"
@@ -148,29 +148,20 @@ class Checkpoints:
             self.write_small_files(Path(place))  # transformers refuses some
 
     def after_step(self):
-        """After every step: says at once that a save has failed; after the first, begins to allocate."""
+        """Says at once that a save has failed; after the first step, begins to allocate."""
         if self.memory is None:  # not before: beside compilation, 20 GB for a 1.7B model cost that 2 s
             sizes = [local(tensor).numel() for tensor in self.tensors.values()]
             self.memory = self.thread.submit(HostMemory, sizes, self.ranks.device.type == "cuda")
         if self.written.done():
-            self.finish()
+            self.written.result()
 
     def save(self, step: int, facts: dict, data: dict):
-        """Begin to save the run as it stands after `step`; facts: counters, data: this rank's Loader.state."""
-        self.finish()
-        states = [data] * self.ranks.world
-        if self.group:
-            dist.all_gather_object(states, data, group=self.group)
-        state = {"format": FORMAT, "step": step, **facts, "data": merge_states(states)}
-        state["config"] = self.config.model_dump(mode="json")
+        """Begin to save the run after `step`; facts: counters, data: this rank's Loader.state."""
+        self.written.result()
         # taken here, since FSDP2 may give a parameter other memory at its first use
         shares = [local(tensor).detach() for tensor in self.tensors.values()]
         self.copied = self.thread.submit(self.copy, shares)
-        self.written = self.thread.submit(self.write, step, state)
-
-    def finish(self):
-        """Wait until what is being saved is whole, or raise what went wrong."""
-        self.written.result()
+        self.written = self.thread.submit(self.write, step, facts, data)
 
     def copy(self, shares: list[torch.Tensor]):
         """Copy this rank's shares to the host, beside the computation of the next step."""
@@ -182,34 +173,34 @@ class Checkpoints:
         if stream:
             stream.synchronize()
 
-    def write(self, step: int, state: dict):
-        """Write this rank's files; once all ranks have, name the folder and remove the oldest."""
+    def write(self, step: int, facts: dict, data: dict):
+        """Write this rank's file; once all have, rank 0 the small ones. It names the folder and removes old ones."""
         path = self.folder / f".step_{step}"
-        files = [path / f"rank_{self.ranks.rank:05}.safetensors"]
-        outcome = ("", {})  # an error; the fingerprint of each file
+        file = path / f"rank_{self.ranks.rank:05}.safetensors"
+        outcome = {"data": data, "error": ""}
         try:
             self.copied.result()
             path.mkdir(parents=True, exist_ok=True)
-            self.write_safetensors(files[0])
-            if self.ranks.rank == 0:
-                self.write_small_files(path)
-                (path / "state.json").write_text(json.dumps(state))
-                # other ranks' files may be half written
-                files += [file for file in path.glob("[!.]*.*") if file.suffix != ".safetensors"]
-            outcome = ("", seal(files))
+            self.write_safetensors(file)
+            outcome["fingerprints"] = seal([file])
         except Exception as error:  # of any kind: the other ranks must hear of it
-            outcome = (str(error) or repr(error), {})
+            outcome["error"] = str(error) or repr(error)
         outcomes = [outcome] * self.ranks.world
         if self.group:
             dist.all_gather_object(outcomes, outcome, group=self.group)
         fingerprints = {}
-        for error, of_rank in outcomes:
-            if error:
-                raise ConfigError(f"no checkpoint of step {step}: {error}. Make room there; {AGAIN}")
-            fingerprints |= of_rank
+        for outcome in outcomes:
+            if outcome["error"]:
+                raise ConfigError(f"no checkpoint of step {step}: {outcome['error']}. Make room there; {AGAIN}")
+            fingerprints |= outcome["fingerprints"]
         if self.ranks.rank > 0:
             return
+        state = {"format": FORMAT, "step": step, **facts, "config": self.config.model_dump(mode="json")}
+        state["data"] = merge_states([outcome["data"] for outcome in outcomes])
         with blame(f"no checkpoint of step {step}: {AGAIN}"):
+            self.write_small_files(path)
+            (path / "state.json").write_text(json.dumps(state))
+            fingerprints |= seal([file for file in path.glob("[!.]*.*") if file.name not in fingerprints])
             (path / FINGERPRINTS).write_text(json.dumps(fingerprints))
             seal([path / FINGERPRINTS])
             path = path.rename(self.folder / f"step_{step}")
@@ -225,7 +216,8 @@ class Checkpoints:
     def write_safetensors(self, file: Path):
         """One file of float32 tensors, with the offsets of sharded ones in the whole."""
         # torch's own writer holds the interpreter's lock, up to 3 s a GB on a CPU, in which training stands still
-        shares, offsets = {}, {}
+        shares = {}
+        offsets = {}
         for (name, tensor), place in zip(self.tensors.items(), self.memory.result().places, strict=True):
             shares[name] = place.view(local(tensor).shape)
             if isinstance(tensor, DTensor):
@@ -235,7 +227,7 @@ class Checkpoints:
 
 
 def seal(files: list[Path]) -> dict[str, str]:
-    """The fingerprint of each file, once it is on the disk: after a power failure it could be empty otherwise."""
+    """The fingerprint of each file, once on the disk: or a power failure could leave it empty."""
     for file in files:
         with open(file, "rb") as content:
             os.fsync(content.fileno())
@@ -274,16 +266,15 @@ def check_base(name: str, state: dict) -> str:
 
 
 def export(checkpoint: Path, out: Path, dtype: str | None = None):
-    """Make a Hugging Face folder of a checkpoint, by default in its config's dtype; of LoRA with an adapter/ in it."""
+    """Make a Hugging Face folder of a checkpoint, in its config's dtype or another; of LoRA with adapter/."""
     state = state_of(checkpoint)
     if out.resolve() == checkpoint.resolve():
         raise ConfigError(f"{out} is the checkpoint itself")
     config = state["config"]
     hf_config = AutoConfig.from_pretrained(checkpoint)
-    if dtype:
-        hf_config.dtype = getattr(torch, dtype)
+    dtype = dtype or hf_config.dtype
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf_config, dtype=hf_config.dtype, attn_implementation="eager")
+        model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, attn_implementation="eager")
     model.to_empty(device="cpu").requires_grad_(False)
     model.tie_weights(recompute_mapping=False)
     if config.get("lora", {}).get("rank"):
