@@ -25,9 +25,9 @@ PEAKS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S"
 
 
 def flop(model: PreTrainedModel) -> tuple[float, int]:
-    """FLOP of training for a token, 6 a weight (4 a frozen one, none an input embedding), and for a query and key.
+    """FLOP to train on a token, 6 a weight (4 a frozen one, 0 an embedding of input), and on a query and key.
 
-    A window counts as full attention, and experts that a token goes through; what is recomputed or masked does not.
+    A window counts as full attention; experts count that a token uses; what is recomputed or masked does not.
     """
     config = model.config
     heads = getattr(config, "num_attention_heads", 0)
@@ -60,15 +60,11 @@ class Report:
         self.pending = []  # steps whose figures are on their way to the host
         self.file = open_metrics(folder, state["step"]) if ranks.rank == 0 else None
         self.paces = []  # seconds a step, of each line
-        self.start_clock()
-
-    def start_clock(self):
-        """Begin a new interval between two lines."""
+        self.interval = Counter()  # sums since the last line
         self.since = time.perf_counter()
-        self.interval = Counter()
 
     def step(self, facts: dict, sums: dict[str, torch.Tensor]):
-        """Take in a step's figures, on their way to the host, and report it. Raises FloatingPointError."""
+        """Take in a step, its figures on their way to the host. Raises FloatingPointError."""
         # facts are known at once: step, lr, epoch, data_seconds, ends_interval, names of a recipe's figures
         on_gpu = self.ranks.device.type == "cuda"
         values = torch.stack(list(sums.values())).to("cpu", non_blocking=True)  # float64 [names]
@@ -94,7 +90,8 @@ class Report:
         for key in self.totals:
             self.totals[key] += int(sums[key])
         self.interval.update(sums | {"steps": 1, "data_seconds": facts["data_seconds"]})
-        if number == 1 or number % self.config.log.every == 0 or facts["ends_interval"] or self.stop_asked:
+        due = number == 1 or number % self.config.log.every == 0
+        if due or facts["ends_interval"] or self.stop_asked:
             self.report_interval(facts, sums)
 
     def report_interval(self, facts: dict, sums: dict):
@@ -118,7 +115,6 @@ class Report:
             torch.cuda.reset_peak_memory_stats(self.ranks.device)
         metrics |= {"peak_memory_gib": peak, "batch_checksum": f"{int(sums['checksum']):016x}"}
         own = {name: interval[name] / max(interval["units"], 1) for name in facts["figures"]}  # a recipe's
-        self.start_clock()
         self.write(metrics | own)
         self.paces.append(seconds / count)
         left = timedelta(seconds=round((self.steps - facts["step"]) * statistics.median_low(self.paces)))
@@ -131,7 +127,6 @@ class Report:
     def evaluation(self, step: int, result: dict):
         self.write({"step": step, **result})
         log.info(in_words(step, result))
-        self.start_clock()
 
     def close(self, folder: Path, seconds: float):
         """How it went, and what to do now."""
@@ -145,8 +140,11 @@ class Report:
         log.info("The model is in %s/hf. To talk to it:\nuv run python examples/chat.py %s", folder, folder)
 
     def write(self, metrics: dict):
+        """Add a line; with it begins a new interval."""
         if self.file:
             self.file.write(json.dumps(metrics) + "\n")
+        self.interval = Counter()
+        self.since = time.perf_counter()
 
 
 def in_words(step: int, figures: dict) -> str:
@@ -166,7 +164,7 @@ def open_metrics(folder: Path, step: int):
 
 
 def start_logging(folder: Path, rank: int):
-    """Rank 0 logs to stderr and log.txt; other ranks warnings to stderr, and tracebacks to log.txt."""
+    """Rank 0 logs to stderr and log.txt; others warnings to stderr, tracebacks to log.txt."""
     log.setLevel(logging.DEBUG)
     logging.raiseExceptions = False  # of a full disk; metrics.jsonl ends the run then
     log.propagate = False  # libraries print their own; on the root logger those would stand twice

@@ -12,7 +12,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
 class Preemption:
-    """A signal asks for a checkpoint at the next step boundary; a later one ends the process at once."""
+    """A signal asks for a checkpoint after the step; a later one ends the process at once."""
 
     def __init__(self):
         self.asked = False
