@@ -33,30 +33,31 @@ FREE = ("name", "out", "log.", "checkpoint.", "dist.", "eval.every", "eval.rows"
 FREE += ("train.micro_batch_size", "train.activation_checkpointing", "train.deterministic")
 
 
-def find_checkpoint(config: Config, folder: Path, rank: int) -> Path | None:
-    """Where this run goes on from, the same on all ranks. What a killed save left is removed."""
-    found = [None]
+def find_checkpoint(config: Config, folder: Path, rank: int) -> tuple[Path | None, dict]:
+    """Where this run goes on from, and its state, the same on all ranks. What a killed save left is removed."""
+    found = [None, {"format": FORMAT, "config": {}, "step": 0, "tokens": 0, "trained_tokens": 0, "data": None}]
     if rank == 0:
         for leftover in (folder / "checkpoints").glob(".*step_*"):
             shutil.rmtree(leftover)
-        put_damaged_aside(folder / "checkpoints")
-        found = in_order(folder / "checkpoints")[-1:] or [config.checkpoint.resume]
+        given = [Path(config.checkpoint.resume)] if config.checkpoint.resume else []
+        if candidates := in_order(folder / "checkpoints") or given:
+            found = newest_whole(candidates)
     if dist.is_initialized():
         dist.broadcast_object_list(found, device=torch.device("cpu"))
-    return Path(found[0]) if found[0] else None
+    return tuple(found)
 
 
-def put_damaged_aside(checkpoints: Path):
-    """Rename the newest down to a whole one, or to the oldest: no run begins again by itself."""
-    for checkpoint in reversed(in_order(checkpoints)[1:]):
-        try:
-            state_of(checkpoint)
-            return
-        except ConfigError as error:
-            if isinstance(error.__cause__, OSError):  # it may be over soon
-                raise
-            aside = checkpoint.rename(f"{checkpoint}.damaged")
-            log.warning("%s. It is %s now, and the run goes on from the one before", error, aside.name)
+def newest_whole(candidates: list[Path]) -> list:
+    """The last that is whole, and its state. Damaged ones are renamed, not the first: no run begins again by itself."""
+    *older, newest = candidates
+    try:
+        return [newest, state_of(newest)]
+    except ConfigError as error:
+        if not older or isinstance(error.__cause__, OSError):  # that may be over soon
+            raise
+        aside = newest.rename(f"{newest}.damaged")
+        log.warning("%s. It is %s now, and the run goes on from the one before", error, aside.name)
+    return newest_whole(older)
 
 
 def state_of(checkpoint: Path) -> dict:
@@ -74,11 +75,8 @@ def in_order(checkpoints: Path) -> list[Path]:
     return sorted(found, key=lambda checkpoint: int(checkpoint.name[5:]))
 
 
-def read_state(checkpoint: Path | None, config: Config) -> dict:
-    """Step, counters and place in the data. ConfigError where the run would be another one."""
-    if checkpoint is None:
-        return {"step": 0, "tokens": 0, "trained_tokens": 0, "data": None}
-    state = state_of(checkpoint)
+def refuse_another(checkpoint: Path | None, state: dict, config: Config):
+    """ConfigError where a run that goes on from there would be another one."""
     if state.get("format") != FORMAT:
         raise ConfigError(f"{checkpoint} is of another version of lacuna: begin a run with it as model.name")
     old = flat(state["config"])
@@ -88,7 +86,6 @@ def read_state(checkpoint: Path | None, config: Config) -> dict:
     if changed and not config.checkpoint.resume_changed:
         cure = "change it back, set another name, or checkpoint.resume_changed = true"
         raise ConfigError(f"{checkpoint} cannot go on with another {', '.join(changed)}: {cure}")
-    return state
 
 
 def flat(config: dict) -> dict:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from filelock import FileLock
 from tqdm import trange
 
-from lacuna.checkpoint import Checkpoints, check_base, export, find_checkpoint, in_order, match_eos, read_state
+from lacuna.checkpoint import Checkpoints, check_base, export, find_checkpoint, in_order, match_eos, refuse_another
 from lacuna.config import Config, ConfigError, Preempted, blame, log
 from lacuna.data.batch import PackedBatch
 from lacuna.data.conversations import make_encoder
@@ -38,8 +38,8 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
         lock = FileLock(folder / ".lock")  # released when this process ends, however it ends
         if ranks.rank == 0:
             lock.acquire(timeout=60)  # ranks of a run that is just ending may still be there
-        checkpoint = find_checkpoint(config, folder, ranks.rank)
-        state = read_state(checkpoint, config)
+        checkpoint, state = find_checkpoint(config, folder, ranks.rank)
+        refuse_another(checkpoint, state, config)
     tokenizer = load_tokenizer(config.model)
     recipe = {"make_encoder": make_encoder, "make_objective": lambda *_: None}
     if config.task.endswith(".py"):
