@@ -34,21 +34,21 @@ FREE += ("train.micro_batch_size", "train.activation_checkpointing", "train.dete
 
 
 def find_checkpoint(config: Config, folder: Path, rank: int) -> tuple[Path | None, dict]:
-    """Where this run goes on from, and its state, the same on all ranks. What a killed save left is removed."""
+    """What this run goes on from, and its state, on all ranks. What a killed save left is removed."""
     found = [None, {"format": FORMAT, "config": {}, "step": 0, "tokens": 0, "trained_tokens": 0, "data": None}]
     if rank == 0:
         for leftover in (folder / "checkpoints").glob(".*step_*"):
             shutil.rmtree(leftover)
-        given = [Path(config.checkpoint.resume)] if config.checkpoint.resume else []
-        if candidates := in_order(folder / "checkpoints") or given:
-            found = newest_whole(candidates)
+        candidates = in_order(folder / "checkpoints") or [config.checkpoint.resume]
+        if candidates != [None]:
+            found = newest_whole([Path(candidate) for candidate in candidates])
     if dist.is_initialized():
         dist.broadcast_object_list(found, device=torch.device("cpu"))
     return tuple(found)
 
 
 def newest_whole(candidates: list[Path]) -> list:
-    """The last that is whole, and its state. Damaged ones are renamed, not the first: no run begins again by itself."""
+    """The last whole one, and its state. The first is never put aside: no run begins again by itself."""
     *older, newest = candidates
     try:
         return [newest, state_of(newest)]
@@ -130,13 +130,13 @@ class Checkpoints:
         self.thread = ThreadPoolExecutor(max_workers=1, **setup)
         self.memory = None  # Future of HostMemory
         # of the last save: the host has this rank's share, so that parameters may change; the checkpoint is whole
-        self.copied = self.written = self.thread.submit(lambda: None)  # there is none yet
+        self.copied = self.written = self.thread.submit(lambda: None)  # none yet
         # the thread's own: two threads that use one group could meet in different orders on different ranks
         timeout = timedelta(seconds=config.dist.timeout)
         self.group = dist.new_group(backend="gloo", timeout=timeout) if ranks.mesh is not None else None
 
     def try_disk(self, folder: Path, needed: int):
-        """ConfigError where no checkpoint could be written, of so many bytes with hf/: before hours of work."""
+        """ConfigError where no checkpoint, of so many bytes with hf/, could be written."""
         free = shutil.disk_usage(folder).free
         if free < needed:
             room = f"a checkpoint and hf/ take up to {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} are free"
@@ -146,7 +146,7 @@ class Checkpoints:
 
     def after_step(self):
         """Says at once that a save has failed; after the first step, begins to allocate."""
-        if self.memory is None:  # not before: beside compilation, 20 GB for a 1.7B model cost that 2 s
+        if self.memory is None:  # not before: beside compilation, 20 GB (1.7B) cost 2 s
             sizes = [local(tensor).numel() for tensor in self.tensors.values()]
             self.memory = self.thread.submit(HostMemory, sizes, self.ranks.device.type == "cuda")
         if self.written.done():
@@ -171,7 +171,7 @@ class Checkpoints:
             stream.synchronize()
 
     def write(self, step: int, facts: dict, data: dict):
-        """Write this rank's file; once all have, rank 0 the small ones. It names the folder and removes old ones."""
+        """Write this rank's file; once all have, rank 0 the others. The oldest checkpoint goes."""
         path = self.folder / f".step_{step}"
         file = path / f"rank_{self.ranks.rank:05}.safetensors"
         outcome = {"data": data, "error": ""}
@@ -180,7 +180,7 @@ class Checkpoints:
             path.mkdir(parents=True, exist_ok=True)
             self.write_safetensors(file)
             outcome["fingerprints"] = seal([file])
-        except Exception as error:  # of any kind: the other ranks must hear of it
+        except Exception as error:  # of any kind: others must hear of it
             outcome["error"] = str(error) or repr(error)
         outcomes = [outcome] * self.ranks.world
         if self.group:
@@ -263,7 +263,7 @@ def check_base(name: str, state: dict) -> str:
 
 
 def export(checkpoint: Path, out: Path, dtype: str | None = None):
-    """Make a Hugging Face folder of a checkpoint, in its config's dtype or another; of LoRA with adapter/."""
+    """A Hugging Face folder of a checkpoint, in its config's dtype or another; of LoRA with adapter/."""
     state = state_of(checkpoint)
     if out.resolve() == checkpoint.resolve():
         raise ConfigError(f"{out} is the checkpoint itself")

@@ -34,7 +34,7 @@ def flop(model: PreTrainedModel) -> tuple[float, int]:
     head_dim = config.to_dict().get("head_dim") or config.hidden_size // max(heads, 1)
     embeddings = model.get_input_embeddings().weight
     untied = embeddings is not model.get_output_embeddings().weight
-    weights = set(model.state_dict(keep_vars=True).values())  # also what a patch holds otherwise, such as in 4 bits
+    weights = set(model.state_dict(keep_vars=True).values())  # also what a patch holds, such as in 4 bits
     multiplied = [p for p in weights if not (untied and p is embeddings)]
     per_token = sum(p.numel() * (4 + 2 * p.requires_grad) for p in multiplied)
     routers = [module for module in model.modules() if hasattr(module, "top_k")]
@@ -167,7 +167,7 @@ def start_logging(folder: Path, rank: int):
     """Rank 0 logs to stderr and log.txt; others warnings to stderr, tracebacks to log.txt."""
     log.setLevel(logging.DEBUG)
     logging.raiseExceptions = False  # of a full disk; metrics.jsonl ends the run then
-    log.propagate = False  # libraries print their own; on the root logger those would stand twice
+    log.propagate = False  # libraries print their own, which would stand twice
     folder.mkdir(parents=True, exist_ok=True)
     layout = logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
     file = logging.FileHandler(folder / "log.txt", mode="a")

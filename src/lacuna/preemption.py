@@ -7,7 +7,7 @@ from contextlib import suppress
 from threading import Thread
 
 REPEAT_SECONDS = 2  # Slurm signals torchrun and its ranks, and torchrun passes it on
-REQUEUE = 75  # exit status: start me again, I go on from my checkpoint (EX_TEMPFAIL of sysexits.h)
+REQUEUE = 75  # exit status: start me again, I go on (EX_TEMPFAIL of sysexits.h)
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 

@@ -35,7 +35,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
     folder = Path(config.out) / config.name
     with blame(f"out: {folder} (in use? Wait, or set another name), or the state.json to go on from"):
         start_logging(folder, ranks.rank)
-        lock = FileLock(folder / ".lock")  # released when this process ends, however it ends
+        lock = FileLock(folder / ".lock")  # released however this process ends
         if ranks.rank == 0:
             lock.acquire(timeout=60)  # ranks of a run that is just ending may still be there
         checkpoint, state = find_checkpoint(config, folder, ranks.rank)
@@ -120,7 +120,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
         facts["figures"] = [name for name in parts[0] if name != "loss"]
         evaluating = held_out and is_due(step, config.eval.every, steps)
         saving = is_due(step, config.checkpoint.every, steps)
-        facts["ends_interval"] = evaluating or saving  # a run that goes on from here has the same lines
+        facts["ends_interval"] = evaluating or saving  # a run that goes on here has the same lines
         try:
             report.step(facts, sums | {"grad_norm": norm})
             if evaluating or saving or report.stop_asked:

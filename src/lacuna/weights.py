@@ -40,14 +40,14 @@ def weight_folder(name: str) -> Path:
 
 
 def fingerprint(files: list[Path]) -> str:
-    """Tells files from others by 2**18 bytes of each: all of 16 GB would take 10 s."""
+    """Tells files apart by 2**18 bytes of each: all of 16 GB would take 10 s."""
     stored = [np.memmap(file, mode="r") for file in files if file.stat().st_size]
     samples = [content[:: 1 + len(content) // 2**18].tobytes() for content in stored]
     return hashlib.sha256(b"".join(samples)).hexdigest()[:16]
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that count: of a checkpoint, or else as transformers finds them."""
+    """The safetensors files that count: a checkpoint's, or as transformers finds them."""
     fingerprints = folder / FINGERPRINTS
     index = folder / INDEX
     if fingerprints.exists():
@@ -87,7 +87,7 @@ def stored_parts(folder: Path) -> dict[str, list[Part]]:
 
 
 def read_tensors(tensors: dict[str, torch.Tensor], folder: Path):
-    """Fill tensors, sharded or not, from a folder's files, however many ranks wrote them."""
+    """Fill tensors, sharded or not, from a folder's files of any number of ranks."""
     stored = stored_parts(folder)
     for name, tensor in tensors.items():
         fill(tensor, stored.get(name, []), f"{folder} does not fit: {name}")
