@@ -1,6 +1,6 @@
 """Checkpoints to go on from (docs/runs-that-stop.md; of LoRA the adapters), and models out to disk.
 
-One is written as .step_N while training goes on, and renamed once all is on disk: step_N is whole.
+One is written as .step_N beside training, and renamed once all is on disk: step_N is whole.
 """
 
 import json
@@ -89,7 +89,7 @@ def refuse_another(checkpoint: Path | None, state: dict, config: Config):
 
 
 def flat(config: dict) -> dict:
-    """A config by its keys as they are written on a command line: section.key."""
+    """A config by its keys as on a command line: section.key."""
     keys = {name: value for name, value in config.items() if name == "recipe" or not isinstance(value, dict)}
     for section in config.keys() - keys.keys():
         keys |= {f"{section}.{key}": value for key, value in config[section].items()}
@@ -97,7 +97,7 @@ def flat(config: dict) -> dict:
 
 
 class HostMemory:
-    """Room on the host for a checkpoint's tensors, pinned for a GPU: or copies take ten times as long."""
+    """Room on the host for tensors, pinned for a GPU: else copies take ten times as long."""
 
     def __init__(self, sizes: list[int], pinned: bool):
         memory = torch.zeros(sum(sizes))  # float32
@@ -116,17 +116,17 @@ class Checkpoints:
         self.config = config
         self.ranks = ranks
         self.folder = folder / "checkpoints"
-        self.tensors = tensors  # parameters and optimizer state by name; of them this rank writes:
+        self.tensors = tensors  # by name, also the optimizer's; of them this rank writes:
         if ranks.rank > 0:
             # of a sharded tensor each rank of the first replica writes its part, of any other rank 0
             first = ranks.mesh.get_coordinate()[0] == 0
             self.tensors = {name: t for name, t in tensors.items() if first and isinstance(t, DTensor)}
         self.small_files = [model.config, model.generation_config, tokenizer]
         if ranks.rank == 0:
-            self.try_disk(folder, 4 * sum(tensor.numel() for tensor in tensors.values()) + 4 * model.num_parameters())
-        on_gpu = ranks.device.type == "cuda"
+            self.try_disk(folder, 4 * sum(t.numel() for t in tensors.values()) + 4 * model.num_parameters())
+        self.on_gpu = ranks.device.type == "cuda"
         # CUDA's current device is each thread's own: else copies from every GPU but the first would not be waited for
-        setup = {"initializer": torch.cuda.set_device, "initargs": (ranks.device,)} if on_gpu else {}
+        setup = {"initializer": torch.cuda.set_device, "initargs": (ranks.device,)} if self.on_gpu else {}
         self.thread = ThreadPoolExecutor(max_workers=1, **setup)
         self.memory = None  # Future of HostMemory
         # of the last save: the host has this rank's share, so that parameters may change; the checkpoint is whole
@@ -148,7 +148,7 @@ class Checkpoints:
         """Says at once that a save has failed; after the first step, begins to allocate."""
         if self.memory is None:  # not before: beside compilation, 20 GB (1.7B) cost 2 s
             sizes = [local(tensor).numel() for tensor in self.tensors.values()]
-            self.memory = self.thread.submit(HostMemory, sizes, self.ranks.device.type == "cuda")
+            self.memory = self.thread.submit(HostMemory, sizes, self.on_gpu)
         if self.written.done():
             self.written.result()
 
@@ -161,9 +161,9 @@ class Checkpoints:
         self.written = self.thread.submit(self.write, step, facts, data)
 
     def copy(self, shares: list[torch.Tensor]):
-        """Copy this rank's shares to the host, beside the computation of the next step."""
+        """Copy this rank's shares to the host, beside the next step."""
         memory = self.memory.result()
-        stream = torch.cuda.Stream() if self.ranks.device.type == "cuda" else None
+        stream = torch.cuda.Stream() if self.on_gpu else None
         with torch.cuda.stream(stream):  # does nothing without a stream
             for place, share in zip(memory.places, shares, strict=True):
                 place.copy_(share.flatten(), non_blocking=True)
@@ -224,7 +224,7 @@ class Checkpoints:
 
 
 def seal(files: list[Path]) -> dict[str, str]:
-    """The fingerprint of each file, once on the disk: or a power failure could leave it empty."""
+    """The fingerprint of each file, once on disk: a power failure could leave it empty."""
     for file in files:
         with open(file, "rb") as content:
             os.fsync(content.fileno())

@@ -47,7 +47,7 @@ def main():
 
 
 def parse(argv: list[str]) -> tuple[Config, list[str]]:
-    """The config of a run, and its words with the config's path; exits if they ask for help."""
+    """A run's config, and its words with the config's path; exits if they ask for help."""
     task, *words = argv
     if task not in ("pt", "sft") and not task.endswith(".py"):
         raise ConfigError(f"unknown command {' '.join(argv)}\n{USAGE}")
@@ -120,7 +120,7 @@ def become_torchrun(gpus: int, words: list[str]):
         torchrun([*options.split(), "-m", "lacuna", *words])
     except SignalException as error:
         leave(REQUEUE if error.sigval in SIGNALS else 128 + error.sigval, str(error))
-    except errors.ChildFailedError as error:  # of a fault, torchrun ends the other ranks by a signal
+    except errors.ChildFailedError as error:  # torchrun ends the others by a signal
         saved = all(rank.exitcode == REQUEUE for rank in error.failures.values())
         leave(REQUEUE if saved else 1, "a rank has ended before the run has, as it says above")
     leave(0)

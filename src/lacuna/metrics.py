@@ -53,7 +53,8 @@ class Report:
         self.ranks = ranks
         self.steps = steps
         self.flop_per_token, self.flop_per_pair = flop(model)
-        self.device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
+        self.on_gpu = ranks.device.type == "cuda"
+        self.device = torch.cuda.get_device_name(ranks.device) if self.on_gpu else "CPU"
         self.peak = next((peak for key, peak in PEAKS.items() if key in self.device), None)
         self.totals = {key: state[key] for key in ("tokens", "trained_tokens")}
         self.stop_asked = False  # by a signal on any rank
@@ -66,12 +67,11 @@ class Report:
     def step(self, facts: dict, sums: dict[str, torch.Tensor]):
         """Take in a step, its figures on their way to the host. Raises FloatingPointError."""
         # facts are known at once: step, lr, epoch, data_seconds, ends_interval, names of a recipe's figures
-        on_gpu = self.ranks.device.type == "cuda"
         values = torch.stack(list(sums.values())).to("cpu", non_blocking=True)  # float64 [names]
-        done = torch.cuda.current_stream().record_event() if on_gpu else None  # when the values are there
+        done = torch.cuda.current_stream().record_event() if self.on_gpu else None  # when they are there
         self.pending.append((facts, list(sums), values, done))
         # on a GPU that is the step before the last one: it is done by now, so that neither waits for the other
-        self.flush(in_flight=2 if on_gpu else 0)
+        self.flush(in_flight=2 if self.on_gpu else 0)
 
     def flush(self, in_flight: int = 0):
         """Report all steps taken in, but the last so many."""
@@ -110,7 +110,7 @@ class Report:
         metrics |= {"tokens_per_second": speed, "tokens_per_second_per_device": speed / self.ranks.world, "mfu": mfu}
         metrics |= {"step_seconds": seconds / count, "data_seconds": interval["data_seconds"] / count}
         peak = None
-        if self.ranks.device.type == "cuda":
+        if self.on_gpu:
             peak = torch.cuda.max_memory_allocated(self.ranks.device) / 2**30
             torch.cuda.reset_peak_memory_stats(self.ranks.device)
         metrics |= {"peak_memory_gib": peak, "batch_checksum": f"{int(sums['checksum']):016x}"}

@@ -27,7 +27,7 @@ from lacuna.weights import held, read_tensors
 
 
 def run(config: Config, preemption: Preemption | None = None) -> Path:
-    """Train as `config` says; returns the run folder, the model in its `hf`. After a signal: Preempted."""
+    """Train as `config` says; returns the run folder, with `hf` in it. After a signal: Preempted."""
     # Set up: ranks, run folder, what to go on from, tokenizer.
     began = time.monotonic()
     preemption = preemption or Preemption()
@@ -124,7 +124,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
         try:
             report.step(facts, sums | {"grad_norm": norm})
             if evaluating or saving or report.stop_asked:
-                report.flush()  # what is saved must be finite, and done: another stream copies it
+                report.flush()  # what is saved is finite, and done: another stream copies it
         except FloatingPointError:
             checkpoints.written.result()  # the last good one may be half written
             raise
@@ -175,7 +175,7 @@ def is_due(step: int, every: int | None, steps: int) -> bool:
 
 
 def accumulate_gradients(trainee: Trainee, batches: list[PackedBatch], units, ranks: Ranks) -> list[dict]:
-    """Forward and backward of this rank's micro-batches: each one's part of the mean loss, and figures."""
+    """Forward and backward; of each micro-batch its part of the mean loss, and figures."""
     parts = []
     for i, batch in enumerate(batches):
         if ranks.mesh is not None:
