@@ -224,8 +224,9 @@ def test_a_run_that_began_elsewhere_goes_on_from_its_own_newest(options, stop_af
     folder = stop_after(4, options(checkpoint__keep=9))
     first = str(folder / "checkpoints" / "step_2")
     config = load_config(None, options(checkpoint__keep=9, checkpoint__resume=first))
-    assert find_checkpoint(config, folder, 0) == folder / "checkpoints" / "step_5"
-    assert find_checkpoint(config, folder / "new", 0) == Path(first)
+    for place, path, step in ((folder, folder / "checkpoints" / "step_5", 5), (folder / "new", Path(first), 2)):
+        checkpoint, state = find_checkpoint(config, place, 0)
+        assert (checkpoint, state["step"]) == (path, step)
 
 
 REFUSED = {

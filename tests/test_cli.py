@@ -19,7 +19,7 @@ from lacuna.config import ConfigError
 
 VARIABLES = [
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID", "CUDA_VISIBLE_DEVICES"),
-    *("OMP_NUM_THREADS", "RAYON_NUM_THREADS", "TOKENIZERS_PARALLELISM"),
+    *("OMP_NUM_THREADS", "RAYON_NUM_THREADS"),
     *(name for name in os.environ if name.startswith("SLURM_")),
 ]
 
@@ -93,15 +93,13 @@ def test_threads_are_cores_of_the_affinity_over_processes(environment, cores, cp
     cli.set_threads(processes)
     assert environment["OMP_NUM_THREADS"] == str(threads)
     assert environment["RAYON_NUM_THREADS"] == str(threads)
-    assert environment["TOKENIZERS_PARALLELISM"] == "true"
 
 
 def test_threads_chosen_by_the_user_stay(environment, cores):
     cores(range(16))
-    environment |= {"OMP_NUM_THREADS": "3", "RAYON_NUM_THREADS": "5", "TOKENIZERS_PARALLELISM": "false"}
+    environment |= {"OMP_NUM_THREADS": "3", "RAYON_NUM_THREADS": "5"}
     cli.set_threads(1)
     assert [environment[k] for k in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS")] == ["3", "5"]
-    assert environment["TOKENIZERS_PARALLELISM"] == "false"
 
 
 def test_the_single_thread_that_torchrun_sets_is_replaced(environment, cores):

@@ -421,6 +421,6 @@ def test_a_bug_is_a_sentence_and_its_traceback_is_in_the_log(words, tmp_path):
     for step in (0, 2):
         run = processes.finish(tmp_path, *words[3:], "--name", f"bug{step}", faults={"bug_at": (step,)})
         assert run.status == 1 and "Traceback" not in run.output
-        assert "ZeroDivisionError: division by zero. If no step was done" in run.output
+        assert "if no step was done, see model.overrides): ZeroDivisionError: division by zero" in run.output
         [log] = tmp_path.glob(f"**/bug{step}/log.txt")
         assert "Traceback" in log.read_text()

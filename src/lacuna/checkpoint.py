@@ -1,6 +1,6 @@
-"""Checkpoints to go on from (docs/runs-that-stop.md; of LoRA the adapters alone), and models out to disk.
+"""Checkpoints to go on from (docs/runs-that-stop.md; of LoRA the adapters), and models out to disk.
 
-One is written as .step_N while training goes on, and renamed once all is on disk: step_N is whole.
+One is written as .step_N beside training, and renamed once all is on disk: step_N is whole.
 """
 
 import json
@@ -27,36 +27,37 @@ from lacuna.lora import merge, write_adapter
 from lacuna.parallel import Ranks, local
 from lacuna.weights import FINGERPRINTS, fingerprint, held, load_weights, stored_parts, weight_files, weight_folder
 
-FORMAT = 5  # of names and state in a checkpoint: counted up when no run can go on from those of before
+FORMAT = 5  # of names and state: counted up when no run can go on from those of before
 # What may change when a run goes on: places, reports, hardware. With another value of any other key it is another run.
 FREE = ("name", "out", "log.", "checkpoint.", "dist.", "eval.every", "eval.rows", "eval.sources", "data.cache")
 FREE += ("train.micro_batch_size", "train.activation_checkpointing", "train.deterministic")
 
 
-def find_checkpoint(config: Config, folder: Path, rank: int) -> Path | None:
-    """Where this run goes on from, the same on all ranks. What a killed save left is removed."""
-    found = [None]
+def find_checkpoint(config: Config, folder: Path, rank: int) -> tuple[Path | None, dict]:
+    """What this run goes on from, and its state, on all ranks. What a killed save left is removed."""
+    found = [None, {"format": FORMAT, "config": {}, "step": 0, "tokens": 0, "trained_tokens": 0, "data": None}]
     if rank == 0:
         for leftover in (folder / "checkpoints").glob(".*step_*"):
             shutil.rmtree(leftover)
-        put_damaged_aside(folder / "checkpoints")
-        found = in_order(folder / "checkpoints")[-1:] or [config.checkpoint.resume]
+        candidates = in_order(folder / "checkpoints") or [config.checkpoint.resume]
+        if candidates != [None]:
+            found = newest_whole([Path(candidate) for candidate in candidates])
     if dist.is_initialized():
         dist.broadcast_object_list(found, device=torch.device("cpu"))
-    return Path(found[0]) if found[0] else None
+    return tuple(found)
 
 
-def put_damaged_aside(checkpoints: Path):
-    """Rename the newest ones down to a whole one, or to the oldest: no run begins again by itself."""
-    for checkpoint in reversed(in_order(checkpoints)[1:]):
-        try:
-            state_of(checkpoint)
-            return
-        except ConfigError as error:
-            if isinstance(error.__cause__, OSError):  # it may be over soon
-                raise
-            aside = checkpoint.rename(f"{checkpoint}.damaged")
-            log.warning("%s. It is %s now, and the run goes on from the one before", error, aside.name)
+def newest_whole(candidates: list[Path]) -> list:
+    """The last whole one, and its state. The first is never put aside: no run begins again by itself."""
+    *older, newest = candidates
+    try:
+        return [newest, state_of(newest)]
+    except ConfigError as error:
+        if not older or isinstance(error.__cause__, OSError):  # that may be over soon
+            raise
+        aside = newest.rename(f"{newest}.damaged")
+        log.warning("%s. It is %s now, and the run goes on from the one before", error, aside.name)
+    return newest_whole(older)
 
 
 def state_of(checkpoint: Path) -> dict:
@@ -74,11 +75,8 @@ def in_order(checkpoints: Path) -> list[Path]:
     return sorted(found, key=lambda checkpoint: int(checkpoint.name[5:]))
 
 
-def read_state(checkpoint: Path | None, config: Config) -> dict:
-    """Step, counters and place in the data. ConfigError where the run would be another one."""
-    if checkpoint is None:
-        return {"step": 0, "tokens": 0, "trained_tokens": 0, "data": None}
-    state = state_of(checkpoint)
+def refuse_another(checkpoint: Path | None, state: dict, config: Config):
+    """ConfigError where a run that goes on from there would be another one."""
     if state.get("format") != FORMAT:
         raise ConfigError(f"{checkpoint} is of another version of lacuna: begin a run with it as model.name")
     old = flat(state["config"])
@@ -88,11 +86,10 @@ def read_state(checkpoint: Path | None, config: Config) -> dict:
     if changed and not config.checkpoint.resume_changed:
         cure = "change it back, set another name, or checkpoint.resume_changed = true"
         raise ConfigError(f"{checkpoint} cannot go on with another {', '.join(changed)}: {cure}")
-    return state
 
 
 def flat(config: dict) -> dict:
-    """A config by its keys as they are written on a command line: section.key."""
+    """A config by its keys as on a command line: section.key."""
     keys = {name: value for name, value in config.items() if name == "recipe" or not isinstance(value, dict)}
     for section in config.keys() - keys.keys():
         keys |= {f"{section}.{key}": value for key, value in config[section].items()}
@@ -100,7 +97,7 @@ def flat(config: dict) -> dict:
 
 
 class HostMemory:
-    """Room on the host for a checkpoint's tensors, pinned for a GPU: else copies take ten times as long."""
+    """Room on the host for tensors, pinned for a GPU: else copies take ten times as long."""
 
     def __init__(self, sizes: list[int], pinned: bool):
         memory = torch.zeros(sum(sizes))  # float32
@@ -113,33 +110,33 @@ class HostMemory:
 
 
 class Checkpoints:
-    """Saves in a thread: training waits only where it would change what is not copied to the host yet."""
+    """Saves in a thread: training waits only where it would change what is not copied yet."""
 
     def __init__(self, config: Config, ranks: Ranks, folder: Path, tensors: dict, model: PreTrainedModel, tokenizer):
         self.config = config
         self.ranks = ranks
         self.folder = folder / "checkpoints"
-        self.tensors = tensors  # parameters and optimizer state by name; of them this rank writes:
+        self.tensors = tensors  # by name, also the optimizer's; of them this rank writes:
         if ranks.rank > 0:
             # of a sharded tensor each rank of the first replica writes its part, of any other rank 0
             first = ranks.mesh.get_coordinate()[0] == 0
             self.tensors = {name: t for name, t in tensors.items() if first and isinstance(t, DTensor)}
         self.small_files = [model.config, model.generation_config, tokenizer]
         if ranks.rank == 0:
-            self.try_disk(folder, 4 * sum(tensor.numel() for tensor in tensors.values()) + 4 * model.num_parameters())
-        on_gpu = ranks.device.type == "cuda"
+            self.try_disk(folder, 4 * sum(t.numel() for t in tensors.values()) + 4 * model.num_parameters())
+        self.on_gpu = ranks.device.type == "cuda"
         # CUDA's current device is each thread's own: else copies from every GPU but the first would not be waited for
-        setup = {"initializer": torch.cuda.set_device, "initargs": (ranks.device,)} if on_gpu else {}
+        setup = {"initializer": torch.cuda.set_device, "initargs": (ranks.device,)} if self.on_gpu else {}
         self.thread = ThreadPoolExecutor(max_workers=1, **setup)
         self.memory = None  # Future of HostMemory
         # of the last save: the host has this rank's share, so that parameters may change; the checkpoint is whole
-        self.copied = self.written = self.thread.submit(lambda: None)  # there is none yet
+        self.copied = self.written = self.thread.submit(lambda: None)  # none yet
         # the thread's own: two threads that use one group could meet in different orders on different ranks
         timeout = timedelta(seconds=config.dist.timeout)
         self.group = dist.new_group(backend="gloo", timeout=timeout) if ranks.mesh is not None else None
 
     def try_disk(self, folder: Path, needed: int):
-        """ConfigError where no checkpoint could be written, of so many bytes with hf/: sooner than after hours."""
+        """ConfigError where no checkpoint, of so many bytes with hf/, could be written."""
         free = shutil.disk_usage(folder).free
         if free < needed:
             room = f"a checkpoint and hf/ take up to {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} are free"
@@ -148,68 +145,59 @@ class Checkpoints:
             self.write_small_files(Path(place))  # transformers refuses some
 
     def after_step(self):
-        """After every step: says at once that a save has failed; after the first, begins to allocate."""
-        if self.memory is None:  # not before: beside compilation, 20 GB for a 1.7B model cost that 2 s
+        """Says at once that a save has failed; after the first step, begins to allocate."""
+        if self.memory is None:  # not before: beside compilation, 20 GB (1.7B) cost 2 s
             sizes = [local(tensor).numel() for tensor in self.tensors.values()]
-            self.memory = self.thread.submit(HostMemory, sizes, self.ranks.device.type == "cuda")
+            self.memory = self.thread.submit(HostMemory, sizes, self.on_gpu)
         if self.written.done():
-            self.finish()
+            self.written.result()
 
     def save(self, step: int, facts: dict, data: dict):
-        """Begin to save the run as it stands after `step`; facts: counters, data: this rank's Loader.state."""
-        self.finish()
-        states = [data] * self.ranks.world
-        if self.group:
-            dist.all_gather_object(states, data, group=self.group)
-        state = {"format": FORMAT, "step": step, **facts, "data": merge_states(states)}
-        state["config"] = self.config.model_dump(mode="json")
+        """Begin to save the run after `step`; facts: counters, data: this rank's Loader.state."""
+        self.written.result()
         # taken here, since FSDP2 may give a parameter other memory at its first use
         shares = [local(tensor).detach() for tensor in self.tensors.values()]
         self.copied = self.thread.submit(self.copy, shares)
-        self.written = self.thread.submit(self.write, step, state)
-
-    def finish(self):
-        """Wait until what is being saved is whole, or raise what went wrong."""
-        self.written.result()
+        self.written = self.thread.submit(self.write, step, facts, data)
 
     def copy(self, shares: list[torch.Tensor]):
-        """Copy this rank's shares to the host, beside the computation of the next step."""
+        """Copy this rank's shares to the host, beside the next step."""
         memory = self.memory.result()
-        stream = torch.cuda.Stream() if self.ranks.device.type == "cuda" else None
+        stream = torch.cuda.Stream() if self.on_gpu else None
         with torch.cuda.stream(stream):  # does nothing without a stream
             for place, share in zip(memory.places, shares, strict=True):
                 place.copy_(share.flatten(), non_blocking=True)
         if stream:
             stream.synchronize()
 
-    def write(self, step: int, state: dict):
-        """Write this rank's files; once all ranks have, name the folder and remove the oldest."""
+    def write(self, step: int, facts: dict, data: dict):
+        """Write this rank's file; once all have, rank 0 the others. The oldest checkpoint goes."""
         path = self.folder / f".step_{step}"
-        files = [path / f"rank_{self.ranks.rank:05}.safetensors"]
-        outcome = ("", {})  # an error; the fingerprint of each file
+        file = path / f"rank_{self.ranks.rank:05}.safetensors"
+        outcome = {"data": data, "error": ""}
         try:
             self.copied.result()
             path.mkdir(parents=True, exist_ok=True)
-            self.write_safetensors(files[0])
-            if self.ranks.rank == 0:
-                self.write_small_files(path)
-                (path / "state.json").write_text(json.dumps(state))
-                # other ranks' files may be half written
-                files += [file for file in path.glob("[!.]*.*") if file.suffix != ".safetensors"]
-            outcome = ("", seal(files))
-        except Exception as error:  # of any kind: the other ranks must hear of it
-            outcome = (str(error) or repr(error), {})
+            self.write_safetensors(file)
+            outcome["fingerprints"] = seal([file])
+        except Exception as error:  # of any kind: others must hear of it
+            outcome["error"] = str(error) or repr(error)
         outcomes = [outcome] * self.ranks.world
         if self.group:
             dist.all_gather_object(outcomes, outcome, group=self.group)
         fingerprints = {}
-        for error, of_rank in outcomes:
-            if error:
-                raise ConfigError(f"no checkpoint of step {step}: {error}. Make room there; {AGAIN}")
-            fingerprints |= of_rank
+        for outcome in outcomes:
+            if outcome["error"]:
+                raise ConfigError(f"no checkpoint of step {step}: {outcome['error']}. Make room there; {AGAIN}")
+            fingerprints |= outcome["fingerprints"]
         if self.ranks.rank > 0:
             return
+        state = {"format": FORMAT, "step": step, **facts, "config": self.config.model_dump(mode="json")}
+        state["data"] = merge_states([outcome["data"] for outcome in outcomes])
         with blame(f"no checkpoint of step {step}: {AGAIN}"):
+            self.write_small_files(path)
+            (path / "state.json").write_text(json.dumps(state))
+            fingerprints |= seal([file for file in path.glob("[!.]*.*") if file.name not in fingerprints])
             (path / FINGERPRINTS).write_text(json.dumps(fingerprints))
             seal([path / FINGERPRINTS])
             path = path.rename(self.folder / f"step_{step}")
@@ -225,7 +213,8 @@ class Checkpoints:
     def write_safetensors(self, file: Path):
         """One file of float32 tensors, with the offsets of sharded ones in the whole."""
         # torch's own writer holds the interpreter's lock, up to 3 s a GB on a CPU, in which training stands still
-        shares, offsets = {}, {}
+        shares = {}
+        offsets = {}
         for (name, tensor), place in zip(self.tensors.items(), self.memory.result().places, strict=True):
             shares[name] = place.view(local(tensor).shape)
             if isinstance(tensor, DTensor):
@@ -235,7 +224,7 @@ class Checkpoints:
 
 
 def seal(files: list[Path]) -> dict[str, str]:
-    """The fingerprint of each file, once it is on the disk: after a power failure it could be empty otherwise."""
+    """The fingerprint of each file, once on disk: a power failure could leave it empty."""
     for file in files:
         with open(file, "rb") as content:
             os.fsync(content.fileno())
@@ -274,16 +263,15 @@ def check_base(name: str, state: dict) -> str:
 
 
 def export(checkpoint: Path, out: Path, dtype: str | None = None):
-    """Make a Hugging Face folder of a checkpoint, by default in its config's dtype; of LoRA with an adapter/ in it."""
+    """A Hugging Face folder of a checkpoint, in its config's dtype or another; of LoRA with adapter/."""
     state = state_of(checkpoint)
     if out.resolve() == checkpoint.resolve():
         raise ConfigError(f"{out} is the checkpoint itself")
     config = state["config"]
     hf_config = AutoConfig.from_pretrained(checkpoint)
-    if dtype:
-        hf_config.dtype = getattr(torch, dtype)
+    dtype = dtype or hf_config.dtype
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf_config, dtype=hf_config.dtype, attn_implementation="eager")
+        model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, attn_implementation="eager")
     model.to_empty(device="cpu").requires_grad_(False)
     model.tie_weights(recompute_mapping=False)
     if config.get("lora", {}).get("rank"):

@@ -10,7 +10,7 @@ from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
-from lacuna.config import AGAIN, RED, Config, ConfigError, Preempted, blame, fault, load_config, log, paint
+from lacuna.config import RED, Config, ConfigError, Preempted, blame, fault, load_config, log, paint
 from lacuna.preemption import REQUEUE, SIGNALS, Preemption
 
 USAGE = """usage: lacuna pt [CONFIG.toml]          train on text: every token
@@ -43,14 +43,11 @@ def main():
         leave(1, str(error))
     except Exception as error:
         log.debug("", exc_info=True)  # to log.txt, where a run has one by now
-        sentence = fault(error)
-        if AGAIN not in sentence:
-            sentence += ". If no step was done, see model.overrides; log.txt says where"
-        leave(1, sentence)
+        leave(1, f"log.txt says where (if no step was done, see model.overrides): {fault(error)}")
 
 
 def parse(argv: list[str]) -> tuple[Config, list[str]]:
-    """The config of a run, and its words with the config's path; exits if they ask for help."""
+    """A run's config, and its words with the config's path; exits if they ask for help."""
     task, *words = argv
     if task not in ("pt", "sft") and not task.endswith(".py"):
         raise ConfigError(f"unknown command {' '.join(argv)}\n{USAGE}")
@@ -123,17 +120,16 @@ def become_torchrun(gpus: int, words: list[str]):
         torchrun([*options.split(), "-m", "lacuna", *words])
     except SignalException as error:
         leave(REQUEUE if error.sigval in SIGNALS else 128 + error.sigval, str(error))
-    except errors.ChildFailedError as error:  # of a fault, torchrun ends the other ranks by a signal
+    except errors.ChildFailedError as error:  # torchrun ends the others by a signal
         saved = all(rank.exitcode == REQUEUE for rank in error.failures.values())
         leave(REQUEUE if saved else 1, "a rank has ended before the run has, as it says above")
     leave(0)
 
 
 def set_threads(processes: int):
-    """OMP_NUM_THREADS = cores this process may use / processes here; torchrun's own default is 1."""
+    """OMP_NUM_THREADS = cores this process may use / processes; torchrun's own default is 1."""
     threads = str(max(1, len(os.sched_getaffinity(0)) // processes))
     if "OMP_NUM_THREADS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
         os.environ["OMP_NUM_THREADS"] = threads
     os.environ.setdefault("RAYON_NUM_THREADS", threads)  # the tokenizers' threads
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")  # no requests for local files

@@ -25,16 +25,16 @@ PEAKS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S"
 
 
 def flop(model: PreTrainedModel) -> tuple[float, int]:
-    """FLOP of training for a token, 6 a weight (4 a frozen one, none an input embedding), and for a query and key.
+    """FLOP to train on a token, 6 a weight (4 a frozen one, 0 an embedding of input), and on a query and key.
 
-    A window counts as full attention, and experts that a token goes through; what is recomputed or masked does not.
+    A window counts as full attention; experts count that a token uses; what is recomputed or masked does not.
     """
     config = model.config
     heads = getattr(config, "num_attention_heads", 0)
     head_dim = config.to_dict().get("head_dim") or config.hidden_size // max(heads, 1)
     embeddings = model.get_input_embeddings().weight
     untied = embeddings is not model.get_output_embeddings().weight
-    weights = set(model.state_dict(keep_vars=True).values())  # also what a patch holds otherwise, such as in 4 bits
+    weights = set(model.state_dict(keep_vars=True).values())  # also what a patch holds, such as in 4 bits
     multiplied = [p for p in weights if not (untied and p is embeddings)]
     per_token = sum(p.numel() * (4 + 2 * p.requires_grad) for p in multiplied)
     routers = [module for module in model.modules() if hasattr(module, "top_k")]
@@ -53,29 +53,25 @@ class Report:
         self.ranks = ranks
         self.steps = steps
         self.flop_per_token, self.flop_per_pair = flop(model)
-        self.device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
+        self.on_gpu = ranks.device.type == "cuda"
+        self.device = torch.cuda.get_device_name(ranks.device) if self.on_gpu else "CPU"
         self.peak = next((peak for key, peak in PEAKS.items() if key in self.device), None)
         self.totals = {key: state[key] for key in ("tokens", "trained_tokens")}
         self.stop_asked = False  # by a signal on any rank
         self.pending = []  # steps whose figures are on their way to the host
         self.file = open_metrics(folder, state["step"]) if ranks.rank == 0 else None
         self.paces = []  # seconds a step, of each line
-        self.start_clock()
-
-    def start_clock(self):
-        """Begin a new interval between two lines."""
+        self.interval = Counter()  # sums since the last line
         self.since = time.perf_counter()
-        self.interval = Counter()
 
     def step(self, facts: dict, sums: dict[str, torch.Tensor]):
-        """Take in a step's figures, on their way to the host, and report it. Raises FloatingPointError."""
+        """Take in a step, its figures on their way to the host. Raises FloatingPointError."""
         # facts are known at once: step, lr, epoch, data_seconds, ends_interval, names of a recipe's figures
-        on_gpu = self.ranks.device.type == "cuda"
         values = torch.stack(list(sums.values())).to("cpu", non_blocking=True)  # float64 [names]
-        done = torch.cuda.current_stream().record_event() if on_gpu else None  # when the values are there
+        done = torch.cuda.current_stream().record_event() if self.on_gpu else None  # when they are there
         self.pending.append((facts, list(sums), values, done))
         # on a GPU that is the step before the last one: it is done by now, so that neither waits for the other
-        self.flush(in_flight=2 if on_gpu else 0)
+        self.flush(in_flight=2 if self.on_gpu else 0)
 
     def flush(self, in_flight: int = 0):
         """Report all steps taken in, but the last so many."""
@@ -94,7 +90,8 @@ class Report:
         for key in self.totals:
             self.totals[key] += int(sums[key])
         self.interval.update(sums | {"steps": 1, "data_seconds": facts["data_seconds"]})
-        if number == 1 or number % self.config.log.every == 0 or facts["ends_interval"] or self.stop_asked:
+        due = number == 1 or number % self.config.log.every == 0
+        if due or facts["ends_interval"] or self.stop_asked:
             self.report_interval(facts, sums)
 
     def report_interval(self, facts: dict, sums: dict):
@@ -113,12 +110,11 @@ class Report:
         metrics |= {"tokens_per_second": speed, "tokens_per_second_per_device": speed / self.ranks.world, "mfu": mfu}
         metrics |= {"step_seconds": seconds / count, "data_seconds": interval["data_seconds"] / count}
         peak = None
-        if self.ranks.device.type == "cuda":
+        if self.on_gpu:
             peak = torch.cuda.max_memory_allocated(self.ranks.device) / 2**30
             torch.cuda.reset_peak_memory_stats(self.ranks.device)
         metrics |= {"peak_memory_gib": peak, "batch_checksum": f"{int(sums['checksum']):016x}"}
         own = {name: interval[name] / max(interval["units"], 1) for name in facts["figures"]}  # a recipe's
-        self.start_clock()
         self.write(metrics | own)
         self.paces.append(seconds / count)
         left = timedelta(seconds=round((self.steps - facts["step"]) * statistics.median_low(self.paces)))
@@ -131,7 +127,6 @@ class Report:
     def evaluation(self, step: int, result: dict):
         self.write({"step": step, **result})
         log.info(in_words(step, result))
-        self.start_clock()
 
     def close(self, folder: Path, seconds: float):
         """How it went, and what to do now."""
@@ -145,8 +140,11 @@ class Report:
         log.info("The model is in %s/hf. To talk to it:\nuv run python examples/chat.py %s", folder, folder)
 
     def write(self, metrics: dict):
+        """Add a line; with it begins a new interval."""
         if self.file:
             self.file.write(json.dumps(metrics) + "\n")
+        self.interval = Counter()
+        self.since = time.perf_counter()
 
 
 def in_words(step: int, figures: dict) -> str:
@@ -166,10 +164,10 @@ def open_metrics(folder: Path, step: int):
 
 
 def start_logging(folder: Path, rank: int):
-    """Rank 0 logs to stderr and log.txt; other ranks warnings to stderr, and tracebacks to log.txt."""
+    """Rank 0 logs to stderr and log.txt; others warnings to stderr, tracebacks to log.txt."""
     log.setLevel(logging.DEBUG)
     logging.raiseExceptions = False  # of a full disk; metrics.jsonl ends the run then
-    log.propagate = False  # libraries print their own; on the root logger those would stand twice
+    log.propagate = False  # libraries print their own, which would stand twice
     folder.mkdir(parents=True, exist_ok=True)
     layout = logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
     file = logging.FileHandler(folder / "log.txt", mode="a")

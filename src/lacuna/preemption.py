@@ -7,12 +7,12 @@ from contextlib import suppress
 from threading import Thread
 
 REPEAT_SECONDS = 2  # Slurm signals torchrun and its ranks, and torchrun passes it on
-REQUEUE = 75  # exit status: start me again, I go on from my checkpoint (EX_TEMPFAIL of sysexits.h)
+REQUEUE = 75  # exit status: start me again, I go on (EX_TEMPFAIL of sysexits.h)
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
 class Preemption:
-    """A signal asks for a checkpoint at the next step boundary; a later one ends the process at once."""
+    """A signal asks for a checkpoint after the step; a later one ends the process at once."""
 
     def __init__(self):
         self.asked = False

@@ -3,6 +3,7 @@
 import math
 import runpy
 import time
+from functools import partial
 from pathlib import Path
 
 import tomli_w
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from filelock import FileLock
 from tqdm import trange
 
-from lacuna.checkpoint import Checkpoints, check_base, export, find_checkpoint, in_order, match_eos, read_state
+from lacuna.checkpoint import Checkpoints, check_base, export, find_checkpoint, in_order, match_eos, refuse_another
 from lacuna.config import Config, ConfigError, Preempted, blame, log
 from lacuna.data.batch import PackedBatch
 from lacuna.data.conversations import make_encoder
@@ -26,7 +27,7 @@ from lacuna.weights import held, read_tensors
 
 
 def run(config: Config, preemption: Preemption | None = None) -> Path:
-    """Train as `config` says; returns the run folder, with the model in its `hf`. Raises Preempted after a signal."""
+    """Train as `config` says; returns the run folder, with `hf` in it. After a signal: Preempted."""
     # Set up: ranks, run folder, what to go on from, tokenizer.
     began = time.monotonic()
     preemption = preemption or Preemption()
@@ -34,11 +35,11 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
     folder = Path(config.out) / config.name
     with blame(f"out: {folder} (in use? Wait, or set another name), or the state.json to go on from"):
         start_logging(folder, ranks.rank)
-        lock = FileLock(folder / ".lock")  # released when this process ends, however it ends
+        lock = FileLock(folder / ".lock")  # released however this process ends
         if ranks.rank == 0:
-            lock.acquire(timeout=60)  # the ranks of a run that is just being ended may still be there
-        checkpoint = find_checkpoint(config, folder, ranks.rank)
-        state = read_state(checkpoint, config)
+            lock.acquire(timeout=60)  # ranks of a run that is just ending may still be there
+        checkpoint, state = find_checkpoint(config, folder, ranks.rank)
+        refuse_another(checkpoint, state, config)
     tokenizer = load_tokenizer(config.model)
     recipe = {"make_encoder": make_encoder, "make_objective": lambda *_: None}
     if config.task.endswith(".py"):
@@ -81,15 +82,15 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
         if ranks.rank == 0:
             # to repeat the run: not before it can begin, or a failed start would change a finished run's
             (folder / "config.toml").write_text(tomli_w.dumps(config.model_dump(exclude_none=True)))
-    count = f"{model.num_parameters(only_trainable=True):,} of {model.num_parameters():,} parameters trained"
-    log.info("model   %s: %s, hf/ in %s", config.model.name, count, model.config.dtype)
+    count = f"{model.num_parameters(only_trainable=True):,} of {model.num_parameters():,} parameters"
+    log.info("model   %s: %s trained, hf/ in %s", config.model.name, count, model.config.dtype)
     log.info("device  %d x %s: %s, %s attention", ranks.world, report.device, trainee.dtype, trainee.backend)
     length = f"{steps} steps of {config.train.global_batch_size} rows x {config.train.seq_len} tokens"
     log.info("length  %s, lr %g, %s", length, config.optim.lr, config.optim.schedule)
     log.info("run     %s: a checkpoint every %d steps", folder, config.checkpoint.every)
     if held_out and is_due(state["step"], config.eval.every, steps):
         report.evaluation(state["step"], evaluate(trainee, config, held_out, ranks, tokenizer))
-    failed = torch.zeros((), device=ranks.device, dtype=torch.bool)  # a loss or gradient was not finite
+    failed = torch.zeros((), device=ranks.device, dtype=torch.bool)  # something was not finite
     live = {"initial": state["step"], "total": steps, "disable": ranks.rank > 0 or None}  # None: only on a terminal
     for step in trange(state["step"] + 1, steps + 1, ncols=72, **live):
         # of nothing but dropout, in models that have it: so it is the same after a resume
@@ -119,13 +120,13 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
         facts["figures"] = [name for name in parts[0] if name != "loss"]
         evaluating = held_out and is_due(step, config.eval.every, steps)
         saving = is_due(step, config.checkpoint.every, steps)
-        facts["ends_interval"] = evaluating or saving  # a run that goes on from here has the same lines
+        facts["ends_interval"] = evaluating or saving  # a run that goes on here has the same lines
         try:
             report.step(facts, sums | {"grad_norm": norm})
             if evaluating or saving or report.stop_asked:
-                report.flush()  # what is saved must be finite, and done: another stream copies it
+                report.flush()  # what is saved is finite, and done: another stream copies it
         except FloatingPointError:
-            checkpoints.finish()  # the last good one may be half written
+            checkpoints.written.result()  # the last good one may be half written
             raise
         if evaluating and not report.stop_asked:
             report.evaluation(step, evaluate(trainee, config, held_out, ranks, tokenizer))
@@ -136,14 +137,14 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
             checkpoints.save(step, report.totals | fixed, loader.state)
         preemption.can_save = True
         if report.stop_asked:
-            checkpoints.finish()
+            checkpoints.written.result()
             # all leave together: Slurm ends the others of one that has left
             sum_over_ranks([{"left": 1}], ranks.device)["left"].item()
             raise Preempted(f"stopped by a signal after step {step} of {steps}; the same command goes on")
 
     # The end: a plain Hugging Face folder. A signal ends it at once, since the checkpoint is whole.
     loader.close()
-    checkpoints.finish()
+    checkpoints.written.result()
     preemption.can_save = False
     if ranks.rank == 0:
         newest = [checkpoint, *in_order(folder / "checkpoints")][-1]
@@ -157,15 +158,13 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
 def open_rows(config: Config, encoder, ranks: Ranks, state) -> tuple[RowDataset, RowDataset | None]:
     """The rows to train on, from a Loader's state on, and those held out, if any."""
     fraction = config.eval.fraction or 0.0
-    where = {"rank": ranks.rank, "ranks": ranks.world}
-    goes_on = {"epochs": config.train.epochs, "share": (fraction, 1.0), "state": state}
-    dataset = RowDataset(config, config.data.sources, encoder, **where, **goes_on)
+    rows = partial(RowDataset, config, encoder=encoder, rank=ranks.rank, ranks=ranks.world)
+    dataset = rows(config.data.sources, epochs=config.train.epochs, share=(fraction, 1.0), state=state)
     log.info("data    %s", ", ".join(dataset.inventory))
     sources = config.data.sources if fraction else config.eval.sources
     if not sources:
         return dataset, None
-    once = {"epochs": 1, "share": (0.0, fraction or 1.0), "limit": config.eval.rows}
-    held_out = RowDataset(config, sources, encoder, **where, **once)
+    held_out = rows(sources, epochs=1, share=(0.0, fraction or 1.0), limit=config.eval.rows)
     log.info("held out %s", ", ".join(held_out.inventory))
     return dataset, held_out
 
@@ -176,11 +175,11 @@ def is_due(step: int, every: int | None, steps: int) -> bool:
 
 
 def accumulate_gradients(trainee: Trainee, batches: list[PackedBatch], units, ranks: Ranks) -> list[dict]:
-    """Forward and backward of this rank's micro-batches: of each its part of the mean loss, and figures."""
+    """Forward and backward; of each micro-batch its part of the mean loss, and figures."""
     parts = []
     for i, batch in enumerate(batches):
         if ranks.mesh is not None:
-            trainee.set_requires_all_reduce(i == len(batches) - 1)  # between replicas, once a step is enough
+            trainee.set_requires_all_reduce(i == len(batches) - 1)  # of replicas: once a step
         loss, figures = trainee(batch)
         # of the whole global batch: so gradients add up to the mean over all of its units
         loss = loss / units

@@ -40,14 +40,14 @@ def weight_folder(name: str) -> Path:
 
 
 def fingerprint(files: list[Path]) -> str:
-    """Tells files from others by 2**18 bytes of each: all of 16 GB would take 10 s."""
+    """Tells files apart by 2**18 bytes of each: all of 16 GB would take 10 s."""
     stored = [np.memmap(file, mode="r") for file in files if file.stat().st_size]
     samples = [content[:: 1 + len(content) // 2**18].tobytes() for content in stored]
     return hashlib.sha256(b"".join(samples)).hexdigest()[:16]
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that count: of a checkpoint, or else as transformers finds them."""
+    """The safetensors files that count: a checkpoint's, or as transformers finds them."""
     fingerprints = folder / FINGERPRINTS
     index = folder / INDEX
     if fingerprints.exists():
@@ -87,7 +87,7 @@ def stored_parts(folder: Path) -> dict[str, list[Part]]:
 
 
 def read_tensors(tensors: dict[str, torch.Tensor], folder: Path):
-    """Fill tensors, sharded or not, from a folder's files, however many ranks wrote them."""
+    """Fill tensors, sharded or not, from a folder's files of any number of ranks."""
     stored = stored_parts(folder)
     for name, tensor in tensors.items():
         fill(tensor, stored.get(name, []), f"{folder} does not fit: {name}")
@@ -115,14 +115,14 @@ def fill(tensor: torch.Tensor, parts: list[Part], where: str):
 
 
 def held(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """What a folder of the model holds, by name: no adapters, and nothing that is tied to another."""
+    """What a folder of the model holds, by name: no adapters, and nothing tied to another."""
     tied = set(model.all_tied_weights_keys)
     state = model.state_dict(keep_vars=True)
     return {name: tensor for name, tensor in state.items() if name not in tied and ".lora_" not in name}
 
 
 def in_memory(model: PreTrainedModel, stored: dict[str, list[Part]], places) -> dict[str, WeightConverter]:
-    """Name stored tensors as the model does, in place; those that are made of several are returned instead."""
+    """Name stored tensors as the model does, in place; those made of several are returned."""
     # transformers knows which names were others once, and that experts are stored one by one
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
