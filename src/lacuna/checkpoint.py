@@ -39,25 +39,12 @@ def find_checkpoint(config: Config, folder: Path, rank: int) -> tuple[Path | Non
     if rank == 0:
         for leftover in (folder / "checkpoints").glob(".*step_*"):
             shutil.rmtree(leftover)
-        candidates = in_order(folder / "checkpoints") or [config.checkpoint.resume]
-        if candidates != [None]:
-            found = newest_whole([Path(candidate) for candidate in candidates])
+        [newest] = in_order(folder / "checkpoints")[-1:] or [config.checkpoint.resume]
+        if newest:
+            found = [Path(newest), state_of(Path(newest))]
     if dist.is_initialized():
         dist.broadcast_object_list(found, device=torch.device("cpu"))
     return tuple(found)
-
-
-def newest_whole(candidates: list[Path]) -> list:
-    """The last whole one, and its state. The first is never put aside: no run begins again by itself."""
-    *older, newest = candidates
-    try:
-        return [newest, state_of(newest)]
-    except ConfigError as error:
-        if not older or isinstance(error.__cause__, OSError):  # that may be over soon
-            raise
-        aside = newest.rename(f"{newest}.damaged")
-        log.warning("%s. It is %s now, and the run goes on from the one before", error, aside.name)
-    return newest_whole(older)
 
 
 def state_of(checkpoint: Path) -> dict:
@@ -139,8 +126,8 @@ class Checkpoints:
         """ConfigError where no checkpoint, of so many bytes with hf/, could be written."""
         free = shutil.disk_usage(folder).free
         if free < needed:
-            room = f"a checkpoint and hf/ take up to {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} are free"
-            raise ConfigError(f"out: {folder}: {room}: make room, or name another disk")
+            room = f"{free / 2**30:.3f} GiB of space, and a checkpoint and hf/ take up to {needed / 2**30:.3f}"
+            raise ConfigError(f"out: {folder} has {room}: make room, or name another disk")
         with blame("model.name: its config, generation config or tokenizer"), TemporaryDirectory(dir=folder) as place:
             self.write_small_files(Path(place))  # transformers refuses some
 

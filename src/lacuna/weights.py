@@ -54,7 +54,8 @@ def weight_files(folder: Path) -> list[Path]:
         with blame(f"{fingerprints} cannot be read"):
             for name, written in json.loads(fingerprints.read_text()).items():
                 if not (folder / name).exists() or fingerprint([folder / name]) != written:
-                    raise ConfigError(f"{folder}: {name} is missing, or not what was saved")
+                    cure = "without this folder, a run goes on from the checkpoint before"
+                    raise ConfigError(f"{folder}: {name} is missing, or not what was saved: {cure}")
     if (folder / "state.json").exists():
         return sorted(folder.glob("rank_*.safetensors"))
     if index.exists():

@@ -149,7 +149,7 @@ class ChatEncoder:
     def render(self, messages: list[dict], template: str | None, tools: list, **options):
         """Token ids [n] of a conversation, and which of them the template marks, bool [n]; or its text."""
         if template is None:
-            raise ConfigError(self.problem)
+            raise ConfigError(f"chat template: {self.problem}")
         options = options or {"return_dict": True, "return_assistant_tokens_mask": True}
         with RENDERING:
             out = self.tokenizer.apply_chat_template(messages, tools=tools or None, chat_template=template, **options)
