@@ -307,6 +307,10 @@ def test_flat_names_every_key_of_the_config():
 # ---- a checkpoint is what was saved
 
 
+def empty(file: Path):
+    file.write_bytes(b"")
+
+
 def cut(file: Path):
     file.write_bytes(file.read_bytes()[:-100])
 
@@ -324,7 +328,7 @@ def of_another_step(file: Path):
 
 DAMAGES = [
     *(("rank_00000.safetensors", damage) for damage in (Path.unlink, cut, change, of_another_step)),
-    *(("state.json", damage) for damage in (Path.unlink, cut, change, Path.touch)),
+    *(("state.json", damage) for damage in (Path.unlink, cut, change, empty)),
     *(("config.json", damage) for damage in (Path.unlink, cut)),
     ("tokenizer.json", cut),
     ("fingerprints.json", cut),
