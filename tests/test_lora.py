@@ -265,7 +265,7 @@ def test_one_two_and_four_ranks_train_the_same_adapters(model_folder, texts, tmp
     [
         (
             ("--lora.targets", '["q_proj", "w1"]'),
-            r"lora.targets .*'w1'.* are not all among the linear layers: .*q_proj",
+            r"lora.targets .*'w1'.* are not all linear layers here: .*q_proj",
         ),
         (("--model.from_scratch", "true"), "lora.rank adapts a model: not from_scratch"),
     ],
@@ -284,7 +284,7 @@ def test_a_patch_that_has_replaced_the_linear_layers_is_refused_and_not_overridd
         "    for module in model.modules():\n"
         "        if type(module) is nn.Linear: module.__class__ = Other\n"
     )
-    with pytest.raises(ConfigError, match="not all among the linear layers: none"):
+    with pytest.raises(ConfigError, match="not all linear layers here: none"):
         build(model_folder("llama"), *LORA, "--model.patch", f"{patch}:replace")
 
 

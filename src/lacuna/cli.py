@@ -10,7 +10,7 @@ from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
-from lacuna.config import RED, Config, ConfigError, Preempted, blame, fault, load_config, log, paint
+from lacuna.config import Config, ConfigError, Preempted, blame, fault, load_config, log, paint
 from lacuna.preemption import REQUEUE, SIGNALS, Preemption
 
 USAGE = """usage: lacuna pt [CONFIG.toml]          train on text: every token
@@ -74,7 +74,7 @@ def export(words: list[str]):
     parser = ArgumentParser(prog="lacuna export", description="Make a Hugging Face folder of a checkpoint.")
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="default: as hf/ of its run")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="default: the run's own")
     given = parser.parse_args(words)
     with blame(f"lacuna export {' '.join(words)}"):
         import_module("lacuna.checkpoint").export(given.checkpoint, given.folder, given.dtype)
@@ -88,7 +88,7 @@ def leave(status: int, sentence: str = ""):
     with suppress(OSError, AttributeError):  # the terminal may be gone
         if sentence:
             log.debug(sentence)
-            sys.stderr.write(paint(f"{name}: {sentence}", RED) + "\n")
+            sys.stderr.write(paint(f"{name}: {sentence}", "ERROR") + "\n")
         sys.stdout.flush()
     # threads of gloo's, or a loader's that stands still in a read, outlive the interpreter: 1 run in 20 aborted
     if status or rank:

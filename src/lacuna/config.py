@@ -17,8 +17,7 @@ from pydantic_settings import CliSettingsSource
 
 log = logging.getLogger("lacuna")
 
-RED = 31
-YELLOW = 33
+COLOURS = {"WARNING": 33, "ERROR": 31}  # yellow and red of ANSI's
 AGAIN = "the same command goes on from the last checkpoint"
 CURES = dict.fromkeys([errno.ENOSPC, errno.EDQUOT], f". The disk is full: make room, and {AGAIN}")
 CURES |= dict.fromkeys([errno.EROFS, errno.EACCES, errno.EPERM], f". Change who may, or name another place; {AGAIN}")
@@ -55,11 +54,11 @@ def fault(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}{cure}"
 
 
-def paint(text: str, colour: int | None) -> str:
-    """Text in a colour of ANSI's, if stderr is a terminal; not under NO_COLOR (no-color.org)."""
-    if not (colour and sys.stderr and sys.stderr.isatty()) or os.environ.get("NO_COLOR"):
+def paint(text: str, level: str) -> str:
+    """A level's text in its colour, if stderr is a terminal; not under NO_COLOR (no-color.org)."""
+    if level not in COLOURS or os.environ.get("NO_COLOR") or not (sys.stderr and sys.stderr.isatty()):
         return text
-    return f"\033[{colour}m{text}\033[m"
+    return f"\033[{COLOURS[level]}m{text}\033[m"
 
 
 def key(default, meaning: str, **limits):
@@ -99,7 +98,7 @@ SOURCE = "; ".join(f"{name} ({field.description})" for name, field in Source.mod
 class DataConfig(Section):
     sources: Annotated[list[Source], OneOrSeveral] = key([], "[[data.sources]] in TOML, JSON here; keys: " + SOURCE)
     chat_template: str | None = key(None, "sft: file, text or name; default: the tokenizer's")
-    unrendered: Literal["error", "drop"] = key("error", "sft: rows of which the template leaves something out")
+    unrendered: Literal["error", "drop"] = key("error", "sft: rows that the template renders in part")
     overlong: Literal["drop", "truncate"] = key("drop", "sft: conversations over seq_len")
     mask_boundary: bool = key(True, "a document does not predict the next one's first token")
     cache: str = key("~/.cache/lacuna", "folder of cached tokens")
@@ -137,7 +136,7 @@ class LoraConfig(Section):
 class DistConfig(Section):
     dp_replicate: int = key(1, "copies of the sharded model (HSDP)", ge=1)
     dp_shard: int | None = key(None, "ranks that share a copy (FSDP2); default: all left", ge=1)
-    timeout: int = key(600, "seconds after which a collective that hangs ends the run", ge=10, le=10**6)
+    timeout: int = key(600, "seconds until a collective that hangs ends the run", ge=10, le=10**6)
 
 
 class CheckpointConfig(Section):

@@ -1,4 +1,4 @@
-"""LoRA (arXiv 2106.09685): a frozen linear layer learns a product of two thin ones inside it, named as PEFT does."""
+"""LoRA (arXiv 2106.09685): a frozen linear layer learns a product of two thin ones, named as PEFT does."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ def add_adapters(model: nn.Module, layers: list[nn.Module], config: LoraConfig):
     there = sorted({name for name, _ in linear})
     targets = config.targets or there
     if not linear or not set(targets) <= set(there):
-        raise ConfigError(f"lora.targets {targets} are not all among the linear layers: {', '.join(there) or 'none'}")
+        raise ConfigError(f"lora.targets {targets} are not all linear layers here: {', '.join(there) or 'none'}")
     for name, module in linear:
         if name in targets:
             module.__class__ = ADAPTED[type(module)]

@@ -1,4 +1,4 @@
-"""LM head and cross-entropy without the full logits: [T, V] at 16,384 x 151,936 would be 10 GB in float32."""
+"""LM head and cross-entropy without the full logits [T, V]: 16,384 x 151,936 in float32 are 10 GB."""
 
 import functools
 
@@ -22,7 +22,7 @@ def head_loss(hidden, weight, batch: PackedBatch, compiled: bool, weights=None, 
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """Computes gradients together with the loss, chunk by chunk, so that no logits outlive their chunk."""
+    """Computes gradients with the loss, chunk by chunk: no logits outlive their chunk."""
 
     @staticmethod
     def forward(ctx, hidden, weight, batch, weights, chunk_step, with_grads):

@@ -12,11 +12,11 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.contrib import DummyTqdmFile
 from transformers import PreTrainedModel
 
-from lacuna.config import YELLOW, Config, log, paint
+from lacuna.config import Config, log, paint
 from lacuna.model import experts
 from lacuna.parallel import Ranks
 
@@ -64,7 +64,7 @@ class Report:
         self.interval = Counter()  # sums since the last line
         self.since = time.perf_counter()
 
-    def step(self, facts: dict, sums: dict[str, torch.Tensor]):
+    def step(self, facts: dict, sums: dict[str, Tensor]):
         """Take in a step, its figures on their way to the host. Raises FloatingPointError."""
         # facts are known at once: step, lr, epoch, data_seconds, ends_interval, names of a recipe's figures
         values = torch.stack(list(sums.values())).to("cpu", non_blocking=True)  # float64 [names]
@@ -78,7 +78,7 @@ class Report:
         while len(self.pending) > in_flight:
             self.report(*self.pending.pop(0))
 
-    def report(self, facts: dict, names: list[str], values: torch.Tensor, done):
+    def report(self, facts: dict, names: list[str], values: Tensor, done):
         if done and not done.query():
             done.synchronize()
         sums = dict(zip(names, values.tolist(), strict=True))
@@ -175,5 +175,5 @@ def start_logging(folder: Path, rank: int):
     file.addFilter(lambda record: rank == 0 or record.exc_info)
     terminal = logging.StreamHandler(DummyTqdmFile(sys.stderr))  # above a live line
     terminal.setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    terminal.format = lambda record: paint(layout.format(record), YELLOW if record.levelno > logging.INFO else None)
+    terminal.format = lambda record: paint(layout.format(record), record.levelname)
     log.handlers = [terminal, file]

@@ -33,7 +33,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
     preemption = preemption or Preemption()
     ranks = start(config.dist, config.train)
     folder = Path(config.out) / config.name
-    with blame(f"out: {folder} (in use? Wait, or set another name), or the state.json to go on from"):
+    with blame(f"out: {folder} (in use? Wait, or set another name)"):
         start_logging(folder, ranks.rank)
         lock = FileLock(folder / ".lock")  # released however this process ends
         if ranks.rank == 0:
@@ -45,7 +45,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
     if config.task.endswith(".py"):
         with blame(f"the recipe {config.task}"):
             recipe |= runpy.run_path(config.task)
-    with blame(f"{config.task}: data.chat_template {config.data.chat_template or 'of the tokenizer'!s:.80}"):
+    with blame(f"{config.task}: data.chat_template, or the tokenizer's"):
         encoder = recipe["make_encoder"](config, tokenizer)
 
     # Data comes before the model, so that it is read ahead while the model is built.

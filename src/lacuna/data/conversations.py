@@ -147,7 +147,7 @@ class ChatEncoder:
         return left_out + ["tools"] * (bool(tools) and not known)
 
     def render(self, messages: list[dict], template: str | None, tools: list, **options):
-        """Token ids [n] of a conversation, and which of them the template marks, bool [n]; or its text."""
+        """Token ids [n] of a conversation, and which are marked, bool [n]; or its text."""
         if template is None:
             raise ConfigError(f"chat template: {self.problem}")
         options = options or {"return_dict": True, "return_assistant_tokens_mask": True}
@@ -204,7 +204,7 @@ def recognise(columns: list[str], source: Source) -> tuple[str, list[str]]:
 
 
 def read_ids(row: dict, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids [n] and mask [n] of a tokenised row, without padding: trained is what labels and all masks say."""
+    """Ids [n] and mask [n] of a tokenised row without its padding: labels and all masks say what is trained."""
     ids = np.asarray(row["input_ids"])
     if ids.size and (ids.dtype.kind not in "iu" or ids.ndim != 1 or ids.min() < 0 or ids.max() >= vocabulary):
         raise ValueError(f"input_ids are not all whole numbers from 0 to {vocabulary - 1}")
@@ -231,7 +231,7 @@ def read_messages(row: dict, row_format: str, roles: dict[str, str]) -> list[dic
         turns = []
         for pair in [*(decoded(row.get("history")) or []), [asked, row.get("output", "")]]:
             if not isinstance(pair, list) or len(pair) != 2:
-                raise ValueError("history is no list of pairs, [question, answer]: take the column out, or rewrite it")
+                raise ValueError("history is no list of pairs, [question, answer]: rewrite it, or take it out")
             turns += as_turns(pair[0], "user") + as_turns(pair[1], "assistant")
     else:
         turns = as_turns(decoded(row[row_format]), "user")
@@ -244,7 +244,7 @@ def as_turns(said: str | list[dict], role: str) -> list[dict]:
 
 
 def read_turn(turn: dict, roles: dict[str, str]) -> dict:
-    """A turn in OpenAI's words, ShareGPT's, or those of a source's `roles`, as one of OpenAI's messages."""
+    """A turn in OpenAI's words, ShareGPT's or a source's own, as one of OpenAI's messages."""
     # no calls are no key: some templates look for it alone
     turn = {name: value for name, value in turn.items() if value is not None and (name, value) != ("tool_calls", [])}
     speaker = str(turn.pop("from", turn.get("role")))
@@ -288,7 +288,7 @@ def says_something(message: dict) -> bool:
 
 
 def training_template(tokenizer, given: str | None) -> str:
-    """The template with marks: the user's, the tokenizer's, or lacuna's of the same text; or a LookupError."""
+    """The user's template, the tokenizer's, or lacuna's of the same text; LookupError without marks."""
     shipped = {file.stem: file.read_text() for file in sorted(Path(__file__).parent.glob("templates/*.jinja"))}
     if given is not None:
         if "{" not in given and given not in shipped and not Path(given).is_file():

@@ -1,4 +1,4 @@
-"""Map-style and streaming datasets: `read` yields the documents of a virtual stream, `load` one's token ids."""
+"""Map-style and streaming datasets: `read` yields a virtual stream's documents, `load` one's token ids."""
 
 import json
 import re
@@ -46,7 +46,7 @@ class Cursor(NamedTuple):
     taken: int = 0  # documents before it: of its epoch if data is map-style, of its chunk if it streams
     shard: int = 0  # of a stream: shards of the epoch before its own
     row: int = 0  # rows of the shard before its chunk
-    chunk: dict | None = None  # the dataset's own state where its chunk begins; None: where the shard begins
+    chunk: dict | None = None  # the dataset's own state where its chunk begins; None: the shard's
 
 
 class Document(NamedTuple):
