@@ -323,10 +323,17 @@ def test_a_full_disk_ends_the_run_in_a_sentence_and_room_lets_it_go_on(words, tm
     same_run(folder, tmp_path / "runs" / "undisturbed", 40)
 
 
-def test_a_disk_too_full_for_a_line_of_metrics_or_a_log_is_one_sentence(words, disk):
-    done = finished([*words, "--out", str(disk("size=32k")), "--checkpoint.every", "100_000"])
-    assert done.returncode == 1
-    sentence = only_sentence(done.stderr)
+def test_a_disk_too_full_for_a_line_of_metrics_or_a_log_is_one_sentence(words, tmp_path, disk):
+    """One that has room when the run begins, and none a few steps later."""
+    folder = disk("size=24m")
+    more = ["--out", str(folder), "--checkpoint.every", "100_000", "--log.every", "1"]
+    with processes.Run(tmp_path, *words[3:], *more) as run:
+        run.until(lambda: last_step(folder / "run") >= 2)
+        with suppress(OSError), open(folder / "others", "wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        assert run.wait() == 1
+    sentence = only_sentence(run.output)
     assert "The disk is full" in sentence and "No space left on device" in sentence and "make room" in sentence
 
 

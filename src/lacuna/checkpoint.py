@@ -123,7 +123,7 @@ class Checkpoints:
         self.group = dist.new_group(backend="gloo", timeout=timeout) if ranks.mesh is not None else None
 
     def try_disk(self, folder: Path, needed: int):
-        """ConfigError where no checkpoint, of so many bytes with hf/, could be written."""
+        """ConfigError where no checkpoint could be written, of so many bytes with hf/."""
         free = shutil.disk_usage(folder).free
         if free < needed:
             room = f"{free / 2**30:.3f} GiB of space, and a checkpoint and hf/ take up to {needed / 2**30:.3f}"

@@ -25,7 +25,7 @@ class LoRALinear(nn.Linear):
         return own + wide.view_as(own)
 
 
-ADAPTED = {nn.Linear: LoRALinear}  # by its very class: a patch's own, such as fp8's, has none, or the patch adds it
+ADAPTED = {nn.Linear: LoRALinear}  # by its very class: a patch's own, such as fp8's, has none, or it adds one
 
 
 def add_adapters(model: nn.Module, layers: list[nn.Module], config: LoraConfig):

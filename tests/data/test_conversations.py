@@ -747,9 +747,7 @@ def test_an_empty_answer_is_dropped_by_its_own_reason(encoder):
     for nothing in (None, "", "<|im_end|>"):  # the stop token alone says nothing
         assert documents(encoder, {"prompt": "a", "completion": nothing})[0][2] == "dropped: an empty answer", nothing
     for history in ([{"role": "user", "content": "y"}], [{"user": "x", "assistant": "y"}], [["a"]]):
-        with pytest.raises(
-            ConfigError, match=r"some.jsonl, row 41, .*history is no list of pairs.*take the column out"
-        ):
+        with pytest.raises(ConfigError, match=r"some.jsonl, row 41, .*history is no list of pairs.*take it out"):
             documents(encoder, {"instruction": "a", "output": "b", "history": history})
     later = [*ASKED, {"role": "assistant", "content": ""}, *say("user: b", "assistant: c")]
     assert sum(encoded(encoder, {"messages": later})[1]) == len(["c", "<|im_end|>"])

@@ -329,7 +329,7 @@ def test_a_server_that_is_gone_for_good_ends_the_run_in_one_sentence(
         read(config, encoder, 1, EPOCH_STEPS, server, epochs=1)
     assert time.monotonic() - begin < 30
     assert url in str(caught.value) and "\n" not in str(caught.value)
-    assert "see to the file or the server; the same command goes on" in str(caught.value)
+    assert "see to file or server; the same command goes on" in str(caught.value)
 
 
 def test_what_is_waited_for_a_server_is_a_minute_at_most():
@@ -360,5 +360,5 @@ def test_a_file_that_is_cut_off_is_named_at_once(tmp_path, encoder, suffix, stre
         read(config, encoder, 1, EPOCH_STEPS, epochs=1)
     assert not [message for message in messages if "data.sources" not in message], "it was tried again"
     assert str(file) in str(caught.value) and "\n" not in str(caught.value)
-    assert ("see to the file" in str(caught.value)) == (streaming and suffix == ".jsonl.gz")
+    assert ("see to file" in str(caught.value)) == (streaming and suffix == ".jsonl.gz")
     assert ("no row of JSON" in str(caught.value)) == (suffix == ".jsonl")

@@ -139,7 +139,7 @@ class StreamSource:
         dataset = self.dataset.shard(self.num_shards, shard)
         if cursor.chunk is not None:
             dataset.load_state_dict(cursor.chunk)
-        with blame(f"data.sources {self.source.path}: shard {shard}: see to the file or the server; {AGAIN}"):
+        with blame(f"data.sources {self.source.path}: shard {shard}: see to file or server; {AGAIN}"):
             for batch in dataset.iter(READ_CHUNK):
                 numbers = range(cursor.row, cursor.row + len(next(iter(batch.values()))))
                 yield cursor, numbers, batch

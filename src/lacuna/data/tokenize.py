@@ -59,7 +59,7 @@ class TextEncoder:
 
 
 def digest(*parts) -> str:
-    code = [file.read_text() for file in sorted(Path(__file__).parent.glob("*.py"))]  # how rows are read and stored
+    code = [file.read_text() for file in sorted(Path(__file__).parent.glob("*.py"))]  # that reads and stores rows
     return hashlib.sha256(repr((*parts, code)).encode()).hexdigest()[:32]
 
 
