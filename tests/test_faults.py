@@ -404,7 +404,7 @@ BROKEN = {  # what breaks, with what words: what the sentence must hold
     "the model": (None, ["--model.overrides", '{"num_key_value_heads": 0}'], ["model.overrides", "division"]),
     "the weights": (spoil_weights, [], ["model"]),
     "the tokenizer": (spoil_tokenizer, [], ["model.tokenizer"]),
-    "no model": (None, ["--model.name", "."], ["model.name", "no tokenizer there"]),
+    "no model": (None, ["--model.name", "."], ["model.name", "no config or tokenizer"]),
 }
 
 

@@ -266,7 +266,7 @@ def test_from_scratch_each_weight_is_written_once(tmp_path):
 def test_a_model_that_does_not_mark_its_layers_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("lacuna.model.GradientCheckpointingLayer", models.PackedBatch)
     models.make_folder("llama", tmp_path)
-    with pytest.raises(ConfigError, match="LlamaForCausalLM does not mark its layers"):
+    with pytest.raises(ConfigError, match="LlamaForCausalLM has no layer that is a GradientCheckpointingLayer"):
         models.build(tmp_path)
 
 

@@ -187,7 +187,7 @@ def refuse_unfit(model: PreTrainedModel, layers: list[nn.Module], seq_len: int, 
         "attends to later tokens, too": not all(getattr(module, "is_causal", True) for module in model.modules()),
         "is quantized: take a copy without quantization_config": getattr(config, "quantization_config", None),
         "must have model.overrides.attention_dropout = 0.0": getattr(config, "attention_dropout", 0.0),
-        "does not mark its layers as GradientCheckpointingLayer": not layers,
+        "has no layer that is a GradientCheckpointingLayer": not layers,
     }
     for problem, there in problems.items():
         if there:

@@ -67,7 +67,7 @@ def load_tokenizer(model: ModelConfig):
     name = model.tokenizer or model.name
     if "/" in name and Path(name).parent.is_dir() and not Path(name).is_dir():
         raise ConfigError(f"model.name or model.tokenizer {name}: no such folder")
-    with blame(f"model.name or model.tokenizer {name}: no tokenizer there"):
+    with blame(f"model.name or model.tokenizer {name}: no config or tokenizer"):
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
