@@ -31,7 +31,7 @@ def choose_backend(asked: str | None, device: torch.device, dtype: torch.dtype) 
     possible = [backend for backend in can if can[backend]]
     if asked and asked not in possible:
         needs = "varlen needs bfloat16 on Ampere or later, fa4 Hopper or later and its extra"
-        raise ConfigError(f'model.attention = "{asked}" does not run here; possible: {", ".join(possible)}. {needs}')
+        raise ConfigError(f'model.attention = "{asked}" does not run here, but {", ".join(possible)}. {needs}')
     return asked or possible[0]
 
 

@@ -45,7 +45,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
     if config.task.endswith(".py"):
         with blame(f"the recipe {config.task}"):
             recipe |= runpy.run_path(config.task)
-    with blame(f"{config.task}: data.chat_template, or the tokenizer's"):
+    with blame(f"data.chat_template {config.data.chat_template!s:.80} (None: the tokenizer's)"):
         encoder = recipe["make_encoder"](config, tokenizer)
 
     # Data comes before the model, so that it is read ahead while the model is built.
@@ -53,7 +53,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
         dataset, held_out = open_rows(config, encoder, ranks, state["data"])
         if state.get("inventory", dataset.inventory) != dataset.inventory and not config.checkpoint.resume_changed:
             change = f"the data of {checkpoint} was {state['inventory']}, now {dataset.inventory}"
-            raise ConfigError(f"data.sources: {change}: bring it back, or set checkpoint.resume_changed = true")
+            raise ConfigError(f"data.sources: {change}: bring it back, or checkpoint.resume_changed = true")
         fixed = {"inventory": dataset.inventory}  # what a run that goes on must find again
         steps = config.train.steps or math.ceil(dataset.count_rows() / config.train.global_batch_size)
         loader = Loader(config, dataset, ranks.device)
