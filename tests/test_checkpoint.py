@@ -398,6 +398,16 @@ def test_a_disk_without_room_for_a_checkpoint_is_known_before_the_first_step(sav
         assert not (tmp_path / config.name / "metrics.jsonl").exists()
 
 
+def test_a_file_where_checkpoints_should_be_is_known_before_the_first_step(saved, tmp_path):
+    words, folder = saved
+    shutil.copytree(folder, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    (tmp_path / "run" / "checkpoints").write_text("somebody's")
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match=r"out: .*checkpoints"):
+        run(load_config(None, [*words, "--out", str(tmp_path)]))
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
 def test_a_config_that_transformers_refuses_to_write_is_known_before_the_first_step(options, tmp_path):
     with pytest.raises(ConfigError, match=r"model\.name: its config.*output_attentions"):
         run(load_config(None, options(model__overrides='{"output_attentions": true}')))

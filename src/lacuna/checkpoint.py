@@ -128,6 +128,7 @@ class Checkpoints:
         if free < needed:
             room = f"{free / 2**30:.3f} GiB of space, and a checkpoint and hf/ take up to {needed / 2**30:.3f}"
             raise ConfigError(f"out: {folder} has {room}: make room, or name another disk")
+        self.folder.mkdir(exist_ok=True)
         with blame("model.name: its config, generation config or tokenizer"), TemporaryDirectory(dir=folder) as place:
             self.write_small_files(Path(place))  # transformers refuses some
 

@@ -54,8 +54,7 @@ def weight_files(folder: Path) -> list[Path]:
         with blame(f"{fingerprints} cannot be read"):
             for name, written in json.loads(fingerprints.read_text()).items():
                 if not (folder / name).exists() or fingerprint([folder / name]) != written:
-                    cure = "without this folder, a run goes on from the checkpoint before"
-                    raise ConfigError(f"{folder}: {name} is missing, or not what was saved: {cure}")
+                    raise ConfigError(f"{folder}: {name} is missing or changed: a run goes on without this folder")
     if (folder / "state.json").exists():
         return sorted(folder.glob("rank_*.safetensors"))
     if index.exists():
