@@ -23,7 +23,7 @@ from lacuna.config import ConfigError, Preempted, load_config
 from lacuna.metrics import Report
 from lacuna.parallel import Ranks
 from lacuna.train import run
-from lacuna.weights import weight_files
+from lacuna.weights import weight_folder
 
 
 @pytest.fixture(autouse=True)
@@ -365,13 +365,30 @@ def test_a_damaged_checkpoint_is_refused_and_without_it_the_run_goes_on_from_the
     with pytest.raises(ConfigError, match=sentence):
         run(load_config(None, [*words, "--out", str(tmp_path)]))
     with pytest.raises(ConfigError, match=rf"step_4.*{name}"):
-        weight_files(newest)  # as model.name
+        weight_folder(str(newest))  # as model.name
     now = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
     assert {file for file in before if now.get(file) != before[file]} <= {tmp_path / "run" / "log.txt"}
     shutil.rmtree(newest)
     run(load_config(None, [*words, "--out", str(tmp_path)]))
     assert "Going on after step 2" in (tmp_path / "run" / "log.txt").read_text()
     assert checkpoints(tmp_path / "run") == [4, 5]
+
+
+def test_a_checkpoint_of_before_goes_on_though_a_source_has_a_new_key_and_it_has_no_fingerprints(saved, tmp_path):
+    words, folder = saved
+    shutil.copytree(folder, tmp_path / "run")
+    for checkpoint in (tmp_path / "run" / "checkpoints").iterdir():
+        (checkpoint / "fingerprints.json").unlink()
+        state = json.loads((checkpoint / "state.json").read_text())
+        for source in state["config"]["data"]["sources"]:
+            del source["roles"]
+        (checkpoint / "state.json").write_text(json.dumps(state))
+    words = words[:-4]  # as it was run
+    run(load_config(None, [*words, "--out", str(tmp_path)]))
+    assert "Going on after step 4" in (tmp_path / "run" / "log.txt").read_text()
+    with pytest.raises(ConfigError, match=r"another data\.sources"):
+        sources = json.dumps([{"path": str(EXAMPLES / "moby_dick" / "heldout.jsonl"), "roles": {"x": "user"}}])
+        run(load_config(None, [*words, "--data.sources", sources, "--out", str(tmp_path)]))
 
 
 def test_files_that_people_put_into_a_checkpoint_change_nothing(saved, tmp_path):
@@ -387,13 +404,15 @@ def test_files_that_people_put_into_a_checkpoint_change_nothing(saved, tmp_path)
 def test_a_disk_without_room_for_a_checkpoint_is_known_before_the_first_step(saved, tmp_path, monkeypatch):
     words, folder = saved
     size = (folder / "checkpoints" / "step_4" / "rank_00000.safetensors").stat().st_size
-    for free, fits in ((size, False), (2 * size, True)):
+    for free, fits in ((size - 100_000, False), (size, True)):
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: shutil._ntuple_diskusage(10**15, 0, free))
         config = load_config(None, [*words, "--out", str(tmp_path), "--name", f"run{free}"])
         if fits:
             run(config)
             continue
-        with pytest.raises(ConfigError, match=r"out: .* has 0\.014 GiB of space, .* up to 0\.019: make room"):
+        with pytest.raises(
+            ConfigError, match=r"out: .*checkpoints has 0\.01\d GiB of space and needs 0\.01\d: make room"
+        ):
             run(config)
         assert not (tmp_path / config.name / "metrics.jsonl").exists()
 
@@ -447,6 +466,7 @@ def test_the_thread_that_saves_is_on_the_ranks_own_gpu(options, monkeypatch, tmp
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: seen.append((threading.get_ident(), device)))
     second = torch.device("cuda", 1)
     model = AutoModelForCausalLM.from_config(model_config("llama"))
+    model.config.dtype = torch.float32
     tokenizer = AutoTokenizer.from_pretrained(EXAMPLES / "tiny")
     checkpoints = Checkpoints(load_config(None, options()), Ranks(0, 1, second, None), tmp_path, {}, model, tokenizer)
     assert [(checkpoints.thread.submit(threading.get_ident).result(), second)] == seen
@@ -587,6 +607,6 @@ def test_a_checkpoint_that_cannot_get_its_name_is_one_sentence(options, monkeypa
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", refuse)
-    with pytest.raises(ConfigError, match=r"no checkpoint of step 4: the same command goes on .*not empty") as caught:
+    with pytest.raises(ConfigError, match=r"no checkpoint of step 4: OSError: .*not empty") as caught:
         run(load_config(None, options()))
     assert "\n" not in str(caught.value)

@@ -563,3 +563,9 @@ def test_every_key_is_read_somewhere():
             assert re.search(rf"\.{key}\b", code), f"{section}.{key}"
     for key in Source.model_fields:
         assert re.search(rf"source\.{key}\b|\]\.{key}\b", code), f"data.sources.{key}"
+
+
+@pytest.mark.parametrize("value", ['"x"', "[1]", "5", "true"])
+def test_a_section_that_is_no_object_is_one_sentence(value, tmp_path):
+    with pytest.raises(ConfigError, match=r"^train: |^the command line "):
+        load_config(None, ["--data.sources", '{"path": "x"}', "--train", value])

@@ -74,9 +74,8 @@ def packed_attention(module, query, key, value, attention_mask=None, *, backend=
     if backend == "fa4" and query.shape[-1] % 32 == 0:
         out, _ = fa4(q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens, max_seqlen, scale, left)
         return out[None], None
-    limits = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
     v = F.pad(v, (0, q.shape[-1] - v.shape[-1]))  # DeepSeek's values are narrower
-    out = varlen_attn(q, k, v, *limits, scale=scale, window_size=(left, 0))
+    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, window_size=(left, 0))
     return out[None, ..., : value.shape[-1]], None
 
 

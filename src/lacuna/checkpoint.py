@@ -4,7 +4,6 @@ One is written as .step_N beside training, and renamed once all is on disk: step
 """
 
 import json
-import os
 import shutil
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -21,11 +20,11 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from lacuna.config import AGAIN, Config, ConfigError, LoraConfig, blame, log
+from lacuna.config import AGAIN, Config, ConfigError, LoraConfig, Source, blame, log
 from lacuna.data.loader import merge_states
 from lacuna.lora import merge, write_adapter
 from lacuna.parallel import Ranks, local
-from lacuna.weights import FINGERPRINTS, fingerprint, held, load_weights, stored_parts, weight_files, weight_folder
+from lacuna.weights import PRINTS, check_base, held, load_weights, refuse_damaged, seal, stored_parts, weight_folder
 
 FORMAT = 5  # of names and state: counted up when no run can go on from those of before
 # What may change when a run goes on: places, reports, hardware. With another value of any other key it is another run.
@@ -51,7 +50,7 @@ def state_of(checkpoint: Path) -> dict:
     """What its state.json says. ConfigError where a file of it is not what was saved."""
     if not (checkpoint / "state.json").exists():
         raise ConfigError(f"{checkpoint} is no checkpoint, such as runs/NAME/checkpoints/step_N")
-    weight_files(checkpoint)
+    refuse_damaged(checkpoint)
     with blame(f"{checkpoint}/state.json"):
         return json.loads((checkpoint / "state.json").read_text())
 
@@ -66,6 +65,8 @@ def refuse_another(checkpoint: Path | None, state: dict, config: Config):
     """ConfigError where a run that goes on from there would be another one."""
     if state.get("format") != FORMAT:
         raise ConfigError(f"{checkpoint} is of another version of lacuna: begin a run with it as model.name")
+    for source in state["config"].get("data", {}).get("sources", []):  # new keys have their defaults
+        source |= Source(**source).model_dump(mode="json")
     old = flat(state["config"])
     new = flat(config.model_dump(mode="json"))
     keys = [key for key in sorted(old.keys() & new.keys()) if old[key] != new[key] and not key.startswith(FREE)]
@@ -108,9 +109,18 @@ class Checkpoints:
             # of a sharded tensor each rank of the first replica writes its part, of any other rank 0
             first = ranks.mesh.get_coordinate()[0] == 0
             self.tensors = {name: t for name, t in tensors.items() if first and isinstance(t, DTensor)}
-        self.small_files = [model.config, model.generation_config, tokenizer]
+        self.small_files = [model.config, model.generation_config, tokenizer] if ranks.rank == 0 else []
         if ranks.rank == 0:
-            self.try_disk(folder, 4 * sum(t.numel() for t in tensors.values()) + 4 * model.num_parameters())
+            # what could only fail after hours: room for a checkpoint, or hf/; what transformers refuses to write
+            self.folder.mkdir(exist_ok=True)
+            hf = model.num_parameters() * model.config.dtype.itemsize
+            needed = max(hf, 4 * sum(tensor.numel() for tensor in tensors.values())) / 2**30
+            free = shutil.disk_usage(self.folder).free / 2**30
+            if free < needed:
+                raise ConfigError(f"out: {self.folder} has {free:.3f} GiB of space and needs {needed:.3f}: make room")
+            with blame("model.name: its config, generation config or tokenizer"), TemporaryDirectory() as place:
+                for content in self.small_files:
+                    content.save_pretrained(place)
         self.on_gpu = ranks.device.type == "cuda"
         # CUDA's current device is each thread's own: else copies from every GPU but the first would not be waited for
         setup = {"initializer": torch.cuda.set_device, "initargs": (ranks.device,)} if self.on_gpu else {}
@@ -121,16 +131,6 @@ class Checkpoints:
         # the thread's own: two threads that use one group could meet in different orders on different ranks
         timeout = timedelta(seconds=config.dist.timeout)
         self.group = dist.new_group(backend="gloo", timeout=timeout) if ranks.mesh is not None else None
-
-    def try_disk(self, folder: Path, needed: int):
-        """ConfigError where no checkpoint could be written, of so many bytes with hf/."""
-        free = shutil.disk_usage(folder).free
-        if free < needed:
-            room = f"{free / 2**30:.3f} GiB of space, and a checkpoint and hf/ take up to {needed / 2**30:.3f}"
-            raise ConfigError(f"out: {folder} has {room}: make room, or name another disk")
-        self.folder.mkdir(exist_ok=True)
-        with blame("model.name: its config, generation config or tokenizer"), TemporaryDirectory(dir=folder) as place:
-            self.write_small_files(Path(place))  # transformers refuses some
 
     def after_step(self):
         """Says at once that a save has failed; after the first step, begins to allocate."""
@@ -168,6 +168,8 @@ class Checkpoints:
             path.mkdir(parents=True, exist_ok=True)
             self.write_safetensors(file)
             outcome["fingerprints"] = seal([file])
+            for content in self.small_files:
+                content.save_pretrained(path)
         except Exception as error:  # of any kind: others must hear of it
             outcome["error"] = str(error) or repr(error)
         outcomes = [outcome] * self.ranks.world
@@ -182,21 +184,16 @@ class Checkpoints:
             return
         state = {"format": FORMAT, "step": step, **facts, "config": self.config.model_dump(mode="json")}
         state["data"] = merge_states([outcome["data"] for outcome in outcomes])
-        with blame(f"no checkpoint of step {step}: {AGAIN}"):
-            self.write_small_files(path)
+        with blame(f"no checkpoint of step {step}"):
             (path / "state.json").write_text(json.dumps(state))
             fingerprints |= seal([file for file in path.glob("[!.]*.*") if file.name not in fingerprints])
-            (path / FINGERPRINTS).write_text(json.dumps(fingerprints))
-            seal([path / FINGERPRINTS])
+            (path / PRINTS).write_text(json.dumps(fingerprints))
+            seal([path / PRINTS])
             path = path.rename(self.folder / f"step_{step}")
         log.info("step %d: checkpoint in %s", step, path)
         for old in in_order(self.folder)[: -self.config.checkpoint.keep]:
             # gone at once, whatever happens while it is deleted; what stays is removed when the run starts again
             shutil.rmtree(old.rename(old.with_name(f".old_{old.name}")), ignore_errors=True)
-
-    def write_small_files(self, path: Path):
-        for content in self.small_files:
-            content.save_pretrained(path)
 
     def write_safetensors(self, file: Path):
         """One file of float32 tensors, with the offsets of sharded ones in the whole."""
@@ -209,14 +206,6 @@ class Checkpoints:
                 _, begin = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
                 offsets[name] = {"saved_offsets": begin}
         save_file(shares, file, {"DCP_SHARDING_INFO": json.dumps(offsets)})  # one: two have no order
-
-
-def seal(files: list[Path]) -> dict[str, str]:
-    """The fingerprint of each file, once on disk: a power failure could leave it empty."""
-    for file in files:
-        with open(file, "rb") as content:
-            os.fsync(content.fileno())
-    return {file.name: fingerprint([file]) for file in files}
 
 
 def match_eos(config: Config, model: PreTrainedModel, tokenizer):
@@ -240,14 +229,6 @@ def match_eos(config: Config, model: PreTrainedModel, tokenizer):
     others = [end for end in ends if end not in (eos, None)]
     generation.eos_token_id = [eos, *others] if others else eos
     model.generation_config = generation
-
-
-def check_base(name: str, state: dict) -> str:
-    """The fingerprint of a run's first weights; ConfigError where its state has another."""
-    found = fingerprint(weight_files(weight_folder(name)))
-    if state.get("base", found) != found:
-        raise ConfigError(f"model.name {name} has other weights than when this run began")
-    return found
 
 
 def export(checkpoint: Path, out: Path, dtype: str | None = None):
@@ -281,5 +262,5 @@ def export(checkpoint: Path, out: Path, dtype: str | None = None):
     for old in out.glob("model*.safetensors*"):
         old.unlink()
     model.save_pretrained(out, max_shard_size="5GB")  # under the names that came in
-    others = shutil.ignore_patterns("*.safetensors", "state.json", FINGERPRINTS, "config.json")
+    others = shutil.ignore_patterns("*.safetensors", "state.json", PRINTS, "config.json")
     shutil.copytree(checkpoint, out, ignore=others, dirs_exist_ok=True)

@@ -10,7 +10,7 @@ from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
-from lacuna.config import Config, ConfigError, Preempted, blame, fault, load_config, log, paint
+from lacuna.config import COLOUR, Config, ConfigError, Preempted, blame, fault, load_config, log
 from lacuna.preemption import REQUEUE, SIGNALS, Preemption
 
 USAGE = """usage: lacuna pt [CONFIG.toml]          train on text: every token
@@ -88,7 +88,7 @@ def leave(status: int, sentence: str = ""):
     with suppress(OSError, AttributeError):  # the terminal may be gone
         if sentence:
             log.debug(sentence)
-            sys.stderr.write(paint(f"{name}: {sentence}", "ERROR") + "\n")
+            sys.stderr.write(COLOUR.format(31, f"{name}: {sentence}") + "\n")
         sys.stdout.flush()
     # threads of gloo's, or a loader's that stands still in a read, outlive the interpreter: 1 run in 20 aborted
     if status or rank:

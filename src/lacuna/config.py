@@ -17,7 +17,8 @@ from pydantic_settings import CliSettingsSource
 
 log = logging.getLogger("lacuna")
 
-COLOURS = {"WARNING": 33, "ERROR": 31}  # yellow and red of ANSI's
+# ANSI's: red is 31, yellow 33; none in a pipe, or under NO_COLOR (no-color.org)
+COLOUR = "\033[{}m{}\033[m" if sys.stderr and sys.stderr.isatty() and not os.environ.get("NO_COLOR") else "{1}"
 AGAIN = "the same command goes on from the last checkpoint"
 CURES = dict.fromkeys([errno.ENOSPC, errno.EDQUOT], f". The disk is full: make room, and {AGAIN}")
 CURES |= dict.fromkeys([errno.EROFS, errno.EACCES, errno.EPERM], f". Change who may, or name another place; {AGAIN}")
@@ -52,13 +53,6 @@ def fault(error: BaseException) -> str:
     if "gloo" in text or type(error).__module__ == "torch.distributed":
         cure = f". Another rank has ended, or cannot be reached: see what it says; {AGAIN}"
     return f"{type(error).__name__}: {text}{cure}"
-
-
-def paint(text: str, level: str) -> str:
-    """A level's text in its colour, if stderr is a terminal; not under NO_COLOR (no-color.org)."""
-    if level not in COLOURS or os.environ.get("NO_COLOR") or not (sys.stderr and sys.stderr.isatty()):
-        return text
-    return f"\033[{COLOURS[level]}m{text}\033[m"
 
 
 def key(default, meaning: str, **limits):
@@ -235,8 +229,9 @@ def load_config(path: str | None, argv: list[str], task: str = "pt") -> Config:
     with blame(f"cannot read config {path} as TOML"):
         merged = tomllib.loads(Path(path).read_text("utf-8-sig")) if path else {}
     # they exclude each other: one given here takes back the file's
-    if {"steps", "epochs"} & given.get("train", {}).keys():
-        given["train"] = {"steps": None, "epochs": None} | given["train"]
+    train = given.get("train")
+    if isinstance(train, dict) and {"steps", "epochs"} & train.keys():
+        given["train"] = {"steps": None, "epochs": None} | train
     for section, value in given.items():
         if isinstance(value, dict) and isinstance(merged.get(section), dict):
             value = merged[section] | value

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm.contrib import DummyTqdmFile
 from transformers import PreTrainedModel
 
-from lacuna.config import Config, log, paint
+from lacuna.config import COLOUR, Config, log
 from lacuna.model import experts
 from lacuna.parallel import Ranks
 
@@ -175,5 +175,6 @@ def start_logging(folder: Path, rank: int):
     file.addFilter(lambda record: rank == 0 or record.exc_info)
     terminal = logging.StreamHandler(DummyTqdmFile(sys.stderr))  # above a live line
     terminal.setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    terminal.format = lambda record: paint(layout.format(record), record.levelname)
+    frames = {logging.WARNING: COLOUR}
+    terminal.format = lambda record: frames.get(record.levelno, "{1}").format(33, layout.format(record))
     log.handlers = [terminal, file]

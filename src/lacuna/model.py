@@ -22,9 +22,8 @@ from lacuna.config import Config, ConfigError, ModelConfig, blame, log
 from lacuna.data.batch import PackedBatch
 from lacuna.lora import add_adapters
 from lacuna.loss import head_loss
-from lacuna.optim import trained
 from lacuna.parallel import Ranks, shard_model
-from lacuna.weights import Part, fill, held, load_weights, read_tensors, weight_folder
+from lacuna.weights import Part, fill, held, load_weights, weight_folder
 
 
 class Trainee(nn.Module):
@@ -79,8 +78,6 @@ def build_model(config: Config, ranks: Ranks, tokenizer, checkpoint: Path | None
         folder = weight_folder(config.model.name)
     log.info("weights %s", folder or "are random")
     materialise(trainee, ranks.device, config.seed, folder)
-    if config.lora.rank and checkpoint:
-        read_tensors(trained(trainee.model), checkpoint)
     return trainee
 
 

@@ -28,8 +28,8 @@ def start(config: DistConfig, train: TrainConfig) -> Ranks:
     world = int(os.environ.get("WORLD_SIZE", 1))
     shard = config.dp_shard or max(1, world // config.dp_replicate)
     if config.dp_replicate * shard != world or rank not in range(world):
-        size = f"{config.dp_replicate} x {shard} (dist.dp_replicate x dist.dp_shard)"
-        raise ConfigError(f"{size} is not the {world} ranks (WORLD_SIZE), or RANK {rank} none of them")
+        size = f"{config.dp_replicate} x {shard}"
+        raise ConfigError(f"dist.dp_replicate x dist.dp_shard, {size}: WORLD_SIZE is {world}, RANK {rank}")
     device = torch.device("cpu")
     if torch.cuda.is_available():  # with srun --gpus-per-task, a task sees one
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from filelock import FileLock
 from tqdm import trange
 
-from lacuna.checkpoint import Checkpoints, check_base, export, find_checkpoint, in_order, match_eos, refuse_another
+from lacuna.checkpoint import Checkpoints, export, find_checkpoint, in_order, match_eos, refuse_another
 from lacuna.config import Config, ConfigError, Preempted, blame, log
 from lacuna.data.batch import PackedBatch
 from lacuna.data.conversations import make_encoder
@@ -23,7 +23,7 @@ from lacuna.model import Trainee, build_model
 from lacuna.optim import AdamW, learning_rate, trained
 from lacuna.parallel import Ranks, gradient_norm, start, sum_over_ranks
 from lacuna.preemption import Preemption
-from lacuna.weights import held, read_tensors
+from lacuna.weights import check_base, held, read_tensors
 
 
 def run(config: Config, preemption: Preemption | None = None) -> Path:
@@ -75,7 +75,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
     tensors = (parameters if config.lora.rank else held(model)) | optimizer.tensors(parameters)
     with blame(f"out: {folder}/metrics.jsonl, or the state.json of {checkpoint}"):
         if checkpoint:
-            read_tensors(optimizer.tensors(parameters), checkpoint)
+            read_tensors(tensors if config.lora.rank else optimizer.tensors(parameters), checkpoint)
             log.info("Going on after step %d, from %s", state["step"], checkpoint)
         checkpoints = Checkpoints(config, ranks, folder, tensors, model, tokenizer)
         report = Report(config, ranks, folder, steps, model, state)

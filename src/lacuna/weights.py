@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +21,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from lacuna.config import ConfigError, blame, log
 from lacuna.parallel import local
 
-FINGERPRINTS = "fingerprints.json"  # of a checkpoint's other files
+PRINTS = "fingerprints.json"  # of a checkpoint's other files
 WHOLE = "model.safetensors"
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INDEX = "model.safetensors.index.json"  # of a model in several files
@@ -36,7 +37,20 @@ class Part(NamedTuple):
 
 def weight_folder(name: str) -> Path:
     """The folder of a model, by its path or its name on the Hub."""
-    return Path(name if Path(name).is_dir() else snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
+    patterns = ["*.safetensors", "*.json"]
+    return refuse_damaged(Path(name if Path(name).is_dir() else snapshot_download(name, allow_patterns=patterns)))
+
+
+def refuse_damaged(folder: Path) -> Path:
+    """The folder, if each file that its fingerprints.json lists is what was written."""
+    fingerprints = folder / PRINTS
+    if fingerprints.exists():
+        with blame(f"{fingerprints} cannot be read"):
+            for name, written in json.loads(fingerprints.read_text()).items():
+                file = folder / name
+                if not file.exists() or [file.stat().st_size, fingerprint([file])] != written:
+                    raise ConfigError(f"{folder}: {name} is missing or changed: a run goes on without this folder")
+    return folder
 
 
 def fingerprint(files: list[Path]) -> str:
@@ -46,15 +60,25 @@ def fingerprint(files: list[Path]) -> str:
     return hashlib.sha256(b"".join(samples)).hexdigest()[:16]
 
 
+def seal(files: list[Path]) -> dict[str, list]:
+    """Size and fingerprint of each file, once on disk: a power failure could leave it empty."""
+    for file in files:
+        with open(file, "rb") as content:
+            os.fsync(content.fileno())
+    return {file.name: [file.stat().st_size, fingerprint([file])] for file in files}
+
+
+def check_base(name: str, state: dict) -> str:
+    """The fingerprint of a run's first weights; ConfigError where its state has another."""
+    found = fingerprint(weight_files(weight_folder(name)))
+    if state.get("base", found) != found:
+        raise ConfigError(f"model.name {name} has other weights than when this run began")
+    return found
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that count: a checkpoint's, or as transformers finds them."""
-    fingerprints = folder / FINGERPRINTS
     index = folder / INDEX
-    if fingerprints.exists():
-        with blame(f"{fingerprints} cannot be read"):
-            for name, written in json.loads(fingerprints.read_text()).items():
-                if not (folder / name).exists() or fingerprint([folder / name]) != written:
-                    raise ConfigError(f"{folder}: {name} is missing or changed: a run goes on without this folder")
     if (folder / "state.json").exists():
         return sorted(folder.glob("rank_*.safetensors"))
     if index.exists():

@@ -685,7 +685,7 @@ def test_a_source_may_say_who_speaks_by_names_of_its_own(tokenizer, encoder, tmp
     for row in ({"conversations": said}, {"prompt": said[:-1], "completion": said[-1:]}):
         [tokens] = encoder.documents([copy.deepcopy(row)], source, [41])
         assert taken_apart(tokens.ids) == wanted
-        refused(lambda row=row: documents(encoder, row), "row 41", "a turn of 'asker': see roles of data.sources")
+        refused(lambda row=row: documents(encoder, row), "row 41", "a turn of 'asker': roles of data.sources are")
     alien = source.model_copy(update={"roles": roles | {"asker": "alien"}})
     refused(lambda: encoder.documents([{"conversations": said}], alien, [41]), "row 41", "a turn of 'asker'")
     # tokens that were made before the roles were given are not taken from the cache
@@ -697,6 +697,15 @@ def test_a_source_may_say_who_speaks_by_names_of_its_own(tokenizer, encoder, tmp
         made = tokenise(given, encoder, str(tmp_path / "cache"))
         lengths.append(sum(i >= 0 for i in made[0]["ids"]))
     assert lengths[0] < lengths[1], "both turns are trained now"
+
+
+@pytest.mark.parametrize(
+    "part",
+    [{"type": "image", "text": "a caption"}, {"type": "image_url", "image_url": "x"}, {"type": ["x"], "text": "y"}],
+)
+def test_a_part_that_is_no_text_is_refused_by_its_type(encoder, part):
+    row = {"messages": [{"role": "user", "content": [part]}, {"role": "assistant", "content": "z"}]}
+    refused(lambda: documents(encoder, row), "row 41", str(part["type"]), "text and reasoning alone are read")
 
 
 def test_calls_as_turns_of_their_own_are_calls(qwen):

@@ -103,7 +103,7 @@ class ChatEncoder:
         if not trained:
             return Tokens(note="dropped: an empty answer" if wanted else "dropped: without a trained token")
         for key in set().union(*messages) - READ:
-            if (source.path, key) not in self.unread and not re.search(rf"\b{re.escape(key)}\b", template or ""):
+            if (source.path, key) not in self.unread and not re.search(rf"[.'\"]{re.escape(key)}\b", template or ""):
                 log.warning("%s: messages have %r, which nothing reads", source.path, key)
                 self.unread.add((source.path, key))
         tools = [decoded(tool) for tool in decoded(row.get("tools")) or []]
@@ -250,7 +250,7 @@ def read_turn(turn: dict, roles: dict[str, str]) -> dict:
     speaker = str(turn.pop("from", turn.get("role")))
     turn["role"] = ROLES.get(roles.get(speaker, speaker).lower())
     if turn["role"] is None:
-        raise ValueError(f"a turn of {speaker!r}: see roles of data.sources; lacuna knows {', '.join(ROLES)}")
+        raise ValueError(f"a turn of {speaker!r}: roles of data.sources are {roles or list(ROLES)}")
     flags = {str(turn.pop(name)).lower() for name in FLAGS if name in turn}
     if not flags <= YES | NO:
         raise ValueError(f"a turn is trained or not: true or false (or 1, 0), not {', '.join(flags)}")
@@ -262,10 +262,10 @@ def read_turn(turn: dict, roles: dict[str, str]) -> dict:
         content = ""
     texts = {"text": [], "reasoning": [turn.pop(name) for name in REASONING if name in turn]}
     for part in content if isinstance(content, list) else [{"text": content}]:
-        kind = part.get("type", "text")
+        kind = str(part.get("type", "text"))
         text = part.get("text", part.get("value"))
         if kind not in texts or not isinstance(text, str):
-            raise ValueError(f"content of type {kind} is {type(text).__name__}, not text")
+            raise ValueError(f"content has a part {kind}, {type(text).__name__}: text and reasoning alone are read")
         texts[kind].append(text)
     turn["content"] = "".join(texts["text"])
     thoughts = dict.fromkeys(filter(None, texts["reasoning"]))  # often the same twice

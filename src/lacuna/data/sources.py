@@ -21,7 +21,7 @@ from lacuna.data.tokenize import digest
 READ_CHUNK = 128  # documents tokenised in one call: enough for the tokenizer to use every core
 # JSON is read as text, for Python to parse: Arrow would give all rows one type, make dates of texts, and lose nulls.
 ROW = "a row's JSON"
-JSON = {"path": "text", "encoding": "utf-8-sig", "features": datasets.Features({ROW: datasets.Value("string")})}
+JSON = {"path": "text", "features": datasets.Features({ROW: datasets.Value("string")})}
 READERS = {
     ".parquet": {"path": "parquet"},
     ".arrow": {"path": "arrow"},  # as save_to_disk writes
@@ -151,7 +151,7 @@ class StreamSource:
 
 def split_json(file: dict[str, list]) -> dict[str, list]:
     """A file of JSON, whole, as its rows' JSON: of a list, or as the lines are."""
-    text = file[ROW][0].strip()
+    text = file[ROW][0].removeprefix("\ufeff").strip()
     rows = map(json.dumps, json.loads(text)) if text.startswith("[") else filter(str.strip, text.split("\n"))
     return {ROW: list(rows)}
 
@@ -166,7 +166,7 @@ def as_rows(batch: dict[str, list], source: Source, numbers: Sequence[int]) -> t
     for number, text in zip(numbers, batch[ROW], strict=False):
         with blame(f"data.sources {source.path}, row {number}: no row of JSON"):
             if text.strip():
-                rows[number] = rename(json.loads(text), source.fields)
+                rows[number] = rename(json.loads(text.removeprefix("\ufeff")), source.fields)
     return list(rows.values()), source, list(rows)
 
 

@@ -46,7 +46,9 @@ class TextEncoder:
         values = [row.get(source.column) for row in rows]
         for number, value in zip(numbers, values, strict=True):
             with blame(f"data.sources {source.path}: row {number} of {source.column!r} holds no text"):
-                str.encode("" if value is None else value)  # half a surrogate pair is none
+                if not isinstance(value, str | None):
+                    raise TypeError(type(value).__name__)
+                (value or "").encode()  # half a surrogate pair has no bytes
         documents = self.encode([value or "" for value in values])
         return [Tokens(ids, "" if len(ids) else "dropped: no text") for ids in documents]
 
