@@ -24,7 +24,7 @@ from lacuna.config import AGAIN, Config, ConfigError, LoraConfig, Source, blame,
 from lacuna.data.loader import merge_states
 from lacuna.lora import merge, write_adapter
 from lacuna.parallel import Ranks, local
-from lacuna.weights import PRINTS, check_base, held, load_weights, refuse_damaged, seal, stored_parts, weight_folder
+from lacuna.weights import SEALS, check_base, held, load_weights, refuse_damaged, seal, stored_parts, weight_folder
 
 FORMAT = 5  # of names and state: counted up when no run can go on from those of before
 # What may change when a run goes on: places, reports, hardware. With another value of any other key it is another run.
@@ -187,8 +187,8 @@ class Checkpoints:
         with blame(f"no checkpoint of step {step}"):
             (path / "state.json").write_text(json.dumps(state))
             fingerprints |= seal([file for file in path.glob("[!.]*.*") if file.name not in fingerprints])
-            (path / PRINTS).write_text(json.dumps(fingerprints))
-            seal([path / PRINTS])
+            (path / SEALS).write_text(json.dumps(fingerprints))
+            seal([path / SEALS])
             path = path.rename(self.folder / f"step_{step}")
         log.info("step %d: checkpoint in %s", step, path)
         for old in in_order(self.folder)[: -self.config.checkpoint.keep]:
@@ -262,5 +262,5 @@ def export(checkpoint: Path, out: Path, dtype: str | None = None):
     for old in out.glob("model*.safetensors*"):
         old.unlink()
     model.save_pretrained(out, max_shard_size="5GB")  # under the names that came in
-    others = shutil.ignore_patterns("*.safetensors", "state.json", PRINTS, "config.json")
+    others = shutil.ignore_patterns("*.safetensors", "state.json", SEALS, "config.json")
     shutil.copytree(checkpoint, out, ignore=others, dirs_exist_ok=True)

@@ -21,7 +21,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from lacuna.config import ConfigError, blame, log
 from lacuna.parallel import local
 
-PRINTS = "fingerprints.json"  # of a checkpoint's other files
+SEALS = "fingerprints.json"  # of a checkpoint's other files
 WHOLE = "model.safetensors"
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INDEX = "model.safetensors.index.json"  # of a model in several files
@@ -43,7 +43,7 @@ def weight_folder(name: str) -> Path:
 
 def refuse_damaged(folder: Path) -> Path:
     """The folder, if each file that its fingerprints.json lists is what was written."""
-    fingerprints = folder / PRINTS
+    fingerprints = folder / SEALS
     if fingerprints.exists():
         with blame(f"{fingerprints} cannot be read"):
             for name, written in json.loads(fingerprints.read_text()).items():
