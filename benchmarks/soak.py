@@ -23,6 +23,8 @@ sys.path.insert(0, str(REPOSITORY / "tests"))
 
 from processes import Run, checkpoints, finish, last_step, lines  # noqa: E402
 
+from lacuna.weights import refuse_damaged  # noqa: E402
+
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
 SPARE = 25  # steps that are left for the last run
 EXACT = ("step", "loss", "grad_norm", "lr", "tokens", "epoch", "batch_checksum", "eval_loss", "eval_tokens")
@@ -124,6 +126,9 @@ def content(file: Path):
     data = file.read_bytes()
     if file.name == "state.json":
         return {**json.loads(data), "config": None}
+    if file.name == "fingerprints.json":  # of what may differ so, too; all must be what was written
+        refuse_damaged(file.parent)
+        return set(json.loads(data))
     if file.suffix == ".safetensors":
         end = 8 + int.from_bytes(data[:8], "little")
         return json.loads(data[8:end]), data[end:]
