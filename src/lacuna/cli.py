@@ -57,7 +57,7 @@ def parse(argv: list[str]) -> tuple[Config, list[str]]:
         path = f"configs/{Path(task).stem}.toml"
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one GPU is enough
         if not (Path(path).exists() or {"-h", "--help"} & set(words)):
-            raise ConfigError(f"no config given, and no {path} here: name one, or run in its clone")
+            raise ConfigError(f"no config given, and no {path} here: name one, or run in a clone of lacuna")
     return load_config(path, words, task), [task, path, *words]
 
 

@@ -175,6 +175,6 @@ def start_logging(folder: Path, rank: int):
     file.addFilter(lambda record: rank == 0 or record.exc_info)
     terminal = logging.StreamHandler(DummyTqdmFile(sys.stderr))  # above a live line
     terminal.setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    frames = {logging.WARNING: COLOUR}
-    terminal.format = lambda record: frames.get(record.levelno, "{1}").format(33, layout.format(record))
+    colours = {logging.WARNING: COLOUR}
+    terminal.format = lambda record: colours.get(record.levelno, "{1}").format(33, layout.format(record))
     log.handlers = [terminal, file]

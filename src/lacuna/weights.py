@@ -49,7 +49,8 @@ def refuse_damaged(folder: Path) -> Path:
             for name, written in json.loads(fingerprints.read_text()).items():
                 file = folder / name
                 if not file.exists() or [file.stat().st_size, fingerprint([file])] != written:
-                    raise ConfigError(f"{folder}: {name} is missing or changed: a run goes on without this folder")
+                    cure = "take the folder away, and a run goes on from the checkpoint before"
+                    raise ConfigError(f"{folder}: {name} is missing or changed: {cure}")
     return folder
 
 

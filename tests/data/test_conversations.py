@@ -685,9 +685,9 @@ def test_a_source_may_say_who_speaks_by_names_of_its_own(tokenizer, encoder, tmp
     for row in ({"conversations": said}, {"prompt": said[:-1], "completion": said[-1:]}):
         [tokens] = encoder.documents([copy.deepcopy(row)], source, [41])
         assert taken_apart(tokens.ids) == wanted
-        refused(lambda row=row: documents(encoder, row), "row 41", "a turn of 'asker': roles of data.sources are")
+        refused(lambda row=row: documents(encoder, row), "row 41", "a turn of 'asker', none of system")
     alien = source.model_copy(update={"roles": roles | {"asker": "alien"}})
-    refused(lambda: encoder.documents([{"conversations": said}], alien, [41]), "row 41", "a turn of 'asker'")
+    refused(lambda: encoder.documents([{"conversations": said}], alien, [41]), "row 41", "'asker': 'alien'")
     # tokens that were made before the roles were given are not taken from the cache
     file = tmp_path / "chat.jsonl"
     file.write_text(json.dumps({"conversations": [{"from": "user", "value": "x"}, {"from": "gpt", "value": "y"}]}))

@@ -149,7 +149,7 @@ class ChatEncoder:
     def render(self, messages: list[dict], template: str | None, tools: list, **options):
         """Token ids [n] of a conversation, and which are marked, bool [n]; or its text."""
         if template is None:
-            raise ConfigError(f"chat template: {self.problem}")
+            raise ConfigError(f"data.chat_template: {self.problem}")
         options = options or {"return_dict": True, "return_assistant_tokens_mask": True}
         with RENDERING:
             out = self.tokenizer.apply_chat_template(messages, tools=tools or None, chat_template=template, **options)
@@ -250,7 +250,7 @@ def read_turn(turn: dict, roles: dict[str, str]) -> dict:
     speaker = str(turn.pop("from", turn.get("role")))
     turn["role"] = ROLES.get(roles.get(speaker, speaker).lower())
     if turn["role"] is None:
-        raise ValueError(f"a turn of {speaker!r}: roles of data.sources are {roles or list(ROLES)}")
+        raise ValueError(f"a turn of {speaker!r}, none of {', '.join(ROLES)}: data.sources have roles = {roles}")
     flags = {str(turn.pop(name)).lower() for name in FLAGS if name in turn}
     if not flags <= YES | NO:
         raise ValueError(f"a turn is trained or not: true or false (or 1, 0), not {', '.join(flags)}")
