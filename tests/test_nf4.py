@@ -163,8 +163,7 @@ def test_between_the_passes_no_weight_is_kept_decoded(model_folder):
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             trainee(batch)
-    # but for the first layer's q, k and v: their input needs no gradient
-    assert kept == {"none": 2 * 7 - 3, "full": 0, "selective": 0}
+    assert kept == {"none": 2 * 7, "full": 0, "selective": 0}
 
 
 def test_all_layers_share_one_graph(model_folder, monkeypatch):
