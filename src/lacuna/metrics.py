@@ -61,6 +61,7 @@ class Report:
         self.pending = []  # steps whose figures are on their way to the host
         self.file = open_metrics(folder, state["step"]) if ranks.rank == 0 else None
         self.paces = []  # seconds a step, of each line
+        self.in_steps = 0.0  # seconds
         self.interval = Counter()  # sums since the last line
         self.since = time.perf_counter()
 
@@ -99,6 +100,7 @@ class Report:
         interval = self.interval
         # on a GPU, too, the host has just waited for this step; as the slower one it is late by up to two
         seconds = time.perf_counter() - self.since
+        self.in_steps += seconds
         count = interval["steps"]
         slots = count * self.config.train.global_batch_size * self.config.train.seq_len
         speed = interval["tokens"] / seconds
@@ -130,7 +132,10 @@ class Report:
 
     def close(self, folder: Path, seconds: float):
         """How it went, and what to do now."""
-        log.info("time: %s", timedelta(seconds=round(seconds)))
+        whole = timedelta(seconds=round(seconds))
+        in_steps = timedelta(seconds=round(self.in_steps))
+        tokens = f"{self.totals['tokens']:,} tokens, {self.totals['trained_tokens']:,} of them trained"
+        log.info("time: %s, of which %s in steps; %s", whole, in_steps, tokens)
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
         for name in ("loss", "eval_loss", "peak_memory_gib"):
             seen = [line[name] for line in lines if line.get(name) is not None]
