@@ -144,7 +144,7 @@ def test_a_disk_that_is_full_stops_the_run_and_leaves_the_last_checkpoint(option
 
     monkeypatch.setattr(Checkpoints, "write_safetensors", write)
     config = load_config(None, options(checkpoint__keep=1))
-    with pytest.raises(ConfigError, match=r"no checkpoint of step 4: .*No space left.*Make room there"):
+    with pytest.raises(ConfigError, match=r"no checkpoint of step 4: .*No space left.*make room, and the same"):
         run(config)
     folder = Path(config.out) / config.name
     assert checkpoints(folder) == [2]

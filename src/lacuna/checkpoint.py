@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from lacuna.config import AGAIN, Config, ConfigError, LoraConfig, Source, blame, log
+from lacuna.config import Config, ConfigError, LoraConfig, Source, blame, log
 from lacuna.data.loader import merge_states
 from lacuna.lora import merge, write_adapter
 from lacuna.parallel import Ranks, local
@@ -160,21 +160,22 @@ class Checkpoints:
         file = path / f"rank_{self.ranks.rank:05}.safetensors"
         outcome = {"data": data, "error": ""}
         try:
-            self.copied.result()
-            path.mkdir(parents=True, exist_ok=True)
-            self.write_safetensors(file)
-            outcome["fingerprints"] = seal([file])
-            for content in self.small_files:
-                content.save_pretrained(path)
-        except Exception as error:  # of any kind: others must hear of it
-            outcome["error"] = str(error) or repr(error)
+            with blame(f"no checkpoint of step {step}"):
+                self.copied.result()
+                path.mkdir(parents=True, exist_ok=True)
+                self.write_safetensors(file)
+                outcome["fingerprints"] = seal([file])
+                for content in self.small_files:
+                    content.save_pretrained(path)
+        except ConfigError as error:  # the other ranks must hear of it
+            outcome["error"] = str(error)
         outcomes = [outcome] * self.ranks.world
         if self.group:
             dist.all_gather_object(outcomes, outcome, group=self.group)
         fingerprints = {}
         for outcome in outcomes:
             if outcome["error"]:
-                raise ConfigError(f"no checkpoint of step {step}: {outcome['error']}. Make room there; {AGAIN}")
+                raise ConfigError(outcome["error"])
             fingerprints |= outcome["fingerprints"]
         if self.ranks.rank > 0:
             return

@@ -10,7 +10,7 @@ from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
-from lacuna.config import COLOUR, Config, ConfigError, Preempted, blame, fault, load_config, log
+from lacuna.config import COLOUR, Config, ConfigError, Preempted, blame, load_config, log
 from lacuna.preemption import REQUEUE, SIGNALS, Preemption
 
 USAGE = """usage: lacuna pt [CONFIG.toml]          train on text: every token
@@ -41,9 +41,6 @@ def main():
         leave(130, "interrupted")
     except (ConfigError, FloatingPointError) as error:
         leave(1, str(error))
-    except Exception as error:
-        log.debug("", exc_info=True)  # to log.txt, where a run has one by now
-        leave(1, f"log.txt says where (if no step was done, see model.overrides): {fault(error)}")
 
 
 def parse(task: str, words: list[str]) -> Config:
@@ -59,6 +56,7 @@ def parse(task: str, words: list[str]) -> Config:
     return load_config(path, words, task)
 
 
+@blame("log.txt says where (if no step was done, see model.overrides)")
 def train(config: Config):
     launch()
     preemption = Preemption()  # imports alone take seconds
@@ -68,14 +66,14 @@ def train(config: Config):
     gc.unfreeze()  # or extensions say at exit that all of it is leaked
 
 
+@blame("lacuna export")
 def export(words: list[str]):
     parser = ArgumentParser(prog="lacuna export", description="Make a Hugging Face folder of a checkpoint.")
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="default: the run's own")
     given = parser.parse_args(words)
-    with blame(f"lacuna export {' '.join(words)}"):
-        import_module("lacuna.checkpoint").export(given.checkpoint, given.folder, given.dtype)
+    import_module("lacuna.checkpoint").export(given.checkpoint, given.folder, given.dtype)
     print(f"The model is in {given.folder}")
 
 

@@ -1,7 +1,6 @@
 """Every key of a run, from TOML and `--section.key value`, which wins. No torch: --help is quick."""
 
 import difflib
-import errno
 import logging
 import os
 import re
@@ -20,8 +19,12 @@ log = logging.getLogger("lacuna")
 # ANSI's: red is 31, yellow 33; none in a pipe, or under NO_COLOR (no-color.org)
 COLOUR = "\033[{}m{}\033[m" if sys.stderr and sys.stderr.isatty() and not os.environ.get("NO_COLOR") else "{1}"
 AGAIN = "the same command goes on from the last checkpoint"
-CURES = dict.fromkeys([errno.ENOSPC, errno.EDQUOT], f". The disk is full: make room, and {AGAIN}")
-CURES |= dict.fromkeys([errno.EROFS, errno.EACCES, errno.EPERM], f". Change who may, or name another place; {AGAIN}")
+# by what an error says or is: some libraries pass on only the system's words, and no errno
+CURES = {
+    "No space left|quota exceeded": f". The disk is full: make room, and {AGAIN}",
+    "Read-only file|Permission denied|not permitted": f". Change who may, or name another place; {AGAIN}",
+    "gloo|torch.distributed.Dist": f". Another rank has ended, or cannot be reached: see what it says; {AGAIN}",
+}
 
 OneOrSeveral = BeforeValidator(lambda value: [value] if isinstance(value, str | dict) else value)
 
@@ -39,20 +42,13 @@ def blame(where: str):
     """Whatever goes wrong inside becomes one sentence that begins with `where`: a ConfigError."""
     try:
         yield
-    except (ConfigError, KeyboardInterrupt, SystemExit, GeneratorExit):
+    except (ConfigError, FloatingPointError, Preempted, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # tokenizers, written in Rust, panics with one
         log.debug("%s", where, exc_info=True)  # to log.txt, where a run has one by now
-        raise ConfigError(f"{where}: {fault(error)}") from error
-
-
-def fault(error: BaseException) -> str:
-    """An error of any library in one line, with a cure where a disk or another rank is at fault."""
-    text = " ".join(str(error).split())[:300]
-    cure = CURES.get(getattr(error, "errno", None), "")
-    if "gloo" in text or type(error).__module__ == "torch.distributed":
-        cure = f". Another rank has ended, or cannot be reached: see what it says; {AGAIN}"
-    return f"{type(error).__name__}: {text}{cure}"
+        text = " ".join(str(error).split())[:300]
+        cures = [cure for sign, cure in CURES.items() if re.search(sign, f"{type(error)} {error}")]
+        raise ConfigError("".join([f"{where}: {type(error).__name__}: {text}", *cures])) from error
 
 
 def key(default, meaning: str, **limits):
