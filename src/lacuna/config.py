@@ -197,21 +197,6 @@ def refuse_contradictions(config: Config):
             raise ConfigError(problem)
 
 
-def unknown_key(wrong: str) -> str:
-    """A sentence for a key that does not exist, with the nearest one that does."""
-    known = {}
-    sections = {f"{name}.": field.annotation for name, field in Config.model_fields.items()}
-    for prefix, section in {"": Config, "data.sources.": Source, "eval.sources.": Source, **sections}.items():
-        for name, field in getattr(section, "model_fields", {}).items():
-            known[prefix + name] = field.description
-    last = wrong.split(".")[-1]
-    # descriptions hold in brackets what others call a key
-    near = [key for key, meaning in known.items() if last == key.split(".")[-1] or f"({last})" in meaning]
-    near += difflib.get_close_matches(wrong, known, 1, cutoff=0.65)
-    cure = f"did you mean {near[0]}?" if near else "take it out, or see `lacuna pt --help` for all keys"
-    return f"unknown key {wrong}: {cure}"
-
-
 def load_config(path: str | None, argv: list[str], task: str = "pt") -> Config:
     """The config from a TOML file and a command line's words; exits if they ask for help."""
     usage = f"lacuna {task} [CONFIG.toml] [--section.key VALUE ...]"
@@ -220,16 +205,15 @@ def load_config(path: str | None, argv: list[str], task: str = "pt") -> Config:
     with blame("the command line (--section.key VALUE; a list is JSON)"):
         words, unknown = parser.parse_known_args(argv)
         given = source(parsed_args=words)()
-    if unknown:
-        raise ConfigError(unknown_key(unknown[0].strip("-").partition("=")[0]))
+    for word in unknown[:1]:  # refused below, as an unknown key of the file is
+        given[word.strip("-").partition("=")[0]] = None
     with blame(f"cannot read config {path} as TOML"):
         merged = tomllib.loads(Path(path).read_text("utf-8-sig")) if path else {}
-    # they exclude each other: one given here takes back the file's
-    train = given.get("train")
-    if isinstance(train, dict) and {"steps", "epochs"} & train.keys():
-        given["train"] = {"steps": None, "epochs": None} | train
     for section, value in given.items():
         if isinstance(value, dict) and isinstance(merged.get(section), dict):
+            if section == "train" and {"steps", "epochs"} & value.keys():
+                # they exclude each other: one given here takes back the file's
+                merged[section] |= {"steps": None, "epochs": None}
             value = merged[section] | value
         merged[section] = value
     if merged.setdefault("task", task) != task:
@@ -248,9 +232,21 @@ def load_config(path: str | None, argv: list[str], task: str = "pt") -> Config:
 
 
 def sentence(problem: dict) -> str:
-    """An error of pydantic's as a sentence, with the key as it is written in TOML."""
+    """An error of pydantic's, with the key as TOML has it, or, of an unknown one, the nearest."""
     place = ".".join(map(str, problem["loc"]))
-    if problem["type"] == "extra_forbidden":
-        return unknown_key(re.sub(r"\.\d+\b", "", place))
-    message = re.sub(r" or instance of \w+", "", problem["msg"])
-    return f"{place}: {message}, not {problem['input']!r:.100}"
+    if problem["type"] != "extra_forbidden":
+        message = re.sub(r" or instance of \w+", "", problem["msg"])
+        return f"{place}: {message}, not {problem['input']!r:.100}"
+    wrong = re.sub(r"\.\d+\b", "", place)  # data.sources.0.path -> data.sources.path
+    last = wrong.split(".")[-1]
+    sections = {"": Config, "data.sources.": Source, "eval.sources.": Source}
+    sections |= {f"{name}.": field.annotation for name, field in Config.model_fields.items()}
+    known = {}
+    for prefix, section in sections.items():
+        for name, field in getattr(section, "model_fields", {}).items():
+            known[prefix + name] = f"({name}) {field.description}"  # what others call it is in brackets, too
+    near = [key for key, names in known.items() if f"({last})" in names]
+    near += difflib.get_close_matches(wrong, known, 1, cutoff=0.65)
+    if near:
+        return f"unknown key {wrong}: did you mean {near[0]}?"
+    return f"unknown key {wrong}: take it out, or see `lacuna pt --help` for all keys"
