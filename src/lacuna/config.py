@@ -61,22 +61,22 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    name: str = key("examples/tiny", "Hub id, or folder with config.json (base_model)", max_length=500)
+    name: str = key("examples/tiny", "Hub id, or folder of a model (base_model)", max_length=500)
     from_scratch: bool = key(False, "initialise the weights instead of reading them")
     overrides: dict[str, Any] = key({}, "fields of the model's config to replace")
     tokenizer: str | None = key(None, "Hub id or folder; default: the model's own")
     patch: str | None = key(None, "file.py:function, called first with the empty model")
     dtype: Literal["bfloat16", "float32"] | None = key(None, "of computation and hf/; default: bf16 on GPUs")
-    attention: Literal["varlen", "fa4", "sdpa"] | None = key(None, "default: fa4, varlen or sdpa, what runs")
+    attention: Literal["fa4", "varlen", "sdpa"] | None = key(None, "default: the first that runs")
 
 
 class Source(Section):
-    path: str = key(..., "Hub id, folder, or .parquet, .jsonl, .txt: file, glob, URL (https://, s3://)")
+    path: str = key(..., "Hub id, folder, or .parquet, .jsonl, .txt: file, glob, https://, s3://")
     name: str | None = key(None, "configuration of a Hub dataset")
     split: str = key("train", "split, slices allowed: train[:1000]")
     data_files: Annotated[list[str] | None, OneOrSeveral] = key(None, "files in `path`, or globs")
     streaming: bool = key(False, "read while training, not tokenised before")
-    weight: float | None = key(None, "share of the tokens; default: all data once an epoch", ge=1e-9, le=1e9)
+    weight: float | None = key(None, "share of tokens; default: all once an epoch", ge=1e-9, le=1e9)
     column: str = key("text", "pt: column that holds the text")
     fields: dict[str, str] = key({}, 'renamed columns: {instruction = "question"}')
     roles: dict[str, str] = key({}, 'sft: who else speaks: {expert = "assistant"}')
@@ -88,7 +88,7 @@ SOURCE = "; ".join(f"{name} ({field.description})" for name, field in Source.mod
 class DataConfig(Section):
     sources: Annotated[list[Source], OneOrSeveral] = key([], "[[data.sources]] in TOML, JSON here; keys: " + SOURCE)
     chat_template: str | None = key(None, "sft: file, text or name; default: the tokenizer's")
-    unrendered: Literal["error", "drop"] = key("error", "sft: rows that the template renders in part")
+    unrendered: Literal["error", "drop"] = key("error", "sft: rows the template renders in part")
     overlong: Literal["drop", "truncate"] = key("drop", "sft: conversations over seq_len")
     mask_boundary: bool = key(True, "a document does not predict the next one's first token")
     cache: str = key("~/.cache/lacuna", "folder of cached tokens")
@@ -98,8 +98,8 @@ class TrainConfig(Section):
     seq_len: int = key(1024, "slots a row, tokens (sequence_len) (max_length)", ge=8, le=2**24)
     micro_batch_size: int = key(8, "rows a device takes at once", ge=1, le=2**16)
     global_batch_size: int = key(8, "rows a step over all devices (gradient_accumulation_steps)", ge=1, le=2**24)
-    steps: int | None = key(None, "optimizer steps, or give train.epochs (max_steps)", ge=1, le=10**9)
-    epochs: int | None = key(None, "passes over map-style data, or give train.steps (num_epochs)", ge=1)
+    steps: int | None = key(None, "optimizer steps, or train.epochs (max_steps)", ge=1, le=10**9)
+    epochs: int | None = key(None, "passes over the data, or train.steps (num_epochs)", ge=1)
     compile: bool | None = key(None, "torch.compile each layer; default: on a GPU")
     activation_checkpointing: Literal["none", "full", "selective"] = key("none", "recompute all, or what is cheap")
     max_grad_norm: float = key(1.0, "gradients are scaled down to this L2 norm", gt=0)
@@ -118,7 +118,7 @@ class OptimConfig(Section):
 
 
 class LoraConfig(Section):
-    rank: int | None = key(None, "of adapters (lora_r); default: all weights are trained", ge=1, le=4096)
+    rank: int | None = key(None, "of adapters (lora_r); default: train all weights", ge=1, le=4096)
     alpha: float | None = key(None, "adapters count alpha / rank times; default: 2 x rank", gt=0)
     targets: list[str] = key([], "linear layers, such as q_proj; default: all of the decoder's")
 
@@ -141,15 +141,15 @@ class LogConfig(Section):
 
 
 class EvalConfig(Section):
-    sources: Annotated[list[Source], OneOrSeveral] = key([], "held-out data, same keys as data.sources")
-    fraction: float | None = key(None, "or this share of data.sources' documents (val_set_size)", gt=0, lt=1)
+    sources: Annotated[list[Source], OneOrSeveral] = key([], "held-out data; keys of data.sources")
+    fraction: float | None = key(None, "or this share of the documents (val_set_size)", gt=0, lt=1)
     every: int | None = key(None, "steps between; default: only at start and end", ge=1)
     rows: int = key(512, "rows evaluated at most", ge=1)
 
 
 class Config(Section):
-    task: str = key("pt", "pt: text; sft: conversations; file.py: a recipe", pattern=r"^(pt|sft|.+\.py)$")
-    name: str = key("run", "everything lands in out/name", pattern=r"^\.*[\w-][\w.-]*$", max_length=200)
+    task: str = key("pt", "pt: text; sft: conversations; file.py: a recipe")
+    name: str = key("run", "its folder is out/name", pattern=r"^\.*[\w-][\w.-]*$", max_length=200)
     seed: int = key(0, "of the order of data and initial weights", ge=0, lt=2**32)
     out: str = key("runs", "folder of runs (output_dir)")
     model: ModelConfig = key(ModelConfig(), "what is trained")
@@ -168,25 +168,30 @@ def refuse_contradictions(config: Config):
     """ConfigError where keys say something against each other."""
     data = config.data.sources
     train = config.train
-    rows = train.micro_batch_size * (int(os.environ.get("WORLD_SIZE", 1)) or 1)
-    is_recipe = config.task.endswith(".py")
-    weighted = [source for source in data if source.weight]
-    mixed = weighted or any(source.streaming for source in data)
-    lacks_weights = mixed and len(data) > 1 and len(weighted) < len(data)
+    optim = config.optim
     held_out = config.eval.sources
     fraction = config.eval.fraction
+    lengths = [train.steps, train.epochs]
+    rows = train.micro_batch_size * (int(os.environ.get("WORLD_SIZE", 1)) or 1)
+    uneven = train.global_batch_size % rows
+    is_recipe = config.task.endswith(".py")
+    weighted = [source for source in data if source.weight]
+    streams = [source for source in data if source.streaming]
+    mixed = weighted or streams
+    several = len(data) > 1
     problems = {
         "data.sources is empty: add a [[data.sources]] table with a path": not data,
-        "data.sources: give every source a weight, or none; a mixture that streams needs weights": lacks_weights,
-        "give exactly one of train.steps and train.epochs": (train.steps is None) == (train.epochs is None),
+        "data.sources: give every source a weight, or none": 0 < len(weighted) < len(data),
+        "data.sources: a mixture that streams needs weights": streams and several and not weighted,
+        "give exactly one of train.steps and train.epochs": lengths.count(None) != 1,
         "train.epochs of a stream, or with weights: set train.steps, or streaming = false": train.epochs and mixed,
-        f"train.global_batch_size is no multiple of micro_batch_size x ranks, {rows}": train.global_batch_size % rows,
+        f"train.global_batch_size is no multiple of micro_batch_size x ranks, {rows}": uneven,
         "lora.rank adapts a model: not from_scratch": config.lora.rank and config.model.from_scratch,
         "recipe: these keys are for lacuna RECIPE.py": config.recipe and not is_recipe,
-        "optim.lr: a recipe has no default: give one": is_recipe and not config.optim.lr,
-        "data.chat_template belongs to lacuna sft": config.task == "pt" and config.data.chat_template,
-        'optim.decay_steps needs optim.schedule = "wsd"': config.optim.decay_steps and config.optim.schedule != "wsd",
-        "eval.sources have no weight: all of their data counts": any(source.weight for source in held_out),
+        "optim.lr: a recipe has no default: give one": is_recipe and not optim.lr,
+        "data.chat_template is for lacuna sft": config.task == "pt" and config.data.chat_template,
+        'optim.decay_steps needs optim.schedule = "wsd"': optim.decay_steps and optim.schedule != "wsd",
+        "eval.sources have no weight: all data counts": any(source.weight for source in held_out),
         "eval.sources: what streams must stand alone": len(held_out) > 1 and any(s.streaming for s in held_out),
         "give eval.sources or eval.fraction, not both": fraction and held_out,
         "eval.fraction: data streams or has weights: name eval.sources": fraction and mixed,
