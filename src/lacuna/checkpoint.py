@@ -100,7 +100,7 @@ class HostMemory:
 class Checkpoints:
     """Saves in a thread: training waits only where it would change what is not copied yet."""
 
-    def __init__(self, config: Config, ranks: Ranks, folder: Path, tensors: dict, model: PreTrainedModel, tokenizer):
+    def __init__(self, config: Config, ranks: Ranks, folder: Path, tensors: dict, model, tokenizer):
         self.config = config
         self.ranks = ranks
         self.folder = folder / "checkpoints"
@@ -229,7 +229,7 @@ def match_eos(config: Config, model: PreTrainedModel, tokenizer):
 
 
 def export(checkpoint: Path, out: Path, dtype: str | None = None):
-    """A Hugging Face folder of a checkpoint, in its config's dtype or another; of LoRA with adapter/."""
+    """A Hugging Face folder of a checkpoint, in its own dtype or another; of LoRA with adapter/."""
     state = state_of(checkpoint)
     if out.resolve() == checkpoint.resolve():
         raise ConfigError(f"{out} is the checkpoint itself")

@@ -176,13 +176,13 @@ def refuse_contradictions(config: Config):
     uneven = train.global_batch_size % rows
     is_recipe = config.task.endswith(".py")
     weighted = [source for source in data if source.weight]
+    unweighted = [source for source in data if not source.weight]
     streams = [source for source in data if source.streaming]
     mixed = weighted or streams
-    several = len(data) > 1
     problems = {
         "data.sources is empty: add a [[data.sources]] table with a path": not data,
-        "data.sources: give every source a weight, or none": 0 < len(weighted) < len(data),
-        "data.sources: a mixture that streams needs weights": streams and several and not weighted,
+        "data.sources: give every source a weight, or none": weighted and unweighted,
+        "data.sources: a mixture that streams needs weights": streams and len(unweighted) > 1,
         "give exactly one of train.steps and train.epochs": lengths.count(None) != 1,
         "train.epochs of a stream, or with weights: set train.steps, or streaming = false": train.epochs and mixed,
         f"train.global_batch_size is no multiple of micro_batch_size x ranks, {rows}": uneven,

@@ -143,10 +143,10 @@ def held(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """What a folder of the model holds, by name: no adapters, and nothing tied to another."""
     tied = set(model.all_tied_weights_keys)
     state = model.state_dict(keep_vars=True)
-    return {name: tensor for name, tensor in state.items() if name not in tied and ".lora_" not in name}
+    return {name: t for name, t in state.items() if name not in tied and ".lora_" not in name}
 
 
-def in_memory(model: PreTrainedModel, stored: dict[str, list[Part]], places) -> dict[str, WeightConverter]:
+def in_memory(model: PreTrainedModel, stored: dict, places: dict) -> dict[str, WeightConverter]:
     """Name stored tensors as the model does, in place; those made of several are returned."""
     # transformers knows which names were others once, and that experts are stored one by one
     rules = get_model_conversion_mapping(model)
