@@ -43,7 +43,7 @@ def blame(where: str):
     try:
         yield
     except (ConfigError, FloatingPointError, Preempted, KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
+        raise  # it has its sentence, or is only an end
     except BaseException as error:  # tokenizers, written in Rust, panics with one
         log.debug("%s", where, exc_info=True)  # to log.txt, where a run has one by now
         text = " ".join(str(error).split())[:300]
