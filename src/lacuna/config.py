@@ -21,8 +21,8 @@ COLOUR = "\033[{}m{}\033[m" if sys.stderr and sys.stderr.isatty() and not os.env
 AGAIN = "the same command goes on from the last checkpoint"
 # by what an error says or is: some libraries pass on only the system's words, and no errno
 CURES = {
-    "No space left|quota exceeded": f". The disk is full: make room, and {AGAIN}",
-    "Read-only file|Permission denied|not permitted": f". Change who may, or name another place; {AGAIN}",
+    "No space left on|Disk quota exceeded": f". The disk is full: make room, and {AGAIN}",
+    "Read-only file|Permission denied|Operation not permitted": f". Change who may, or name another place; {AGAIN}",
     "gloo|torch.distributed.Dist": f". Another rank has ended, or cannot be reached: see what it says; {AGAIN}",
 }
 
@@ -222,7 +222,7 @@ def load_config(path: str | None, argv: list[str], task: str = "pt") -> Config:
             value = merged[section] | value
         merged[section] = value
     if merged.setdefault("task", task) != task:
-        raise ConfigError(f"{path or 'the command line'} has task = {merged['task']!r}: run lacuna {merged['task']}")
+        raise ConfigError(f"the config has task = {merged['task']!r}: run lacuna {merged['task']}")
     try:
         config = Config.model_validate(merged)
     except ValidationError as error:
