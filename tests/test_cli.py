@@ -141,6 +141,7 @@ def launch(environment, monkeypatch, cores):
     """Launch in this environment, on 8 cores and with this many GPUs; the command that it became, if any."""
     cores(range(8))
     monkeypatch.setattr(cli, "leave", sys.exit)
+    monkeypatch.setattr(sys, "argv", ["lacuna", "pt", "my.toml", "--train.steps", "3"])
 
     def launch(devices: int = 0, **variables) -> list[str] | None:
         environment.update(variables)
@@ -149,7 +150,7 @@ def launch(environment, monkeypatch, cores):
         monkeypatch.setattr(cli, "glob", lambda pattern: nodes if pattern.startswith("/dev/nvidia[0-9]") else [])
         monkeypatch.setattr("torch.distributed.run.main", became.append)
         try:
-            cli.launch(["pt", "my.toml", "--train.steps", "3"])
+            cli.launch()
         except SystemExit as end:
             assert not end.code, "the ranks have ended well"
         return became[0] if became else None
@@ -235,22 +236,23 @@ def clone(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("argv", "task", "name", "words"),
+    ("argv", "task", "name", "devices"),
     [
-        ("pt my.toml --seed 7", "pt", "my", "pt my.toml --seed 7"),
-        ("sft my.toml --seed 7", "sft", "my", "sft my.toml --seed 7"),
-        ("pt --seed 7", "pt", "pt", "pt configs/pt.toml --seed 7"),
+        ("pt my.toml --seed 7", "pt", "my", None),
+        ("sft my.toml --seed 7", "sft", "my", None),
+        ("pt --seed 7", "pt", "pt", "0"),
     ],
 )
-def test_a_task_its_config_and_what_torchrun_would_be_given(clone, environment, argv, task, name, words):
-    config, rest = cli.parse(argv.split())
-    assert (config.task, config.name, config.seed, rest) == (task, name, 7, words.split())
-    assert environment.get("CUDA_VISIBLE_DEVICES") == ("0" if "configs" in words else None)
+def test_a_task_its_config_and_one_gpu_where_none_is_given(clone, environment, argv, task, name, devices):
+    command, *words = argv.split()
+    config = cli.parse(command, words)
+    assert (config.task, config.name, config.seed) == (task, name, 7)
+    assert environment.get("CUDA_VISIBLE_DEVICES") == devices
 
 
 def test_the_users_own_devices_stay_without_a_config(clone, environment):
     environment["CUDA_VISIBLE_DEVICES"] = "2,3"
-    cli.parse(["pt"])
+    cli.parse("pt", [])
     assert environment["CUDA_VISIBLE_DEVICES"] == "2,3"
 
 
@@ -287,8 +289,9 @@ def test_export_says_what_it_takes():
 
 @pytest.mark.parametrize("argv", ["chat x", "explain pt", "slurm pt", "pretrain"])
 def test_what_is_no_command_shows_the_usage(argv):
+    command, *words = argv.split()
     with pytest.raises(ConfigError, match=f"(?s)^unknown command {argv}\n.*usage: lacuna pt"):
-        cli.parse(argv.split())
+        cli.parse(command, words)
 
 
 # chat

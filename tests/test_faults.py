@@ -314,7 +314,7 @@ def test_a_full_disk_ends_the_run_in_a_sentence_and_room_lets_it_go_on(words, tm
     sentence = only_sentence(done.stderr)
     assert done.returncode == 1
     assert "no checkpoint of step 20" in sentence and "No space left on device" in sentence
-    assert "Make room there; the same command goes on from the last checkpoint" in sentence
+    assert "The disk is full: make room, and the same command goes on from the last checkpoint" in sentence
     whole_checkpoints(folder, 10)
     disk("size=99m")
     done = finished(words)

@@ -158,7 +158,7 @@ def test_a_tensor_that_is_there_under_two_names_is_refused(tmp_path):
     file = tmp_path / "model.safetensors"
     whole = load_file(file)
     save_file(whole | {"lm_head.weight": torch.zeros_like(whole["embed_out.weight"])}, file)
-    with pytest.raises(ConfigError, match=r"embed_out\.weight is another lm_head\.weight"):
+    with pytest.raises(ConfigError, match=r"embed_out\.weight differs from lm_head\.weight"):
         models.build(tmp_path)
 
 

@@ -186,7 +186,7 @@ def test_a_job_of_two_nodes_comes_back_after_time_limit_and_preemption_and_loses
 def test_the_script_tells_each_task_its_rank_and_its_share_of_the_cores_of_its_node(slurm, tmp_path, tasks):
     """A stand-in for python says what `lacuna` would see, even of a job that is given few variables."""
     names = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS"]
-    code = f"import os; from lacuna.cli import launch; launch([]); print(*map(os.environ.get, {names}))"
+    code = f"import os; from lacuna.cli import launch; launch(); print(*map(os.environ.get, {names}))"
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nunset OMP_NUM_THREADS\nexec {sys.executable} -c "{code}"\n')
     python.chmod(0o700)

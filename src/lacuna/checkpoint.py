@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from lacuna.config import AGAIN, Config, ConfigError, LoraConfig, Source, blame, log
+from lacuna.config import Config, ConfigError, LoraConfig, Source, blame, log
 from lacuna.data.loader import merge_states
 from lacuna.lora import merge, write_adapter
 from lacuna.parallel import Ranks, local
@@ -87,11 +87,11 @@ def flat(config: dict) -> dict:
 class HostMemory:
     """Room on the host for tensors, pinned for a GPU: else copies take ten times as long."""
 
-    def __init__(self, sizes: list[int], pinned: bool):
+    def __init__(self, sizes: list[int], device: torch.device):
         memory = torch.zeros(sum(sizes))  # float32
         self.places = memory.split(sizes)  # flat
         # not by `pin_memory`, which takes a power of two; while the driver pins 20 GB, launches wait for .8 s, once
-        if pinned and memory.nbytes:
+        if device.type == "cuda" and memory.nbytes:
             torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
             # or else, in a process that lives on, copies from what lies there next would read the old memory
             weakref.finalize(self, torch.cuda.cudart().cudaHostUnregister, memory.data_ptr()).atexit = False
@@ -100,17 +100,18 @@ class HostMemory:
 class Checkpoints:
     """Saves in a thread: training waits only where it would change what is not copied yet."""
 
-    def __init__(self, config: Config, ranks: Ranks, folder: Path, tensors: dict, model: PreTrainedModel, tokenizer):
+    def __init__(self, config: Config, ranks: Ranks, folder: Path, tensors: dict, model, tokenizer):
         self.config = config
         self.ranks = ranks
         self.folder = folder / "checkpoints"
         self.tensors = tensors  # by name, also the optimizer's; of them this rank writes:
+        self.small_files = []
         if ranks.rank > 0:
             # of a sharded tensor each rank of the first replica writes its part, of any other rank 0
             first = ranks.mesh.get_coordinate()[0] == 0
             self.tensors = {name: t for name, t in tensors.items() if first and isinstance(t, DTensor)}
-        self.small_files = [model.config, model.generation_config, tokenizer] if ranks.rank == 0 else []
-        if ranks.rank == 0:
+        else:
+            self.small_files = [model.config, model.generation_config, tokenizer]
             # what could only fail after hours: room for a checkpoint, or hf/; what transformers refuses to write
             self.folder.mkdir(exist_ok=True)
             hf = model.num_parameters() * model.config.dtype.itemsize
@@ -121,10 +122,10 @@ class Checkpoints:
             with blame("model.name: its config, generation config or tokenizer"), TemporaryDirectory() as place:
                 for content in self.small_files:
                     content.save_pretrained(place)
-        self.on_gpu = ranks.device.type == "cuda"
-        # CUDA's current device is each thread's own: else copies from every GPU but the first would not be waited for
-        setup = {"initializer": torch.cuda.set_device, "initargs": (ranks.device,)} if self.on_gpu else {}
-        self.thread = ThreadPoolExecutor(max_workers=1, **setup)
+        self.thread = ThreadPoolExecutor(max_workers=1)
+        if ranks.device.type == "cuda":
+            # a stream of its own, and with it this rank's GPU: both are each thread's
+            self.thread.submit(torch.cuda.set_stream, torch.cuda.Stream(ranks.device))
         self.memory = None  # Future of HostMemory
         # of the last save: the host has this rank's share, so that parameters may change; the checkpoint is whole
         self.copied = self.written = self.thread.submit(lambda: None)  # none yet
@@ -136,7 +137,7 @@ class Checkpoints:
         """Says at once that a save has failed; after the first step, begins to allocate."""
         if self.memory is None:  # not before: beside compilation, 20 GB (1.7B) cost 2 s
             sizes = [local(tensor).numel() for tensor in self.tensors.values()]
-            self.memory = self.thread.submit(HostMemory, sizes, self.on_gpu)
+            self.memory = self.thread.submit(HostMemory, sizes, self.ranks.device)
         if self.written.done():
             self.written.result()
 
@@ -150,13 +151,8 @@ class Checkpoints:
 
     def copy(self, shares: list[torch.Tensor]):
         """Copy this rank's shares to the host, beside the next step."""
-        memory = self.memory.result()
-        stream = torch.cuda.Stream() if self.on_gpu else None
-        with torch.cuda.stream(stream):  # does nothing without a stream
-            for place, share in zip(memory.places, shares, strict=True):
-                place.copy_(share.flatten(), non_blocking=True)
-        if stream:
-            stream.synchronize()
+        for place, share in zip(self.memory.result().places, shares, strict=True):
+            place.copy_(share.flatten())
 
     def write(self, step: int, facts: dict, data: dict):
         """Write this rank's file; once all have, rank 0 the others. The oldest checkpoint goes."""
@@ -164,21 +160,22 @@ class Checkpoints:
         file = path / f"rank_{self.ranks.rank:05}.safetensors"
         outcome = {"data": data, "error": ""}
         try:
-            self.copied.result()
-            path.mkdir(parents=True, exist_ok=True)
-            self.write_safetensors(file)
-            outcome["fingerprints"] = seal([file])
-            for content in self.small_files:
-                content.save_pretrained(path)
-        except Exception as error:  # of any kind: others must hear of it
-            outcome["error"] = str(error) or repr(error)
+            with blame(f"no checkpoint of step {step}"):
+                self.copied.result()
+                path.mkdir(parents=True, exist_ok=True)
+                self.write_safetensors(file)
+                outcome["fingerprints"] = seal([file])
+                for content in self.small_files:
+                    content.save_pretrained(path)
+        except ConfigError as error:  # the other ranks must hear of it
+            outcome["error"] = str(error)
         outcomes = [outcome] * self.ranks.world
         if self.group:
             dist.all_gather_object(outcomes, outcome, group=self.group)
         fingerprints = {}
         for outcome in outcomes:
             if outcome["error"]:
-                raise ConfigError(f"no checkpoint of step {step}: {outcome['error']}. Make room there; {AGAIN}")
+                raise ConfigError(outcome["error"])
             fingerprints |= outcome["fingerprints"]
         if self.ranks.rank > 0:
             return
@@ -232,7 +229,7 @@ def match_eos(config: Config, model: PreTrainedModel, tokenizer):
 
 
 def export(checkpoint: Path, out: Path, dtype: str | None = None):
-    """A Hugging Face folder of a checkpoint, in its config's dtype or another; of LoRA with adapter/."""
+    """A Hugging Face folder of a checkpoint, in its own dtype or another; of LoRA with adapter/."""
     state = state_of(checkpoint)
     if out.resolve() == checkpoint.resolve():
         raise ConfigError(f"{out} is the checkpoint itself")

@@ -10,7 +10,7 @@ from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
-from lacuna.config import COLOUR, Config, ConfigError, Preempted, blame, fault, load_config, log
+from lacuna.config import COLOUR, Config, ConfigError, Preempted, blame, load_config, log
 from lacuna.preemption import REQUEUE, SIGNALS, Preemption
 
 USAGE = """usage: lacuna pt [CONFIG.toml]          train on text: every token
@@ -33,7 +33,7 @@ def main():
         elif command == "export":
             export(words)
         else:
-            train(*parse([command, *words]))
+            train(parse(command, words))
         leave(0)
     except Preempted as error:
         leave(REQUEUE, str(error))
@@ -41,28 +41,24 @@ def main():
         leave(130, "interrupted")
     except (ConfigError, FloatingPointError) as error:
         leave(1, str(error))
-    except Exception as error:
-        log.debug("", exc_info=True)  # to log.txt, where a run has one by now
-        leave(1, f"log.txt says where (if no step was done, see model.overrides): {fault(error)}")
 
 
-def parse(argv: list[str]) -> tuple[Config, list[str]]:
-    """A run's config, and its words with the config's path; exits if they ask for help."""
-    task, *words = argv
+def parse(task: str, words: list[str]) -> Config:
+    """A run's config; exits if the words ask for help."""
     if task not in ("pt", "sft") and not task.endswith(".py"):
-        raise ConfigError(f"unknown command {' '.join(argv)}\n{USAGE}")
+        raise ConfigError(f"unknown command {' '.join([task, *words])}\n{USAGE}")
     if words and not words[0].startswith("-"):
-        path = words.pop(0)
-    else:
-        path = f"configs/{Path(task).stem}.toml"
-        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one GPU is enough
-        if not (Path(path).exists() or {"-h", "--help"} & set(words)):
-            raise ConfigError(f"no config given, and no {path} here: name one, or run in a clone of lacuna")
-    return load_config(path, words, task), [task, path, *words]
+        return load_config(words[0], words[1:], task)
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one GPU is enough
+    path = f"configs/{Path(task).stem}.toml"
+    if not (Path(path).exists() or {"-h", "--help"} & set(words)):
+        raise ConfigError(f"no config given, and no {path} here: name one, or run in a clone of lacuna")
+    return load_config(path, words, task)
 
 
-def train(config: Config, words: list[str]):
-    launch(words)
+@blame("log.txt says where (if no step was done, see model.overrides)")
+def train(config: Config):
+    launch()
     preemption = Preemption()  # imports alone take seconds
     run = import_module("lacuna.train").run
     gc.freeze()  # or imports are looked through, .5 s every few dozen steps
@@ -70,14 +66,14 @@ def train(config: Config, words: list[str]):
     gc.unfreeze()  # or extensions say at exit that all of it is leaked
 
 
+@blame("lacuna export")
 def export(words: list[str]):
     parser = ArgumentParser(prog="lacuna export", description="Make a Hugging Face folder of a checkpoint.")
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="default: the run's own")
     given = parser.parse_args(words)
-    with blame(f"lacuna export {' '.join(words)}"):
-        import_module("lacuna.checkpoint").export(given.checkpoint, given.folder, given.dtype)
+    import_module("lacuna.checkpoint").export(given.checkpoint, given.folder, given.dtype)
     print(f"The model is in {given.folder}")
 
 
@@ -96,10 +92,10 @@ def leave(status: int, sentence: str = ""):
     sys.exit(0)
 
 
-def launch(words: list[str]):
+def launch():
     """Set this process's share of the cores; alone with several GPUs, become torchrun."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = len(glob("/dev/nvidia[0-9]*")) if visible is None else len(visible.replace(",", " ").split())
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(glob("/dev/nvidia[0-9]*")))
+    gpus = len(visible.replace(",", " ").split())
     set_threads(int(os.environ.get("LOCAL_WORLD_SIZE", max(1, gpus))))
     if "RANK" in os.environ:
         return
@@ -107,17 +103,17 @@ def launch(words: list[str]):
         raise ConfigError("each task of this srun is a run of its own, without RANK: see configs/slurm.sh")
     log.warning("loading torch and transformers")
     if gpus > 1:
-        become_torchrun(gpus, words)
+        become_torchrun(gpus)
 
 
-def become_torchrun(gpus: int, words: list[str]):
-    """One rank a GPU. The ranks' 75 is passed on: torchrun alone would end with 1."""
+def become_torchrun(gpus: int):
+    """One rank a GPU, each this command. Their 75 is passed on: torchrun alone would end with 1."""
     from torch.distributed.elastic.multiprocessing import SignalException, errors
     from torch.distributed.run import main as torchrun
 
     options = f"--standalone --nproc-per-node {gpus} --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
     try:
-        torchrun([*options.split(), "-m", "lacuna", *words])
+        torchrun([*options.split(), "-m", "lacuna", *sys.argv[1:]])
     except SignalException as error:
         leave(REQUEUE if error.sigval in SIGNALS else 128 + error.sigval, str(error))
     except errors.ChildFailedError as error:  # torchrun ends the others by a signal

@@ -1,7 +1,6 @@
 """Every key of a run, from TOML and `--section.key value`, which wins. No torch: --help is quick."""
 
 import difflib
-import errno
 import logging
 import os
 import re
@@ -20,8 +19,12 @@ log = logging.getLogger("lacuna")
 # ANSI's: red is 31, yellow 33; none in a pipe, or under NO_COLOR (no-color.org)
 COLOUR = "\033[{}m{}\033[m" if sys.stderr and sys.stderr.isatty() and not os.environ.get("NO_COLOR") else "{1}"
 AGAIN = "the same command goes on from the last checkpoint"
-CURES = dict.fromkeys([errno.ENOSPC, errno.EDQUOT], f". The disk is full: make room, and {AGAIN}")
-CURES |= dict.fromkeys([errno.EROFS, errno.EACCES, errno.EPERM], f". Change who may, or name another place; {AGAIN}")
+# by what an error says or is: some libraries pass on only the system's words, and no errno
+CURES = {
+    "No space left on|Disk quota exceeded": f". The disk is full: make room, and {AGAIN}",
+    "Read-only file|Permission denied|Operation not permitted": f". Change who may, or name another place; {AGAIN}",
+    "gloo|torch.distributed.Dist": f". Another rank has ended, or cannot be reached: see what it says; {AGAIN}",
+}
 
 OneOrSeveral = BeforeValidator(lambda value: [value] if isinstance(value, str | dict) else value)
 
@@ -39,20 +42,13 @@ def blame(where: str):
     """Whatever goes wrong inside becomes one sentence that begins with `where`: a ConfigError."""
     try:
         yield
-    except (ConfigError, KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
+    except (ConfigError, FloatingPointError, Preempted, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise  # it has its sentence, or is only an end
     except BaseException as error:  # tokenizers, written in Rust, panics with one
         log.debug("%s", where, exc_info=True)  # to log.txt, where a run has one by now
-        raise ConfigError(f"{where}: {fault(error)}") from error
-
-
-def fault(error: BaseException) -> str:
-    """An error of any library in one line, with a cure where a disk or another rank is at fault."""
-    text = " ".join(str(error).split())[:300]
-    cure = CURES.get(getattr(error, "errno", None), "")
-    if "gloo" in text or type(error).__module__ == "torch.distributed":
-        cure = f". Another rank has ended, or cannot be reached: see what it says; {AGAIN}"
-    return f"{type(error).__name__}: {text}{cure}"
+        text = " ".join(str(error).split())[:300]
+        cures = [cure for sign, cure in CURES.items() if re.search(sign, f"{type(error)} {error}")]
+        raise ConfigError("".join([f"{where}: {type(error).__name__}: {text}", *cures])) from error
 
 
 def key(default, meaning: str, **limits):
@@ -65,22 +61,22 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    name: str = key("examples/tiny", "Hub id, or folder with config.json (base_model)", max_length=500)
+    name: str = key("examples/tiny", "Hub id, or folder of a model (base_model)", max_length=500)
     from_scratch: bool = key(False, "initialise the weights instead of reading them")
     overrides: dict[str, Any] = key({}, "fields of the model's config to replace")
     tokenizer: str | None = key(None, "Hub id or folder; default: the model's own")
     patch: str | None = key(None, "file.py:function, called first with the empty model")
     dtype: Literal["bfloat16", "float32"] | None = key(None, "of computation and hf/; default: bf16 on GPUs")
-    attention: Literal["varlen", "fa4", "sdpa"] | None = key(None, "default: fa4, varlen or sdpa, what runs")
+    attention: Literal["fa4", "varlen", "sdpa"] | None = key(None, "default: the first that runs")
 
 
 class Source(Section):
-    path: str = key(..., "Hub id, folder, or .parquet, .jsonl, .txt: file, glob, URL (https://, s3://)")
+    path: str = key(..., "Hub id, folder, or .parquet, .jsonl, .txt: file, glob, https://, s3://")
     name: str | None = key(None, "configuration of a Hub dataset")
     split: str = key("train", "split, slices allowed: train[:1000]")
     data_files: Annotated[list[str] | None, OneOrSeveral] = key(None, "files in `path`, or globs")
     streaming: bool = key(False, "read while training, not tokenised before")
-    weight: float | None = key(None, "share of the tokens; default: all data once an epoch", ge=1e-9, le=1e9)
+    weight: float | None = key(None, "share of tokens; default: all once an epoch", ge=1e-9, le=1e9)
     column: str = key("text", "pt: column that holds the text")
     fields: dict[str, str] = key({}, 'renamed columns: {instruction = "question"}')
     roles: dict[str, str] = key({}, 'sft: who else speaks: {expert = "assistant"}')
@@ -92,7 +88,7 @@ SOURCE = "; ".join(f"{name} ({field.description})" for name, field in Source.mod
 class DataConfig(Section):
     sources: Annotated[list[Source], OneOrSeveral] = key([], "[[data.sources]] in TOML, JSON here; keys: " + SOURCE)
     chat_template: str | None = key(None, "sft: file, text or name; default: the tokenizer's")
-    unrendered: Literal["error", "drop"] = key("error", "sft: rows that the template renders in part")
+    unrendered: Literal["error", "drop"] = key("error", "sft: rows the template renders in part")
     overlong: Literal["drop", "truncate"] = key("drop", "sft: conversations over seq_len")
     mask_boundary: bool = key(True, "a document does not predict the next one's first token")
     cache: str = key("~/.cache/lacuna", "folder of cached tokens")
@@ -102,8 +98,8 @@ class TrainConfig(Section):
     seq_len: int = key(1024, "slots a row, tokens (sequence_len) (max_length)", ge=8, le=2**24)
     micro_batch_size: int = key(8, "rows a device takes at once", ge=1, le=2**16)
     global_batch_size: int = key(8, "rows a step over all devices (gradient_accumulation_steps)", ge=1, le=2**24)
-    steps: int | None = key(None, "optimizer steps, or give train.epochs (max_steps)", ge=1, le=10**9)
-    epochs: int | None = key(None, "passes over map-style data, or give train.steps (num_epochs)", ge=1)
+    steps: int | None = key(None, "optimizer steps, or train.epochs (max_steps)", ge=1, le=10**9)
+    epochs: int | None = key(None, "passes over the data, or train.steps (num_epochs)", ge=1)
     compile: bool | None = key(None, "torch.compile each layer; default: on a GPU")
     activation_checkpointing: Literal["none", "full", "selective"] = key("none", "recompute all, or what is cheap")
     max_grad_norm: float = key(1.0, "gradients are scaled down to this L2 norm", gt=0)
@@ -122,7 +118,7 @@ class OptimConfig(Section):
 
 
 class LoraConfig(Section):
-    rank: int | None = key(None, "of adapters (lora_r); default: all weights are trained", ge=1, le=4096)
+    rank: int | None = key(None, "of adapters (lora_r); default: train all weights", ge=1, le=4096)
     alpha: float | None = key(None, "adapters count alpha / rank times; default: 2 x rank", gt=0)
     targets: list[str] = key([], "linear layers, such as q_proj; default: all of the decoder's")
 
@@ -145,15 +141,15 @@ class LogConfig(Section):
 
 
 class EvalConfig(Section):
-    sources: Annotated[list[Source], OneOrSeveral] = key([], "held-out data, same keys as data.sources")
-    fraction: float | None = key(None, "or this share of data.sources' documents (val_set_size)", gt=0, lt=1)
+    sources: Annotated[list[Source], OneOrSeveral] = key([], "held-out data; keys of data.sources")
+    fraction: float | None = key(None, "or this share of the documents (val_set_size)", gt=0, lt=1)
     every: int | None = key(None, "steps between; default: only at start and end", ge=1)
     rows: int = key(512, "rows evaluated at most", ge=1)
 
 
 class Config(Section):
-    task: str = key("pt", "pt: text; sft: conversations; file.py: a recipe", pattern=r"^(pt|sft|.+\.py)$")
-    name: str = key("run", "everything lands in out/name", pattern=r"^\.*[\w-][\w.-]*$", max_length=200)
+    task: str = key("pt", "pt: text; sft: conversations; file.py: a recipe")
+    name: str = key("run", "its folder is out/name", pattern=r"^\.*[\w-][\w.-]*$", max_length=200)
     seed: int = key(0, "of the order of data and initial weights", ge=0, lt=2**32)
     out: str = key("runs", "folder of runs (output_dir)")
     model: ModelConfig = key(ModelConfig(), "what is trained")
@@ -172,25 +168,30 @@ def refuse_contradictions(config: Config):
     """ConfigError where keys say something against each other."""
     data = config.data.sources
     train = config.train
-    rows = train.micro_batch_size * (int(os.environ.get("WORLD_SIZE", 1)) or 1)
-    is_recipe = config.task.endswith(".py")
-    weighted = [source for source in data if source.weight]
-    mixed = weighted or any(source.streaming for source in data)
-    lacks_weights = mixed and len(data) > 1 and len(weighted) < len(data)
+    optim = config.optim
     held_out = config.eval.sources
     fraction = config.eval.fraction
+    lengths = [train.steps, train.epochs]
+    rows = train.micro_batch_size * (int(os.environ.get("WORLD_SIZE", 1)) or 1)
+    uneven = train.global_batch_size % rows
+    is_recipe = config.task.endswith(".py")
+    weighted = [source for source in data if source.weight]
+    unweighted = [source for source in data if not source.weight]
+    streams = [source for source in data if source.streaming]
+    mixed = weighted or streams
     problems = {
         "data.sources is empty: add a [[data.sources]] table with a path": not data,
-        "data.sources: give every source a weight, or none; a mixture that streams needs weights": lacks_weights,
-        "give exactly one of train.steps and train.epochs": (train.steps is None) == (train.epochs is None),
+        "data.sources: give every source a weight, or none": weighted and unweighted,
+        "data.sources: a mixture that streams needs weights": streams and len(unweighted) > 1,
+        "give exactly one of train.steps and train.epochs": lengths.count(None) != 1,
         "train.epochs of a stream, or with weights: set train.steps, or streaming = false": train.epochs and mixed,
-        f"train.global_batch_size is no multiple of micro_batch_size x ranks, {rows}": train.global_batch_size % rows,
+        f"train.global_batch_size is no multiple of micro_batch_size x ranks, {rows}": uneven,
         "lora.rank adapts a model: not from_scratch": config.lora.rank and config.model.from_scratch,
         "recipe: these keys are for lacuna RECIPE.py": config.recipe and not is_recipe,
-        "optim.lr: a recipe has no default: give one": is_recipe and not config.optim.lr,
-        "data.chat_template belongs to lacuna sft": config.task == "pt" and config.data.chat_template,
-        'optim.decay_steps needs optim.schedule = "wsd"': config.optim.decay_steps and config.optim.schedule != "wsd",
-        "eval.sources have no weight: all of their data counts": any(source.weight for source in held_out),
+        "optim.lr: a recipe has no default: give one": is_recipe and not optim.lr,
+        "data.chat_template is for lacuna sft": config.task == "pt" and config.data.chat_template,
+        'optim.decay_steps needs optim.schedule = "wsd"': optim.decay_steps and optim.schedule != "wsd",
+        "eval.sources have no weight: all data counts": any(source.weight for source in held_out),
         "eval.sources: what streams must stand alone": len(held_out) > 1 and any(s.streaming for s in held_out),
         "give eval.sources or eval.fraction, not both": fraction and held_out,
         "eval.fraction: data streams or has weights: name eval.sources": fraction and mixed,
@@ -201,21 +202,6 @@ def refuse_contradictions(config: Config):
             raise ConfigError(problem)
 
 
-def unknown_key(wrong: str) -> str:
-    """A sentence for a key that does not exist, with the nearest one that does."""
-    known = {}
-    sections = {f"{name}.": field.annotation for name, field in Config.model_fields.items()}
-    for prefix, section in {"": Config, "data.sources.": Source, "eval.sources.": Source, **sections}.items():
-        for name, field in getattr(section, "model_fields", {}).items():
-            known[prefix + name] = field.description
-    last = wrong.split(".")[-1]
-    # descriptions hold in brackets what others call a key
-    near = [key for key, meaning in known.items() if last == key.split(".")[-1] or f"({last})" in meaning]
-    near += difflib.get_close_matches(wrong, known, 1, cutoff=0.65)
-    cure = f"did you mean {near[0]}?" if near else "take it out, or see `lacuna pt --help` for all keys"
-    return f"unknown key {wrong}: {cure}"
-
-
 def load_config(path: str | None, argv: list[str], task: str = "pt") -> Config:
     """The config from a TOML file and a command line's words; exits if they ask for help."""
     usage = f"lacuna {task} [CONFIG.toml] [--section.key VALUE ...]"
@@ -224,20 +210,19 @@ def load_config(path: str | None, argv: list[str], task: str = "pt") -> Config:
     with blame("the command line (--section.key VALUE; a list is JSON)"):
         words, unknown = parser.parse_known_args(argv)
         given = source(parsed_args=words)()
-    if unknown:
-        raise ConfigError(unknown_key(unknown[0].strip("-").partition("=")[0]))
+    for word in unknown[:1]:  # refused below, as an unknown key of the file is
+        given[word.strip("-").partition("=")[0]] = None
     with blame(f"cannot read config {path} as TOML"):
         merged = tomllib.loads(Path(path).read_text("utf-8-sig")) if path else {}
-    # they exclude each other: one given here takes back the file's
-    train = given.get("train")
-    if isinstance(train, dict) and {"steps", "epochs"} & train.keys():
-        given["train"] = {"steps": None, "epochs": None} | train
     for section, value in given.items():
         if isinstance(value, dict) and isinstance(merged.get(section), dict):
+            if section == "train" and {"steps", "epochs"} & value.keys():
+                # they exclude each other: one given here takes back the file's
+                merged[section] |= {"steps": None, "epochs": None}
             value = merged[section] | value
         merged[section] = value
     if merged.setdefault("task", task) != task:
-        raise ConfigError(f"{path or 'the command line'} has task = {merged['task']!r}: run lacuna {merged['task']}")
+        raise ConfigError(f"the config has task = {merged['task']!r}: run lacuna {merged['task']}")
     try:
         config = Config.model_validate(merged)
     except ValidationError as error:
@@ -252,9 +237,21 @@ def load_config(path: str | None, argv: list[str], task: str = "pt") -> Config:
 
 
 def sentence(problem: dict) -> str:
-    """An error of pydantic's as a sentence, with the key as it is written in TOML."""
+    """An error of pydantic's, with the key as TOML has it, or, of an unknown one, the nearest."""
     place = ".".join(map(str, problem["loc"]))
-    if problem["type"] == "extra_forbidden":
-        return unknown_key(re.sub(r"\.\d+\b", "", place))
-    message = re.sub(r" or instance of \w+", "", problem["msg"])
-    return f"{place}: {message}, not {problem['input']!r:.100}"
+    if problem["type"] != "extra_forbidden":
+        message = re.sub(r" or instance of \w+", "", problem["msg"])
+        return f"{place}: {message}, not {problem['input']!r:.100}"
+    wrong = re.sub(r"\.\d+\b", "", place)  # data.sources.0.path -> data.sources.path
+    last = wrong.split(".")[-1]
+    sections = {"": Config, "data.sources.": Source, "eval.sources.": Source}
+    sections |= {f"{name}.": field.annotation for name, field in Config.model_fields.items()}
+    known = {}
+    for prefix, section in sections.items():
+        for name, field in getattr(section, "model_fields", {}).items():
+            known[prefix + name] = f"({name}) {field.description}"  # what others call it is in brackets, too
+    near = [key for key, names in known.items() if f"({last})" in names]
+    near += difflib.get_close_matches(wrong, known, 1, cutoff=0.65)
+    if near:
+        return f"unknown key {wrong}: did you mean {near[0]}?"
+    return f"unknown key {wrong}: take it out, or see `lacuna pt --help` for all keys"

@@ -34,8 +34,8 @@ class Preemption:
                 continue
             first = min(first, time.monotonic())
             # without a launcher, only a hand on the keyboard says it twice
-            repeat = 0 if number == signal.SIGINT and self.asked and "RANK" not in os.environ else REPEAT_SECONDS
-            if not self.can_save or time.monotonic() > first + repeat:
+            again = self.asked and number == signal.SIGINT and "RANK" not in os.environ
+            if again or not self.can_save or time.monotonic() > first + REPEAT_SECONDS:
                 with suppress(OSError):  # the terminal may be gone
                     os.write(2, f"\nlacuna: ended at once by signal {number}; run it again to go on\n".encode())
                 os._exit(REQUEUE)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,8 +38,10 @@ class Part(NamedTuple):
 
 def weight_folder(name: str) -> Path:
     """The folder of a model, by its path or its name on the Hub."""
-    patterns = ["*.safetensors", "*.json"]
-    return refuse_damaged(Path(name if Path(name).is_dir() else snapshot_download(name, allow_patterns=patterns)))
+    folder = Path(name)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
+    return refuse_damaged(folder)
 
 
 def refuse_damaged(folder: Path) -> Path:
@@ -93,6 +96,7 @@ def weight_files(folder: Path) -> list[Path]:
 def stored_parts(folder: Path) -> dict[str, list[Part]]:
     """The parts of each tensor, in order. ConfigError where rows are missing, or there twice."""
     stored = {}
+    rows = Counter()
     for file in weight_files(folder):
         with blame(f"{file} is no whole safetensors file; of git-lfs, `git lfs pull` brings it"):
             content = safe_open(file, "pt")
@@ -100,14 +104,10 @@ def stored_parts(folder: Path) -> dict[str, list[Part]]:
             for name in content.keys():  # noqa: SIM118
                 values = torch.atleast_1d(content.get_tensor(name))
                 [first, *_] = places.get(name, {}).get("saved_offsets") or [0]
+                if first != rows[name]:
+                    raise ConfigError(f"{file}: {name} begins at {first}, not {rows[name]}: one is lost or doubled")
+                rows[name] += len(values)
                 stored.setdefault(name, []).append(Part(first, values))
-    for name, parts in stored.items():
-        parts.sort(key=lambda part: part.first)
-        rows = 0
-        for part in parts:
-            if part.first != rows or part.values.shape[1:] != parts[0].values.shape[1:]:
-                raise ConfigError(f"{folder}: {name} begins at {part.first}, not {rows}: a file is lost or doubled")
-            rows += len(part.values)
     return stored
 
 
@@ -143,10 +143,10 @@ def held(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """What a folder of the model holds, by name: no adapters, and nothing tied to another."""
     tied = set(model.all_tied_weights_keys)
     state = model.state_dict(keep_vars=True)
-    return {name: tensor for name, tensor in state.items() if name not in tied and ".lora_" not in name}
+    return {name: t for name, t in state.items() if name not in tied and ".lora_" not in name}
 
 
-def in_memory(model: PreTrainedModel, stored: dict[str, list[Part]], places) -> dict[str, WeightConverter]:
+def in_memory(model: PreTrainedModel, stored: dict, places: dict) -> dict[str, WeightConverter]:
     """Name stored tensors as the model does, in place; those made of several are returned."""
     # transformers knows which names were others once, and that experts are stored one by one
     rules = get_model_conversion_mapping(model)
@@ -155,9 +155,10 @@ def in_memory(model: PreTrainedModel, stored: dict[str, list[Part]], places) -> 
     made = {}
     for name in sorted(stored.keys() - places, key=dot_natural_key):
         new, pattern = rename_source_key(TEXT.sub("", name), renamings, converters, model.base_model_prefix, places)
+        new = model.all_tied_weights_keys.get(new, new)
         parts = stored.pop(name)
-        if new in stored:
-            raise ConfigError(f"in the weights, {name} is another {new}")
+        if new in stored and not torch.equal(parts[0].values, stored[new][0].values):
+            raise ConfigError(f"{name} differs from {new}: untie a head by model.overrides.tie_word_embeddings = false")
         if pattern is None:
             stored[new] = parts
             continue
@@ -176,12 +177,6 @@ def load_weights(model: PreTrainedModel, folder: Path):
         log.warning("%s: %d tensors that see or hear are left out", folder, len(stored) - len(text))
         stored = text
     made = in_memory(model, stored, places)
-    for tied, source in model.all_tied_weights_keys.items():
-        if tied in stored:
-            twin = stored.pop(tied)
-            original = stored.setdefault(source, twin)
-            if not torch.equal(twin[0].values, original[0].values):
-                raise ConfigError(f"{tied} differs from {source}: set model.overrides.tie_word_embeddings = false")
     missing = sorted(places.keys() - stored.keys() - made.keys())
     # a checkpoint also holds the optimizer, old folders the rotary frequencies, some a part that guesses ahead
     ignored = "|".join([r"^optimizer\.", "inv_freq$", *model._keys_to_ignore_on_load_unexpected])
