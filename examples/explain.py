@@ -66,7 +66,7 @@ if __name__ == "__main__":
     parser.add_argument("--ids", action="store_true", help="token ids too")
     options, words = parser.parse_known_args()
     try:
-        config, _ = parse([options.task, *words])
+        config = parse(options.task, words)
         explain(config, options.rows, options.ids)
     except ConfigError as error:
         sys.exit(f"explain: {error}")
