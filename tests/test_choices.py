@@ -94,7 +94,7 @@ def test_concatenated_and_cut_rows_are_the_documents_end_to_end(tmp_path, tokeni
     lengths = dataset.sources[0].lengths
     wanted = [(document, at) for document in drawn for at in range(lengths[document])]
 
-    rows = lacuna.data.loader.Stream(dataset, 0, None).draw_window()
+    rows = [plan.pieces for plan in lacuna.data.loader.Stream(dataset, 0, None)]
     laid = [[(document.key, at) for _, document, begin, end in row for at in range(begin, end)] for row in rows]
     # rows are shuffled: each is one of those that plain slices of the whole give
     slices = [wanted[begin : begin + 32] for begin in range(0, len(wanted), 32)]

@@ -56,31 +56,25 @@ class Stream:
         self.lookahead = [next(reader) for reader in self.readers]  # the next document of each source
 
     def __iter__(self) -> Iterator[RowPlan]:
-        """Its rows, up to the end of the last epoch."""
+        """Its rows, window by window, up to the end of the last epoch."""
         while min(document.epoch for document in self.lookahead) < self.data.epochs:
             self.state.cursors = [document.cursor._asdict() for document in self.lookahead]
             state = asdict(self.state)
             begin = max(document.epoch for document in self.lookahead)
-            rows = self.draw_window()
+            documents = self.draw_documents()
             end = max(document.epoch for document in self.lookahead)
-            for i, pieces in enumerate(rows, 1):
-                yield RowPlan(self.state.row, pieces, begin + (end - begin) * i / len(rows), state)
+            rng = np.random.default_rng([self.data.seed, self.number, self.state.window])
+            documents = [documents[i] for i in rng.permutation(len(documents))]  # neighbours in a file are alike
+            lengths = np.asarray([document.length for _, document in documents])
+            which, starts, sizes = split_documents(lengths, self.data.seq_len)
+            spans = zip(which.tolist(), starts.tolist(), (starts + sizes).tolist(), strict=True)
+            pieces = [(*documents[i], start, end) for i, start, end in spans]
+            rows = best_fit(sizes, self.data.seq_len)
+            self.state.window += 1
+            for i, row in enumerate(rng.permutation(len(rows)), 1):
+                epoch = begin + (end - begin) * i / len(rows)
+                yield RowPlan(self.state.row, [pieces[piece] for piece in rows[row]], epoch, state)
                 self.state.row += 1
-
-    def draw_window(self) -> list[list[tuple]]:
-        """The pieces of each row of the next window."""
-        documents = self.draw_documents()
-        rng = np.random.default_rng([self.data.seed, self.number, self.state.window])
-        documents = [documents[i] for i in rng.permutation(len(documents))]  # neighbours in a file are alike
-        lengths = np.asarray([document.length for _, document in documents])
-        which, starts, sizes = split_documents(lengths, self.data.seq_len)
-        spans = zip(which.tolist(), starts.tolist(), (starts + sizes).tolist(), strict=True)
-        pieces = [(*documents[i], start, end) for i, start, end in spans]
-        rows = []
-        for row in best_fit(sizes, self.data.seq_len):
-            rows.append([pieces[i] for i in row])
-        self.state.window += 1
-        return [rows[i] for i in rng.permutation(len(rows))]
 
     def draw_documents(self) -> list[tuple[int, Document]]:
         """The next window's documents, each with its source: the one furthest behind its weight."""
