@@ -108,7 +108,8 @@ class RowDataset:
         self.packing = {"filler": encoder.eos, "mask_boundary": config.data.mask_boundary}
         self.rank, self.ranks = rank, ranks
         self.epochs, self.limit = epochs or math.inf, limit
-        self.state = state or {"rows": 0, "streams": {}}  # see Loader
+        # Rows of the run that are consumed, and each stream's StreamState by its number, as text: JSON.
+        self.state = state or {"rows": 0, "streams": {}}
         # Without weights all sources are one: each of their documents once an epoch.
         groups = [[source] for source in sources] if sources[0].weight else [sources]
         self.weights = [group[0].weight or 1.0 for group in groups]
@@ -131,47 +132,44 @@ class RowDataset:
 
     def __iter__(self) -> Iterator[Row]:
         streams = {}
+        states = self.state["streams"]
         for position in itertools.count(self.state["rows"] + self.rank, self.ranks):
             row, number = divmod(position, self.num_streams)
             if number not in streams:
-                streams[number] = iter(Stream(self, number, self.state["streams"].get(str(number))))
+                streams[number] = iter(Stream(self, number, states.get(str(number))))
             plan = RowPlan()
             if position < self.limit:
                 # those before it are other ranks' or consumed; of a stream, their tokens are made all the same
                 plan = next((plan for plan in streams[number] if plan.row == row), plan)
+            if plan.state:
+                states = states | {str(number): plan.state}
             pieces = [(self.sources[source].load(document.key), *span) for source, document, *span in plan.pieces]
             made = assemble(pieces, self.seq_len, place=position % self.batch_rows, **self.packing)
-            yield made._replace(epoch=plan.epoch, stream=number, state=plan.state)
+            consumed = position - self.rank + self.ranks  # the other ranks' rows beside it, too
+            yield made._replace(epoch=plan.epoch, state={"rows": consumed, "streams": states})
 
 
 class Loader:
     """One rank's micro-batches, made ahead by a thread: a process was no faster (RESULTS.md)."""
 
     def __init__(self, config: Config, dataset: RowDataset, device, training: bool = True):
-        self.dataset, self.device = dataset, device
-        # The rows of the run that are consumed, and each stream's StreamState by its number, as text: JSON.
-        self.state = self.prepared = dataset.state  # prepared is ahead of consumed
-        self.micro_batch_size = config.train.micro_batch_size
-        self.accumulation = dataset.batch_rows // (self.micro_batch_size * dataset.ranks) if training else 1
-        self.rows = iter(dataset)
+        self.device = device
+        self.state = dataset.state  # after the last row that was handed out: others are made ahead
+        size = config.train.micro_batch_size
+        self.accumulation = dataset.batch_rows // (size * dataset.ranks) if training else 1
+        micro_batches = zip(*[iter(dataset)] * size, strict=False)  # as itertools.batched of Python 3.12
+        self.made = ((collate(list(rows)), rows[-1].state) for rows in micro_batches)  # in the thread
         self.thread = ThreadPoolExecutor(max_workers=1)
-        self.ready = deque(self.thread.submit(self.prepare) for _ in range(PREFETCH))
+        self.ready = deque(self.thread.submit(next, self.made) for _ in range(PREFETCH))
 
     def step(self) -> list[PackedBatch]:
         """The next step's micro-batches, on the device. Raises what went wrong in the thread."""
         batches = []
         for _ in range(self.accumulation):
             batch, self.state = self.ready.popleft().result()
-            self.ready.append(self.thread.submit(self.prepare))
+            self.ready.append(self.thread.submit(next, self.made))
             batches.append(batch.to(self.device))
         return batches
-
-    def prepare(self) -> tuple[PackedBatch, dict]:
-        """In the thread: a micro-batch, and the state after it."""
-        rows = list(itertools.islice(self.rows, self.micro_batch_size))
-        streams = self.prepared["streams"] | {str(row.stream): row.state for row in rows if row.state}
-        self.prepared = {"rows": self.prepared["rows"] + len(rows) * self.dataset.ranks, "streams": streams}
-        return collate(rows), self.prepared
 
     def close(self):
         self.thread.shutdown(cancel_futures=True)
