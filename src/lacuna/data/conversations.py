@@ -14,7 +14,7 @@ from tokenizers.processors import ByteLevel
 
 from lacuna.config import Config, ConfigError, Source, blame, log
 from lacuna.data.batch import Tokens, hide
-from lacuna.data.tokenize import TextEncoder, adds_bos, digest
+from lacuna.data.tokenize import TextEncoder, added_bos, digest
 
 MASKS = ["attention_mask", "loss_mask", "completion_mask", "assistant_masks"]
 FORMATS = {  # recognised by the first columns; a row may have the second ones, too
@@ -35,7 +35,6 @@ NO = {"false", "0", "0.0"}
 REASONING = ["reasoning_content", "reasoning", "thinking"]
 CALLS = ["tool_calls", "function_call", "function_calls", "functions", "tools"]
 TEXTS = ["content", "reasoning_content", *CALLS]
-READ = {"role", "tool_call_id", *REASONING, *TEXTS}  # a template may read others
 MARKS = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
 CURE = "put {% generation %} before and {% endgeneration %} after what the assistant writes, its stop token included"
 PROBE = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "yes"}]
@@ -58,7 +57,7 @@ class ChatEncoder:
         self.data = config.data
         self.seq_len = config.train.seq_len
         self.unread = set()  # (source, key of its messages), told once
-        self.bos = tokenizer.bos_token if adds_bos(tokenizer) else ""
+        self.bos = tokenizer.decode(added_bos(tokenizer))
         try:
             self.template = training_template(tokenizer, self.data.chat_template)
             with blame("data.chat_template"):
@@ -102,8 +101,9 @@ class ChatEncoder:
         trained = [i for i in wanted if says_something(messages[i])]
         if not trained:
             return Tokens(note="dropped: an empty answer" if wanted else "dropped: without a trained token")
-        for key in set().union(*messages) - READ:
-            if (source.path, key) not in self.unread and not re.search(rf"[.'\"]{re.escape(key)}\b", template or ""):
+        for key in set().union(*messages) - {"role", "tool_call_id", *REASONING, *TEXTS}:
+            use = rf"[.'\"]{re.escape(key)}\b"  # message.key, message['key'], message.get("key")
+            if (source.path, key) not in self.unread and not re.search(use, template or ""):
                 log.warning("%s: messages have %r, which nothing reads", source.path, key)
                 self.unread.add((source.path, key))
         tools = [decoded(tool) for tool in decoded(row.get("tools")) or []]
