@@ -56,7 +56,7 @@ class ChatEncoder:
         self.tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=False)
         self.data = config.data
         self.seq_len = config.train.seq_len
-        self.unread = set()  # (source, key of its messages), told once
+        self.warn_once = functools.cache(log.warning)  # what is in the cache was said
         self.bos = tokenizer.decode(added_bos(tokenizer))
         try:
             self.template = training_template(tokenizer, self.data.chat_template)
@@ -103,9 +103,8 @@ class ChatEncoder:
             return Tokens(note="dropped: an empty answer" if wanted else "dropped: without a trained token")
         for key in set().union(*messages) - {"role", "tool_call_id", *REASONING, *TEXTS}:
             use = rf"[.'\"]{re.escape(key)}\b"  # message.key, message['key'], message.get("key")
-            if (source.path, key) not in self.unread and not re.search(use, template or ""):
-                log.warning("%s: messages have %r, which nothing reads", source.path, key)
-                self.unread.add((source.path, key))
+            if not re.search(use, template or ""):
+                self.warn_once("%s: messages have %r, which nothing reads", source.path, key)
         tools = [decoded(tool) for tool in decoded(row.get("tools")) or []]
         left_out = self.left_out(messages, template, tools, trained[-1])
         if left_out and self.data.unrendered == "drop":
@@ -120,8 +119,9 @@ class ChatEncoder:
         # Each turn has one stop token, and it is the last one: else the model would learn to go on after it.
         if (ends != mask & (ids == self.eos)).any():
             return Tokens(note="dropped: a stop token inside a turn, or none at its end")
-        turn = np.cumsum(ends) - ends  # each token's, from 0
-        return self.fit(ids, mask & np.isin([*answers, -1], trained)[turn])
+        turn = np.cumsum(ends) - ends  # each token's, from 0: the last one is what follows all answers
+        is_trained = np.isin([*answers, -1], trained)
+        return self.fit(ids, mask & is_trained[turn])
 
     def left_out(self, messages: list[dict], template: str | None, tools: list, last: int) -> list[str]:
         """What the template leaves out of a conversation; `last` is the last message that is trained.
@@ -143,8 +143,10 @@ class ChatEncoder:
         if stands_in and self.render(copies, self.tokenizer.get_chat_template(), tools, tokenize=False) != text:
             raise ValueError(f"the model's own chat template differs: set data.chat_template, and {CURE}")
         left_out = list(dict.fromkeys(place for word, place in places.items() if word not in text))
-        known = "tools" in template and all(str(tool.get("function", tool).get("name")) in text for tool in tools)
-        return left_out + ["tools"] * (bool(tools) and not known)
+        names = [str(tool.get("function", tool).get("name")) for tool in tools]
+        if tools and not ("tools" in template and all(name in text for name in names)):
+            left_out.append("tools")
+        return left_out
 
     def render(self, messages: list[dict], template: str | None, tools: list, **options):
         """Token ids [n] of a conversation, and which are marked, bool [n]; or its text."""

@@ -63,8 +63,9 @@ class Stream:
             begin = max(document.epoch for document in self.lookahead)
             documents = self.draw_documents()
             end = max(document.epoch for document in self.lookahead)
+            # Neighbours in a file are alike, and so are those in a row: both are shuffled.
             rng = np.random.default_rng([self.data.seed, self.number, self.state.window])
-            documents = [documents[i] for i in rng.permutation(len(documents))]  # neighbours in a file are alike
+            documents = [documents[i] for i in rng.permutation(len(documents))]
             lengths = np.asarray([document.length for _, document in documents])
             which, starts, sizes = split_documents(lengths, self.data.seq_len)
             spans = zip(which.tolist(), starts.tolist(), (starts + sizes).tolist(), strict=True)
