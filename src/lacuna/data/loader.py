@@ -44,59 +44,6 @@ class RowPlan(NamedTuple):
     state: dict | None = None  # StreamState as JSON
 
 
-class Stream:
-    """One virtual stream, from a StreamState on (JSON; None: from its beginning)."""
-
-    def __init__(self, data: "RowDataset", number: int, saved: dict | None):
-        self.data, self.number = data, number
-        count = len(data.sources)
-        self.state = StreamState(**saved or {"cursors": [{}] * count, "drawn": [0] * count})
-        pairs = zip(data.sources, self.state.cursors, strict=True)
-        self.readers = [source.read(number, data.num_streams, Cursor(**cursor)) for source, cursor in pairs]
-        self.lookahead = [next(reader) for reader in self.readers]  # the next document of each source
-
-    def __iter__(self) -> Iterator[RowPlan]:
-        """Its rows, window by window, up to the end of the last epoch."""
-        while min(document.epoch for document in self.lookahead) < self.data.epochs:
-            self.state.cursors = [document.cursor._asdict() for document in self.lookahead]
-            state = asdict(self.state)
-            begin = max(document.epoch for document in self.lookahead)
-            documents = self.draw_documents()
-            end = max(document.epoch for document in self.lookahead)
-            # Neighbours in a file are alike, and so are those in a row: both are shuffled.
-            rng = np.random.default_rng([self.data.seed, self.number, self.state.window])
-            documents = [documents[i] for i in rng.permutation(len(documents))]
-            lengths = np.asarray([document.length for _, document in documents])
-            which, starts, sizes = split_documents(lengths, self.data.seq_len)
-            spans = zip(which.tolist(), starts.tolist(), (starts + sizes).tolist(), strict=True)
-            pieces = [(*documents[i], start, end) for i, start, end in spans]
-            rows = best_fit(sizes, self.data.seq_len)
-            self.state.window += 1
-            for i, row in enumerate(rng.permutation(len(rows)), 1):
-                epoch = begin + (end - begin) * i / len(rows)
-                yield RowPlan(self.state.row, [pieces[piece] for piece in rows[row]], epoch, state)
-                self.state.row += 1
-
-    def draw_documents(self) -> list[tuple[int, Document]]:
-        """The next window's documents, each with its source: the one furthest behind its weight."""
-        documents = []
-        drawn = list(self.state.drawn)
-        # A window of indices has so many documents, one of a stream so many rows' tokens.
-        rows = min(STREAM_WINDOW[0] << self.state.window, STREAM_WINDOW[1])
-        full = math.inf if self.data.map_style else sum(drawn) + rows * self.data.seq_len
-        while len(documents) < self.data.window_documents and sum(drawn) < full:
-            # No randomness: shares are exact at any time, and the state is a few numbers.
-            source = min(range(len(drawn)), key=lambda i: drawn[i] / self.data.weights[i])
-            document = self.lookahead[source]
-            self.lookahead[source] = next(self.readers[source])
-            documents.append((source, document))
-            drawn[source] += document.length
-            if len(drawn) == 1 and self.lookahead[0].cursor.epoch > document.cursor.epoch:
-                break  # a window ends with the epoch: no row mixes two
-        self.state.drawn = drawn
-        return documents
-
-
 class RowDataset:
     """Rows rank, rank + ranks, … of the run: `epochs`, at most `limit`; then rows that train nothing."""
 
@@ -129,7 +76,7 @@ class RowDataset:
 
     def count_rows(self) -> int:
         """Rows of all epochs of map-style data, at most `limit`, from the lengths alone."""
-        return sum(1 for _ in itertools.takewhile(lambda plan: plan.row < self.limit, Stream(self, 0, None)))
+        return sum(1 for _ in itertools.takewhile(lambda plan: plan.row < self.limit, self.plan_stream(0)))
 
     def __iter__(self) -> Iterator[Row]:
         streams = {}
@@ -137,7 +84,7 @@ class RowDataset:
         for position in itertools.count(self.state["rows"] + self.rank, self.ranks):
             row, number = divmod(position, self.num_streams)
             if number not in streams:
-                streams[number] = iter(Stream(self, number, states.get(str(number))))
+                streams[number] = self.plan_stream(number, states.get(str(number)))
             plan = RowPlan()
             if position < self.limit:
                 # those before it are other ranks' or consumed; of a stream, their tokens are made all the same
@@ -148,6 +95,52 @@ class RowDataset:
             made = assemble(pieces, self.seq_len, place=position % self.batch_rows, **self.packing)
             consumed = position - self.rank + self.ranks  # the other ranks' rows beside it, too
             yield made._replace(epoch=plan.epoch, state={"rows": consumed, "streams": states})
+
+    def plan_stream(self, number: int, saved: dict | None = None) -> Iterator[RowPlan]:
+        """The rows of a virtual stream, from a StreamState on (JSON), to the end of the last epoch."""
+        count = len(self.sources)
+        state = StreamState(**saved or {"cursors": [{}] * count, "drawn": [0] * count})
+        pairs = zip(self.sources, state.cursors, strict=True)
+        readers = [source.read(number, self.num_streams, Cursor(**cursor)) for source, cursor in pairs]
+        lookahead = [next(reader) for reader in readers]  # the next document of each source
+        while min(document.epoch for document in lookahead) < self.epochs:
+            state.cursors = [document.cursor._asdict() for document in lookahead]
+            saved = asdict(state)
+            begin = max(document.epoch for document in lookahead)
+            documents = self.draw_documents(state, readers, lookahead)
+            end = max(document.epoch for document in lookahead)
+            # Neighbours in a file are alike, and so are those in a row: both are shuffled.
+            rng = np.random.default_rng([self.seed, number, state.window])
+            documents = [documents[i] for i in rng.permutation(len(documents))]
+            lengths = np.asarray([document.length for _, document in documents])
+            which, starts, sizes = split_documents(lengths, self.seq_len)
+            spans = zip(which.tolist(), starts.tolist(), (starts + sizes).tolist(), strict=True)
+            pieces = [(*documents[i], start, end) for i, start, end in spans]
+            rows = best_fit(sizes, self.seq_len)
+            for i, row in enumerate(rng.permutation(len(rows)), 1):
+                epoch = begin + (end - begin) * i / len(rows)
+                yield RowPlan(state.row, [pieces[piece] for piece in rows[row]], epoch, saved)
+                state.row += 1
+            state.window += 1
+
+    def draw_documents(self, state: StreamState, readers: list, lookahead: list) -> list[tuple[int, Document]]:
+        """The next window's documents, each with its source: the one furthest behind its weight."""
+        documents = []
+        drawn = list(state.drawn)
+        # A window of indices has so many documents, one of a stream so many rows' tokens.
+        rows = min(STREAM_WINDOW[0] << state.window, STREAM_WINDOW[1])
+        full = math.inf if self.map_style else sum(drawn) + rows * self.seq_len
+        while len(documents) < self.window_documents and sum(drawn) < full:
+            # No randomness: shares are exact at any time, and the state is a few numbers.
+            source = min(range(len(drawn)), key=lambda i: drawn[i] / self.weights[i])
+            document = lookahead[source]
+            lookahead[source] = next(readers[source])
+            documents.append((source, document))
+            drawn[source] += document.length
+            if len(drawn) == 1 and lookahead[0].cursor.epoch > document.cursor.epoch:
+                break  # a window ends with the epoch: no row mixes two
+        state.drawn = drawn
+        return documents
 
 
 class Loader:
