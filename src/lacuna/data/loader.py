@@ -79,12 +79,10 @@ class RowDataset:
         return sum(1 for _ in itertools.takewhile(lambda plan: plan.row < self.limit, self.plan_stream(0)))
 
     def __iter__(self) -> Iterator[Row]:
-        streams = {}
         states = self.state["streams"]
+        streams = [self.plan_stream(i, states.get(str(i))) for i in range(self.num_streams)]  # none is read yet
         for position in itertools.count(self.state["rows"] + self.rank, self.ranks):
             row, number = divmod(position, self.num_streams)
-            if number not in streams:
-                streams[number] = self.plan_stream(number, states.get(str(number)))
             plan = RowPlan()
             if position < self.limit:
                 # those before it are other ranks' or consumed; of a stream, their tokens are made all the same
