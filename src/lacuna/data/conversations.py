@@ -247,8 +247,9 @@ def as_turns(said: str | list[dict], role: str) -> list[dict]:
 
 def read_turn(turn: dict, roles: dict[str, str]) -> dict:
     """A turn in OpenAI's words, ShareGPT's or a source's own, as one of OpenAI's messages."""
-    # no calls are no key: some templates look for it alone
-    turn = {name: value for name, value in turn.items() if value is not None and (name, value) != ("tool_calls", [])}
+    turn = {name: value for name, value in turn.items() if value is not None}
+    if turn.get("tool_calls") == []:
+        del turn["tool_calls"]  # some templates look for the key alone
     speaker = str(turn.pop("from", turn.get("role")))
     turn["role"] = ROLES.get(roles.get(speaker, speaker).lower())
     if turn["role"] is None:
@@ -260,10 +261,12 @@ def read_turn(turn: dict, roles: dict[str, str]) -> dict:
     if turn["role"] == "call":
         calls = decoded(content)
         calls = calls if isinstance(calls, list) else [calls]
-        turn |= {"role": "assistant", "tool_calls": [{"type": "function", "function": call} for call in calls]}
+        turn["role"] = "assistant"
+        turn["tool_calls"] = [{"type": "function", "function": call} for call in calls]
         content = ""
     texts = {"text": [], "reasoning": [turn.pop(name) for name in REASONING if name in turn]}
-    for part in content if isinstance(content, list) else [{"text": content}]:
+    parts = content if isinstance(content, list) else [{"text": content}]
+    for part in parts:
         kind = str(part.get("type", "text"))
         text = part.get("text", part.get("value"))
         if kind not in texts or not isinstance(text, str):

@@ -80,7 +80,8 @@ class RowDataset:
 
     def __iter__(self) -> Iterator[Row]:
         states = self.state["streams"]
-        streams = [self.plan_stream(i, states.get(str(i))) for i in range(self.num_streams)]  # none is read yet
+        # None is read before its first row is asked for: so a rank reads its own ones alone.
+        streams = [self.plan_stream(i, states.get(str(i))) for i in range(self.num_streams)]
         for position in itertools.count(self.state["rows"] + self.rank, self.ranks):
             row, number = divmod(position, self.num_streams)
             plan = RowPlan()
