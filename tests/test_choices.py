@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 import types
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ import lacuna.model
 import lacuna.train
 from lacuna.config import Config, OptimConfig
 from lacuna.data.loader import RowDataset
+from lacuna.data.sources import Cursor
 from lacuna.data.tokenize import TextEncoder
 from lacuna.loss import head_loss
 from lacuna.model import build_model
@@ -87,14 +89,13 @@ def test_concatenated_and_cut_rows_are_the_documents_end_to_end(tmp_path, tokeni
     config.data.sources[0].path = str(tmp_path / "texts.jsonl")
     arms.concatenate_and_cut()
     dataset = RowDataset(config, config.data.sources, TextEncoder(tokenizer), rank=0, ranks=1, epochs=1)
-    stream = lacuna.data.loader.Stream(dataset, 0, None)
-    documents = stream.draw_documents()
+    [source] = dataset.sources
+    documents = list(islice(source.read(0, 1, Cursor()), len(source.documents)))  # an epoch is a window
     order = np.random.default_rng([config.seed, 0, 0]).permutation(len(documents))  # as a window is shuffled
-    drawn = [documents[i][1].key for i in order]
-    lengths = dataset.sources[0].lengths
-    wanted = [(document, at) for document in drawn for at in range(lengths[document])]
+    drawn = [documents[i].key for i in order]
+    wanted = [(document, at) for document in drawn for at in range(source.lengths[document])]
 
-    rows = lacuna.data.loader.Stream(dataset, 0, None).draw_window()
+    rows = [plan.pieces for plan in dataset.plan_stream(0)]
     laid = [[(document.key, at) for _, document, begin, end in row for at in range(begin, end)] for row in rows]
     # rows are shuffled: each is one of those that plain slices of the whole give
     slices = [wanted[begin : begin + 32] for begin in range(0, len(wanted), 32)]

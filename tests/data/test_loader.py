@@ -365,14 +365,18 @@ def test_the_checksum_tells_of_every_token_label_and_place(tmp_path, encoder):
 
 
 def test_the_checksum_changes_when_two_rows_of_a_step_are_exchanged(tmp_path, encoder, monkeypatch):
-    class Exchanged(loader_module.Stream):
-        def draw_window(self):
-            first, second, *rest = super().draw_window()
-            return [second, first, *rest]
+    plan_stream = RowDataset.plan_stream
+
+    def exchanged(dataset, number, saved=None):
+        rows = plan_stream(dataset, number, saved)
+        first, second = next(rows), next(rows)
+        yield first._replace(pieces=second.pieces)
+        yield second._replace(pieces=first.pieces)
+        yield from rows
 
     config = make_config(tmp_path, *LONG.sources(tmp_path, "map"))
     before = read(config, encoder, 2)[0]
-    monkeypatch.setattr(loader_module, "Stream", Exchanged)
+    monkeypatch.setattr(RowDataset, "plan_stream", exchanged)
     after = read(config, encoder, 2)[0]
     rows = rows_in_order(before)
     assert rows_in_order(after) == [rows[1], rows[0], *rows[2:]]

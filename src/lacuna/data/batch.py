@@ -37,8 +37,7 @@ class Row(NamedTuple):
     pairs: int  # documents with a second one
     checksum: int  # crc32 of ids and labels, begun at the row's place in the global batch
     epoch: float = 0.0
-    stream: int = 0
-    state: dict | None = None  # the stream's StreamState; None past the end of the data
+    state: dict | None = None  # the RowDataset's, after this row
 
 
 def assemble(pieces: list[tuple], seq_len: int, *, filler: int, mask_boundary: bool, place: int) -> Row:

@@ -14,7 +14,7 @@ from tokenizers.processors import ByteLevel
 
 from lacuna.config import Config, ConfigError, Source, blame, log
 from lacuna.data.batch import Tokens, hide
-from lacuna.data.tokenize import TextEncoder, adds_bos, digest
+from lacuna.data.tokenize import TextEncoder, added_bos, digest
 
 MASKS = ["attention_mask", "loss_mask", "completion_mask", "assistant_masks"]
 FORMATS = {  # recognised by the first columns; a row may have the second ones, too
@@ -33,9 +33,7 @@ FLAGS = ["train", "training", "trainable", "loss", "weight"]
 YES = {"true", "1", "1.0"}
 NO = {"false", "0", "0.0"}
 REASONING = ["reasoning_content", "reasoning", "thinking"]
-CALLS = ["tool_calls", "function_call", "function_calls", "functions", "tools"]
-TEXTS = ["content", "reasoning_content", *CALLS]
-READ = {"role", "tool_call_id", *REASONING, *TEXTS}  # a template may read others
+TEXTS = ["content", "reasoning_content", "tool_calls", "function_call", "function_calls", "functions", "tools"]
 MARKS = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
 CURE = "put {% generation %} before and {% endgeneration %} after what the assistant writes, its stop token included"
 PROBE = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "yes"}]
@@ -57,8 +55,8 @@ class ChatEncoder:
         self.tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=False)
         self.data = config.data
         self.seq_len = config.train.seq_len
-        self.unread = set()  # (source, key of its messages), told once
-        self.bos = tokenizer.bos_token if adds_bos(tokenizer) else ""
+        self.warn_once = functools.cache(log.warning)  # what is in the cache was said
+        self.bos = tokenizer.decode(added_bos(tokenizer))
         try:
             self.template = training_template(tokenizer, self.data.chat_template)
             with blame("data.chat_template"):
@@ -102,10 +100,10 @@ class ChatEncoder:
         trained = [i for i in wanted if says_something(messages[i])]
         if not trained:
             return Tokens(note="dropped: an empty answer" if wanted else "dropped: without a trained token")
-        for key in set().union(*messages) - READ:
-            if (source.path, key) not in self.unread and not re.search(rf"[.'\"]{re.escape(key)}\b", template or ""):
-                log.warning("%s: messages have %r, which nothing reads", source.path, key)
-                self.unread.add((source.path, key))
+        for key in set().union(*messages) - {"role", "tool_call_id", *REASONING, *TEXTS}:
+            use = rf"[.'\"]{re.escape(key)}\b"  # message.key, message['key'], message.get("key")
+            if not re.search(use, template or ""):
+                self.warn_once("%s: messages have %r, which nothing reads", source.path, key)
         tools = [decoded(tool) for tool in decoded(row.get("tools")) or []]
         left_out = self.left_out(messages, template, tools, trained[-1])
         if left_out and self.data.unrendered == "drop":
@@ -120,8 +118,9 @@ class ChatEncoder:
         # Each turn has one stop token, and it is the last one: else the model would learn to go on after it.
         if (ends != mask & (ids == self.eos)).any():
             return Tokens(note="dropped: a stop token inside a turn, or none at its end")
-        turn = np.cumsum(ends) - ends  # each token's, from 0
-        return self.fit(ids, mask & np.isin([*answers, -1], trained)[turn])
+        turn = np.cumsum(ends) - ends  # each token's, from 0: the last one is what follows all answers
+        is_trained = np.isin([*answers, -1], trained)
+        return self.fit(ids, mask & is_trained[turn])
 
     def left_out(self, messages: list[dict], template: str | None, tools: list, last: int) -> list[str]:
         """What the template leaves out of a conversation; `last` is the last message that is trained.
@@ -143,8 +142,10 @@ class ChatEncoder:
         if stands_in and self.render(copies, self.tokenizer.get_chat_template(), tools, tokenize=False) != text:
             raise ValueError(f"the model's own chat template differs: set data.chat_template, and {CURE}")
         left_out = list(dict.fromkeys(place for word, place in places.items() if word not in text))
-        known = "tools" in template and all(str(tool.get("function", tool).get("name")) in text for tool in tools)
-        return left_out + ["tools"] * (bool(tools) and not known)
+        names = [str(tool.get("function", tool).get("name")) for tool in tools]
+        if tools and not ("tools" in template and all(name in text for name in names)):
+            left_out.append("tools")
+        return left_out
 
     def render(self, messages: list[dict], template: str | None, tools: list, **options):
         """Token ids [n] of a conversation, and which are marked, bool [n]; or its text."""
@@ -245,8 +246,9 @@ def as_turns(said: str | list[dict], role: str) -> list[dict]:
 
 def read_turn(turn: dict, roles: dict[str, str]) -> dict:
     """A turn in OpenAI's words, ShareGPT's or a source's own, as one of OpenAI's messages."""
-    # no calls are no key: some templates look for it alone
-    turn = {name: value for name, value in turn.items() if value is not None and (name, value) != ("tool_calls", [])}
+    turn = {name: value for name, value in turn.items() if value is not None}
+    if turn.get("tool_calls") == []:
+        del turn["tool_calls"]  # some templates look for the key alone
     speaker = str(turn.pop("from", turn.get("role")))
     turn["role"] = ROLES.get(roles.get(speaker, speaker).lower())
     if turn["role"] is None:
@@ -258,10 +260,12 @@ def read_turn(turn: dict, roles: dict[str, str]) -> dict:
     if turn["role"] == "call":
         calls = decoded(content)
         calls = calls if isinstance(calls, list) else [calls]
-        turn |= {"role": "assistant", "tool_calls": [{"type": "function", "function": call} for call in calls]}
+        turn["role"] = "assistant"
+        turn["tool_calls"] = [{"type": "function", "function": call} for call in calls]
         content = ""
     texts = {"text": [], "reasoning": [turn.pop(name) for name in REASONING if name in turn]}
-    for part in content if isinstance(content, list) else [{"text": content}]:
+    parts = content if isinstance(content, list) else [{"text": content}]
+    for part in parts:
         kind = str(part.get("type", "text"))
         text = part.get("text", part.get("value"))
         if kind not in texts or not isinstance(text, str):

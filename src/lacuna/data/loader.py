@@ -44,64 +44,6 @@ class RowPlan(NamedTuple):
     state: dict | None = None  # StreamState as JSON
 
 
-class Stream:
-    """One virtual stream, from a StreamState on (JSON; None: from its beginning)."""
-
-    def __init__(self, data: "RowDataset", number: int, saved: dict | None):
-        self.data, self.number = data, number
-        count = len(data.sources)
-        self.state = StreamState(**saved or {"cursors": [{}] * count, "drawn": [0] * count})
-        pairs = zip(data.sources, self.state.cursors, strict=True)
-        self.readers = [source.read(number, data.num_streams, Cursor(**cursor)) for source, cursor in pairs]
-        self.lookahead = [next(reader) for reader in self.readers]  # the next document of each source
-
-    def __iter__(self) -> Iterator[RowPlan]:
-        """Its rows, up to the end of the last epoch."""
-        while min(document.epoch for document in self.lookahead) < self.data.epochs:
-            self.state.cursors = [document.cursor._asdict() for document in self.lookahead]
-            state = asdict(self.state)
-            begin = max(document.epoch for document in self.lookahead)
-            rows = self.draw_window()
-            end = max(document.epoch for document in self.lookahead)
-            for i, pieces in enumerate(rows, 1):
-                yield RowPlan(self.state.row, pieces, begin + (end - begin) * i / len(rows), state)
-                self.state.row += 1
-
-    def draw_window(self) -> list[list[tuple]]:
-        """The pieces of each row of the next window."""
-        documents = self.draw_documents()
-        rng = np.random.default_rng([self.data.seed, self.number, self.state.window])
-        documents = [documents[i] for i in rng.permutation(len(documents))]  # neighbours in a file are alike
-        lengths = np.asarray([document.length for _, document in documents])
-        which, starts, sizes = split_documents(lengths, self.data.seq_len)
-        spans = zip(which.tolist(), starts.tolist(), (starts + sizes).tolist(), strict=True)
-        pieces = [(*documents[i], start, end) for i, start, end in spans]
-        rows = []
-        for row in best_fit(sizes, self.data.seq_len):
-            rows.append([pieces[i] for i in row])
-        self.state.window += 1
-        return [rows[i] for i in rng.permutation(len(rows))]
-
-    def draw_documents(self) -> list[tuple[int, Document]]:
-        """The next window's documents, each with its source: the one furthest behind its weight."""
-        documents = []
-        drawn = list(self.state.drawn)
-        # A window of indices has so many documents, one of a stream so many rows' tokens.
-        rows = min(STREAM_WINDOW[0] << self.state.window, STREAM_WINDOW[1])
-        full = math.inf if self.data.map_style else sum(drawn) + rows * self.data.seq_len
-        while len(documents) < self.data.window_documents and sum(drawn) < full:
-            # No randomness: shares are exact at any time, and the state is a few numbers.
-            source = min(range(len(drawn)), key=lambda i: drawn[i] / self.data.weights[i])
-            document = self.lookahead[source]
-            self.lookahead[source] = next(self.readers[source])
-            documents.append((source, document))
-            drawn[source] += document.length
-            if len(drawn) == 1 and self.lookahead[0].cursor.epoch > document.cursor.epoch:
-                break  # a window ends with the epoch: no row mixes two
-        self.state.drawn = drawn
-        return documents
-
-
 class RowDataset:
     """Rows rank, rank + ranks, … of the run: `epochs`, at most `limit`; then rows that train nothing."""
 
@@ -114,7 +56,8 @@ class RowDataset:
         self.packing = {"filler": encoder.eos, "mask_boundary": config.data.mask_boundary}
         self.rank, self.ranks = rank, ranks
         self.epochs, self.limit = epochs or math.inf, limit
-        self.state = state or {"rows": 0, "streams": {}}  # see Loader
+        # Rows of the run that are consumed, and each stream's StreamState by its number, as text: JSON.
+        self.state = state or {"rows": 0, "streams": {}}
         # Without weights all sources are one: each of their documents once an epoch.
         groups = [[source] for source in sources] if sources[0].weight else [sources]
         self.weights = [group[0].weight or 1.0 for group in groups]
@@ -133,51 +76,93 @@ class RowDataset:
 
     def count_rows(self) -> int:
         """Rows of all epochs of map-style data, at most `limit`, from the lengths alone."""
-        return sum(1 for _ in itertools.takewhile(lambda plan: plan.row < self.limit, Stream(self, 0, None)))
+        return sum(1 for _ in itertools.takewhile(lambda plan: plan.row < self.limit, self.plan_stream(0)))
 
     def __iter__(self) -> Iterator[Row]:
-        streams = {}
+        states = self.state["streams"]
+        # None is read before its first row is asked for: so a rank reads its own ones alone.
+        streams = [self.plan_stream(i, states.get(str(i))) for i in range(self.num_streams)]
         for position in itertools.count(self.state["rows"] + self.rank, self.ranks):
             row, number = divmod(position, self.num_streams)
-            if number not in streams:
-                streams[number] = iter(Stream(self, number, self.state["streams"].get(str(number))))
             plan = RowPlan()
             if position < self.limit:
                 # those before it are other ranks' or consumed; of a stream, their tokens are made all the same
                 plan = next((plan for plan in streams[number] if plan.row == row), plan)
+            if plan.state:
+                states = states | {str(number): plan.state}
             pieces = [(self.sources[source].load(document.key), *span) for source, document, *span in plan.pieces]
             made = assemble(pieces, self.seq_len, place=position % self.batch_rows, **self.packing)
-            yield made._replace(epoch=plan.epoch, stream=number, state=plan.state)
+            consumed = position - self.rank + self.ranks  # the other ranks' rows beside it, too
+            yield made._replace(epoch=plan.epoch, state={"rows": consumed, "streams": states})
+
+    def plan_stream(self, number: int, saved: dict | None = None) -> Iterator[RowPlan]:
+        """The rows of a virtual stream, from a StreamState on (JSON), to the end of the last epoch."""
+        count = len(self.sources)
+        state = StreamState(**saved or {"cursors": [{}] * count, "drawn": [0] * count})
+        pairs = zip(self.sources, state.cursors, strict=True)
+        readers = [source.read(number, self.num_streams, Cursor(**cursor)) for source, cursor in pairs]
+        lookahead = [next(reader) for reader in readers]  # the next document of each source
+        while min(document.epoch for document in lookahead) < self.epochs:
+            state.cursors = [document.cursor._asdict() for document in lookahead]
+            saved = asdict(state)
+            begin = max(document.epoch for document in lookahead)
+            documents = self.draw_documents(state, readers, lookahead)
+            end = max(document.epoch for document in lookahead)
+            # Neighbours in a file are alike, and so are those in a row: both are shuffled.
+            rng = np.random.default_rng([self.seed, number, state.window])
+            documents = [documents[i] for i in rng.permutation(len(documents))]
+            lengths = np.asarray([document.length for _, document in documents])
+            which, starts, sizes = split_documents(lengths, self.seq_len)
+            spans = zip(which.tolist(), starts.tolist(), (starts + sizes).tolist(), strict=True)
+            pieces = [(*documents[i], start, end) for i, start, end in spans]
+            rows = best_fit(sizes, self.seq_len)
+            for i, row in enumerate(rng.permutation(len(rows)), 1):
+                epoch = begin + (end - begin) * i / len(rows)
+                yield RowPlan(state.row, [pieces[piece] for piece in rows[row]], epoch, saved)
+                state.row += 1
+            state.window += 1
+
+    def draw_documents(self, state: StreamState, readers: list, lookahead: list) -> list[tuple[int, Document]]:
+        """The next window's documents, each with its source: the one furthest behind its weight."""
+        documents = []
+        drawn = list(state.drawn)
+        # A window of indices has so many documents, one of a stream so many rows' tokens.
+        rows = min(STREAM_WINDOW[0] << state.window, STREAM_WINDOW[1])
+        full = math.inf if self.map_style else sum(drawn) + rows * self.seq_len
+        while len(documents) < self.window_documents and sum(drawn) < full:
+            # No randomness: shares are exact at any time, and the state is a few numbers.
+            source = min(range(len(drawn)), key=lambda i: drawn[i] / self.weights[i])
+            document = lookahead[source]
+            lookahead[source] = next(readers[source])
+            documents.append((source, document))
+            drawn[source] += document.length
+            if len(drawn) == 1 and lookahead[0].cursor.epoch > document.cursor.epoch:
+                break  # a window ends with the epoch: no row mixes two
+        state.drawn = drawn
+        return documents
 
 
 class Loader:
     """One rank's micro-batches, made ahead by a thread: a process was no faster (RESULTS.md)."""
 
     def __init__(self, config: Config, dataset: RowDataset, device, training: bool = True):
-        self.dataset, self.device = dataset, device
-        # The rows of the run that are consumed, and each stream's StreamState by its number, as text: JSON.
-        self.state = self.prepared = dataset.state  # prepared is ahead of consumed
-        self.micro_batch_size = config.train.micro_batch_size
-        self.accumulation = dataset.batch_rows // (self.micro_batch_size * dataset.ranks) if training else 1
-        self.rows = iter(dataset)
+        self.device = device
+        self.state = dataset.state  # after the last row that was handed out: others are made ahead
+        size = config.train.micro_batch_size
+        self.accumulation = dataset.batch_rows // (size * dataset.ranks) if training else 1
+        micro_batches = zip(*[iter(dataset)] * size, strict=False)  # as itertools.batched of Python 3.12
+        self.made = ((collate(list(rows)), rows[-1].state) for rows in micro_batches)  # in the thread
         self.thread = ThreadPoolExecutor(max_workers=1)
-        self.ready = deque(self.thread.submit(self.prepare) for _ in range(PREFETCH))
+        self.ready = deque(self.thread.submit(next, self.made) for _ in range(PREFETCH))
 
     def step(self) -> list[PackedBatch]:
         """The next step's micro-batches, on the device. Raises what went wrong in the thread."""
         batches = []
         for _ in range(self.accumulation):
             batch, self.state = self.ready.popleft().result()
-            self.ready.append(self.thread.submit(self.prepare))
+            self.ready.append(self.thread.submit(next, self.made))
             batches.append(batch.to(self.device))
         return batches
-
-    def prepare(self) -> tuple[PackedBatch, dict]:
-        """In the thread: a micro-batch, and the state after it."""
-        rows = list(itertools.islice(self.rows, self.micro_batch_size))
-        streams = self.prepared["streams"] | {str(row.stream): row.state for row in rows if row.state}
-        self.prepared = {"rows": self.prepared["rows"] + len(rows) * self.dataset.ranks, "streams": streams}
-        return collate(rows), self.prepared
 
     def close(self):
         self.thread.shutdown(cancel_futures=True)

@@ -61,7 +61,7 @@ class MapSource:
 
     def __init__(self, sources: list[Source], encoder, seed: list[int], *, cache: str, share: tuple):
         whole = datasets.concatenate_datasets([tokenise(source, encoder, cache) for source in sources])
-        self.tokens = whole.select_columns(["ids"]).with_format("numpy")
+        self.tokens = whole.with_format("numpy", columns=["ids"])
         self.lengths = pc.list_value_length(whole.data["ids"]).to_numpy()
         self.seed = seed
         documents = np.flatnonzero(self.lengths)
@@ -137,8 +137,7 @@ class StreamSource:
     def read_shard(self, shard: int, cursor: Cursor) -> Iterator[tuple]:
         """The chunks of a shard from a cursor on: where each begins, its rows' numbers, and it."""
         dataset = self.dataset.shard(self.num_shards, shard)
-        if cursor.chunk is not None:
-            dataset.load_state_dict(cursor.chunk)
+        dataset.load_state_dict(cursor.chunk)  # None: from its beginning
         with blame(f"data.sources {self.source.path}: shard {shard}: see to file or server; {AGAIN}"):
             for batch in dataset.iter(READ_CHUNK):
                 numbers = range(cursor.row, cursor.row + len(next(iter(batch.values()))))

@@ -22,7 +22,7 @@ class TextEncoder:
         if tokenizer.eos_token_id is None:
             raise ConfigError(f"model.tokenizer {tokenizer.name_or_path} has no EOS token: set one in its folder")
         self.eos = tokenizer.eos_token_id  # ends documents or turns, and fills what is left of a row
-        self.bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
+        self.bos = added_bos(tokenizer)
         self.backend = copy.deepcopy(tokenizer).backend_tokenizer
         self.backend.no_truncation()
         self.backend.no_padding()
@@ -73,9 +73,10 @@ def load_tokenizer(model: ModelConfig):
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
-def adds_bos(tokenizer) -> bool:
-    """Whether the tokenizer begins a text with BOS: some have one and do not use it."""
-    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+def added_bos(tokenizer) -> list[int]:
+    """BOS, if the tokenizer begins a text with it: some have one and do not use it."""
+    first = tokenizer("a")["input_ids"][:1]
+    return first if first == [tokenizer.bos_token_id] else []
 
 
 def count_bytes(tokenizer, labels: np.ndarray) -> int:
