@@ -150,8 +150,7 @@ class Loader:
         self.state = dataset.state  # after the last row that was handed out: others are made ahead
         size = config.train.micro_batch_size
         self.accumulation = dataset.batch_rows // (size * dataset.ranks) if training else 1
-        micro_batches = zip(*[iter(dataset)] * size, strict=False)  # as itertools.batched of Python 3.12
-        self.made = ((collate(list(rows)), rows[-1].state) for rows in micro_batches)  # in the thread
+        self.made = make_batches(dataset, size)  # in the thread
         self.thread = ThreadPoolExecutor(max_workers=1)
         self.ready = deque(self.thread.submit(next, self.made) for _ in range(PREFETCH))
 
@@ -166,6 +165,14 @@ class Loader:
 
     def close(self):
         self.thread.shutdown(cancel_futures=True)
+
+
+def make_batches(dataset: RowDataset, size: int) -> Iterator[tuple[PackedBatch, dict]]:
+    """Micro-batches of so many rows, each with the dataset's state after it; endless."""
+    rows = iter(dataset)
+    while True:
+        batch = list(itertools.islice(rows, size))
+        yield collate(batch), batch[-1].state
 
 
 def merge_states(states: list[dict]) -> dict:
