@@ -4,6 +4,8 @@ import copy
 import functools
 import json
 import re
+import signal
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 
@@ -39,6 +41,7 @@ CURE = "put {% generation %} before and {% endgeneration %} after what the assis
 PROBE = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "yes"}]
 # A prompt and a completion that are plain text go through the same machinery, as the simplest of chats.
 PLAIN = "{{ messages[0].content }}{% generation %}{{ messages[1].content }}{{ eos_token }}{% endgeneration %}"
+ROW_SECONDS = 10  # of the processor's time: a row takes thousandths
 RENDERING = Lock()  # transformers keeps the mask that it is making in the template: one at a time
 
 
@@ -55,11 +58,13 @@ class ChatEncoder:
         self.tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=False)
         self.data = config.data
         self.seq_len = config.train.seq_len
+        signal.signal(signal.SIGVTALRM, stop_row)
         self.warn_once = functools.cache(log.warning)  # what is in the cache was said
         self.bos = tokenizer.decode(added_bos(tokenizer))
         try:
-            self.template = training_template(tokenizer, self.data.chat_template)
-            with blame("data.chat_template"):
+            with time_limit():
+                self.template = training_template(tokenizer, self.data.chat_template)
+            with blame("data.chat_template"), time_limit():
                 ids, mask = self.render(PROBE, self.template, [])
                 stop = self.tokenizer.decode(ids[mask][-1:])
                 if stop not in self.tokenizer.added_tokens_encoder:
@@ -83,7 +88,7 @@ class ChatEncoder:
         documents = []
         for number, row in zip(numbers, rows, strict=True):
             given = {name: row[name] for name in known if row.get(name) is not None}
-            with blame(f"data.sources {source.path}, row {number}, read as {row_format}"):
+            with blame(f"data.sources {source.path}, row {number}, read as {row_format}"), time_limit():
                 documents.append(self.document(given, row_format, source))
         return documents
 
@@ -176,6 +181,21 @@ class ChatEncoder:
         if self.data.chat_template:  # plain Jinja, for programs that do not know the marks
             plain = {None: "if true", "end": "endif"}
             tokenizer.chat_template = MARKS.sub(lambda mark: mark[1] + plain[mark[2]] + mark[3], self.template)
+
+
+@contextmanager
+def time_limit():
+    """A TimeoutError, in the main thread, where a template does not end: Jinja limits loops, but not loops in loops."""
+    # and again after as long: of the arithmetic of constants Jinja swallows the first
+    signal.setitimer(signal.ITIMER_VIRTUAL, ROW_SECONDS, ROW_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+
+
+def stop_row(number: int, frame):
+    raise TimeoutError(f"the chat template was not done in {ROW_SECONDS} s")
 
 
 def marked(value, place: str, places: dict[str, str]):
