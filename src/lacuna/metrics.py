@@ -25,23 +25,22 @@ PEAKS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S"
 
 
 def flop(model: PreTrainedModel) -> tuple[float, int]:
-    """FLOP to train on a token, 6 a weight (4 a frozen one, 0 an embedding of input), and on a query and key.
-
-    A window counts as full attention; experts count that a token uses; what is recomputed or masked does not.
-    """
+    """FLOP to train on a token, and on a query and key; what is recomputed or masked does not count."""
     config = model.config
     heads = getattr(config, "num_attention_heads", 0)
     head_dim = config.to_dict().get("head_dim") or config.hidden_size // max(heads, 1)
     embeddings = model.get_input_embeddings().weight
-    untied = embeddings is not model.get_output_embeddings().weight
     weights = set(model.state_dict(keep_vars=True).values())  # also what a patch holds, such as in 4 bits
-    multiplied = [p for p in weights if not (untied and p is embeddings)]
-    per_token = sum(p.numel() * (4 + 2 * p.requires_grad) for p in multiplied)
+    if embeddings is not model.get_output_embeddings().weight:
+        weights.discard(embeddings)  # they are looked up, not multiplied
+    # 6 a weight, forward and backward, 4 a frozen one; of experts those that a token uses
+    per_token = sum(p.numel() * (4 + 2 * p.requires_grad) for p in weights)
     routers = [module for module in model.modules() if hasattr(module, "top_k")]
     chosen = routers[0].top_k if routers else getattr(config, "top_k_experts", None)
     for p in nn.ModuleList(experts(model)).parameters():  # [experts, out, in]
         if chosen and p.ndim == 3:
             per_token -= p.numel() * (4 + 2 * p.requires_grad) * (1 - chosen / len(p))
+    # a window counts as full attention
     return per_token, 6 * config.num_hidden_layers * heads * head_dim
 
 
@@ -76,23 +75,21 @@ class Report:
     def flush(self, in_flight: int = 0):
         """Report all steps taken in, but the last so many."""
         while len(self.pending) > in_flight:
-            self.report(*self.pending.pop(0))
-
-    def report(self, facts: dict, names: list[str], values: Tensor, done):
-        if done and not done.query():
-            done.synchronize()
-        sums = dict(zip(names, values.tolist(), strict=True))
-        number = facts["step"]
-        self.stop_asked |= sums["stop_asked"] > 0
-        if not math.isfinite(sums["loss"] + sums["grad_norm"]):
-            what = f"loss {sums['loss']:g}, gradient norm {sums['grad_norm']:g}: not finite"
-            raise FloatingPointError(f"step {number}: {what}; it updated nothing. Lower optim.lr, or see the data")
-        for key in self.totals:
-            self.totals[key] += int(sums[key])
-        self.interval.update(sums | {"steps": 1, "data_seconds": facts["data_seconds"]})
-        due = number == 1 or number % self.config.log.every == 0
-        if due or facts["ends_interval"] or self.stop_asked:
-            self.report_interval(facts, sums)
+            facts, names, values, done = self.pending.pop(0)
+            if done and not done.query():
+                done.synchronize()
+            sums = dict(zip(names, values.tolist(), strict=True))
+            number = facts["step"]
+            self.stop_asked |= sums["stop_asked"] > 0
+            if not math.isfinite(sums["loss"] + sums["grad_norm"]):
+                what = f"loss {sums['loss']:g}, gradient norm {sums['grad_norm']:g}: not finite"
+                raise FloatingPointError(f"step {number}: {what}; it updated nothing. Lower optim.lr, or see the data")
+            for key in self.totals:
+                self.totals[key] += int(sums[key])
+            self.interval.update(sums | {"steps": 1, "data_seconds": facts["data_seconds"]})
+            due = number == 1 or number % self.config.log.every == 0
+            if due or facts["ends_interval"] or self.stop_asked:
+                self.report_interval(facts, sums)
 
     def report_interval(self, facts: dict, sums: dict):
         """One line: means since the last one, speed and fill, and this step's norm."""
@@ -118,9 +115,10 @@ class Report:
         self.write(metrics | own)
         self.paces.append(seconds / count)
         left = timedelta(seconds=round((self.steps - facts["step"]) * statistics.median_low(self.paces)))
-        share = f"  mfu {mfu:.0%}" if mfu else ""
-        learned = f"loss {loss:.4f}  norm {sums['grad_norm']:.2f}"
-        log.info(f"step {facts['step']}/{self.steps}  {learned}  {speed:,.0f} tok/s{share}  {left}")
+        words = [f"loss {loss:.4f}", f"norm {sums['grad_norm']:.2f}", f"{speed:,.0f} tok/s"]
+        if mfu:
+            words.append(f"mfu {mfu:.0%}")
+        log.info("  ".join([f"step {facts['step']}/{self.steps}", *words, str(left)]))
         if own:
             log.info(in_words(facts["step"], own))
 
