@@ -27,9 +27,8 @@ class AdamW:
         inside = set().union(*self.groups)
         self.groups.append([p for p in self.moments if p not in inside])
         # embeddings, norms and biases do not decay (karpathy/minGPT pull 24)
-        constant = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
-        constant += [p for p in self.moments if p.ndim < 2]
-        self.decays = dict.fromkeys(self.moments, config.weight_decay) | dict.fromkeys(constant, 0.0)
+        embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+        self.decays = {p: config.weight_decay * (p.ndim > 1 and p not in embeddings) for p in self.moments}
         assert all(p.dtype == torch.float32 for p in self.moments), "bf16 parameters would lose small updates"
         self.count = torch.zeros((), device=next(iter(self.moments)).device)  # of updates
 
@@ -71,9 +70,9 @@ def adamw(tensors: list[tuple], decays: list[float], *, lr, scale, failed, step_
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     """The learning rate of a step, counted from 0, of so many: the last has lr * min_lr_ratio."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / (config.warmup_steps + 1)
     begin = config.warmup_steps
+    if step < begin:
+        return config.lr * (step + 1) / (begin + 1)
     # warmup-stable-decay, arXiv 2404.06395: constant, then a linear decay
     if config.schedule == "wsd":
         begin = max(begin, steps - (config.decay_steps or max(1, steps // 10)))
