@@ -37,15 +37,15 @@ def choose_backend(asked: str | None, device: torch.device, dtype: torch.dtype) 
 
 def boundaries(batch: PackedBatch, backend: str) -> dict:
     """Arguments that carry a batch's document boundaries through a transformers model."""
+    limits = {"backend": backend, "cu_seqlens": batch.cu_seqlens, "max_seqlen": batch.max_seqlen}
     # one graph for any number of documents: padding cost FlashAttention-4 7 of 350 ms (Qwen3-1.7B, H200)
     torch._dynamo.mark_dynamic(batch.cu_seqlens, 0)
-    mask = None
     # which slots of its row a slot sees: itself, and those before it in its document
     if backend == "sdpa":
         document = torch.repeat_interleave(batch.cu_seqlens.diff(), output_size=len(batch.input_ids))  # [T]
         document = document.view(-1, batch.max_seqlen)  # [B, S]
-        mask = (document[:, :, None] == document[:, None, :]).tril()[:, None]  # [B, 1, S, S]
-    return {"backend": backend, "cu_seqlens": batch.cu_seqlens, "max_seqlen": batch.max_seqlen, "document_mask": mask}
+        limits["document_mask"] = (document[:, :, None] == document[:, None, :]).tril()[:, None]  # [B, 1, S, S]
+    return limits
 
 
 def packed_attention(module, query, key, value, attention_mask=None, *, backend=None, **options):
@@ -103,7 +103,9 @@ def fa4_backward(grad, q, k, v, out, lse, *limits):
 def fa4_options(cu_seqlens: torch.Tensor, max_seqlen: int, scale: float, left: int) -> dict:
     options = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens, "softmax_scale": scale}
     options |= {"max_seqlen_q": max_seqlen, "max_seqlen_k": max_seqlen}
-    return options | ({"causal": True} if left < 0 else {"window_size_left": left, "window_size_right": 0})
+    if left < 0:
+        return options | {"causal": True}
+    return options | {"window_size_left": left, "window_size_right": 0}
 
 
 def fa4_save(ctx, inputs, output):
