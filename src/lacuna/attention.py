@@ -61,22 +61,25 @@ def packed_attention(module, query, key, value, attention_mask=None, *, backend=
     window = options.get("sliding_window", getattr(module, "sliding_window", None))
     # keys to its left that a query sees; -1: all of its document's
     left = -1 if window is None or window >= max_seqlen else window - 1
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
     if backend == "sdpa":
         mask = options["document_mask"]  # [B, 1, S, S]
         if left >= 0:
-            mask = mask & torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).triu(-left)
+            mask = mask & torch.ones_like(mask[0, 0]).triu(-left)
         rows = (mask.shape[0], mask.shape[-1])
-        q, k, v = (x[0].unflatten(1, rows).transpose(0, 1) for x in (query, key, value))  # [B, heads, S, D]
-        out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-        return out.transpose(1, 2).flatten(0, 1)[None], None
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
+        q, k, v = (x.unflatten(0, rows).transpose(1, 2) for x in (q, k, v))  # [B, heads, S, D]
+        groups = q.shape[1] != k.shape[1]
+        out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=groups)
+        out = out.transpose(1, 2).flatten(0, 1)
     # with heads of 48, 72, 80 or 104 its gradients are wrong, without a word (4.0.0b36 on an H200)
-    if backend == "fa4" and query.shape[-1] % 32 == 0:
-        out, _ = fa4(q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens, max_seqlen, scale, left)
-        return out[None], None
-    v = F.pad(v, (0, q.shape[-1] - v.shape[-1]))  # DeepSeek's values are narrower
-    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, window_size=(left, 0))
-    return out[None, ..., : value.shape[-1]], None
+    elif backend == "fa4" and q.shape[-1] % 32 == 0:
+        q, k, v = (x.contiguous() for x in (q, k, v))
+        out, _ = fa4(q, k, v, cu_seqlens, max_seqlen, scale, left)
+    else:
+        v = F.pad(v, (0, q.shape[-1] - v.shape[-1]))  # DeepSeek's values are narrower
+        limits = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)  # of queries, of keys
+        out = varlen_attn(q, k, v, *limits, scale=scale, window_size=(left, 0))[..., : value.shape[-1]]
+    return out[None], None  # [1, T, heads, D]
 
 
 # FlashAttention-4 is written in CuTe DSL, which torch.compile cannot trace: two opaque operators keep the graph whole.

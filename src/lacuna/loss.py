@@ -17,8 +17,7 @@ def head_loss(hidden, weight, batch: PackedBatch, compiled: bool, weights=None, 
         weights = (batch.labels != IGNORE).float()
     chunk_step = functools.partial(compiled_chunk if compiled else chunk_loss, **arithmetic)
     # asked here: inside the forward of an autograd function gradients are always off
-    with_grads = torch.is_grad_enabled()
-    return ChunkedLoss.apply(hidden, weight, batch, weights, chunk_step, with_grads)
+    return ChunkedLoss.apply(hidden, weight, batch, weights, chunk_step, torch.is_grad_enabled())
 
 
 class ChunkedLoss(torch.autograd.Function):

@@ -49,11 +49,9 @@ class Trainee(nn.Module):
         self.backend = choose_backend(config.model.attention, ranks.device, self.dtype)
         self.objective = None  # a recipe's, in place of the sum of losses
         held_in = self.dtype if frozen or config.lora.rank else torch.float32
-        with blame(f"model.name {config.model.name}, model.overrides {config.model.overrides}"):
-            model = empty_model(config.model, tokenizer, held_in, self.dtype)
+        model = self.model = empty_model(config.model, tokenizer, held_in, self.dtype)
         model.requires_grad_(not frozen)
-        decoder = model.get_decoder()
-        layers = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
+        layers = [module for module in model.get_decoder().modules() if isinstance(module, GradientCheckpointingLayer)]
         # a patch replaces modules, so it comes first
         if config.model.patch:
             apply_patch(model, config.model.patch)
@@ -75,7 +73,6 @@ class Trainee(nn.Module):
             # would be done twice. All layers share one graph, which takes seconds; the whole model would take minutes.
             if self.compiled and getattr(layer, "compiles", True):
                 layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)
-        self.model = model
         self.layers = layers  # of the decoder, in order
 
     def forward(self, batch: PackedBatch) -> tuple[Tensor, dict]:
