@@ -103,12 +103,18 @@ def fa4_backward(grad, q, k, v, out, lse, *limits):
     return _flash_attn_bwd(q, k, v, out, grad.contiguous(), lse, **options)[:3]
 
 
-def fa4_options(cu_seqlens: torch.Tensor, max_seqlen: int, scale: float, left: int) -> dict:
+def fa4_options(cu_seqlens, max_seqlen, scale, left) -> dict:
     options = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens, "softmax_scale": scale}
     options |= {"max_seqlen_q": max_seqlen, "max_seqlen_k": max_seqlen}
     if left < 0:
         return options | {"causal": True}
     return options | {"window_size_left": left, "window_size_right": 0}
+
+
+@fa4.register_fake
+def fa4_shapes(q, k, v, *limits):
+    lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)  # [heads, T]
+    return v.new_empty(*q.shape[:2], v.shape[2]), lse
 
 
 def fa4_save(ctx, inputs, output):
@@ -122,6 +128,5 @@ def fa4_grads(ctx, grad, _):
 
 
 AttentionInterface.register("lacuna", packed_attention)
-fa4.register_fake(lambda q, k, v, *_: (v.new_empty(*q.shape[:2], v.shape[2]), q.new_empty(q.shape[1::-1]).float()))
 fa4_backward.register_fake(lambda grad, q, k, v, *_: tuple(map(torch.empty_like, (q, k, v))))
 fa4.register_autograd(fa4_grads, setup_context=fa4_save)

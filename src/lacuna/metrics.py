@@ -112,19 +112,16 @@ class Report:
             torch.cuda.reset_peak_memory_stats(self.ranks.device)
         metrics |= {"peak_memory_gib": peak, "batch_checksum": f"{int(sums['checksum']):016x}"}
         own = {name: interval[name] / max(interval["units"], 1) for name in facts["figures"]}  # a recipe's
-        self.write(metrics | own)
         self.paces.append(seconds / count)
         left = timedelta(seconds=round((self.steps - facts["step"]) * statistics.median_low(self.paces)))
         words = [f"loss {loss:.4f}", f"norm {sums['grad_norm']:.2f}", f"{speed:,.0f} tok/s"]
         if mfu:
             words.append(f"mfu {mfu:.0%}")
         log.info("  ".join([f"step {facts['step']}/{self.steps}", *words, str(left)]))
-        if own:
-            log.info(in_words(facts["step"], own))
+        self.write(metrics, own)
 
     def evaluation(self, step: int, result: dict):
-        self.write({"step": step, **result})
-        log.info(in_words(step, result))
+        self.write({"step": step}, result)
 
     def close(self, folder: Path, seconds: float):
         """How it went, and what to do now."""
@@ -137,16 +134,15 @@ class Report:
         log.info("Its curves:\nuv run --with plotly==7.1.0 benchmarks/report.py %s", folder)
         log.info("The model is in %s/hf. To talk to it:\nuv run python examples/chat.py %s", folder, folder)
 
-    def write(self, metrics: dict):
-        """Add a line; with it begins a new interval."""
+    def write(self, metrics: dict, told: dict):
+        """Add a line, of which figures are told in words; with it begins a new interval."""
         if self.file:
-            self.file.write(json.dumps(metrics) + "\n")
+            self.file.write(json.dumps(metrics | told) + "\n")
+        words = [f"{name.replace('_', ' ')} {figure:.5g}" for name, figure in told.items()]
+        if words:
+            log.info("step %d: %s", metrics["step"], ", ".join(words))
         self.interval = Counter()
         self.since = time.perf_counter()
-
-
-def in_words(step: int, figures: dict) -> str:
-    return f"step {step}: " + ", ".join(f"{name.replace('_', ' ')} {figure:.5g}" for name, figure in figures.items())
 
 
 def open_metrics(folder: Path, step: int):

@@ -60,7 +60,6 @@ class Trainee(nn.Module):
             add_adapters(model, layers, config.lora)
         if ranks.mesh is None and self.dtype != torch.float32:
             cast_in_forward(model, layers, self.dtype)
-
         # in the backward pass all of a layer is recomputed (full), or what is cheap (selective)
         recomputed = config.train.activation_checkpointing
         options = {"use_reentrant": False}
@@ -194,7 +193,7 @@ def refuse_unfit(model: PreTrainedModel, layers: list[nn.Module], seq_len: int, 
         "has more in its head than one matrix": set(model.parameters()) - inside,
         "hides a window in its mask": config.model_type == "phimoe" and seq_len > (config.sliding_window or seq_len),
         "is a mixture of experts: from scratch it needs a balancing loss": from_scratch and experts(model),
-        "attends to later tokens, too": not all(getattr(module, "is_causal", True) for module in model.modules()),
+        "attends to later tokens, too": not all(getattr(part, "is_causal", True) for part in model.modules()),
         "is quantized: take a copy without quantization_config": getattr(config, "quantization_config", None),
         "must have model.overrides.attention_dropout = 0.0": getattr(config, "attention_dropout", 0.0),
         "has no layer that is a GradientCheckpointingLayer": not layers,
