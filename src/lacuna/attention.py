@@ -1,6 +1,6 @@
 """Causal attention that never leaves a document, over rows of packed documents laid end to end.
 
-transformers calls `packed_attention` in place of its own, and hands on to it what `boundaries` gives the model.
+transformers calls `packed_attention` in place of its own, with what `boundaries` gives the model.
 
     varlen  FlashAttention-2 of torch: bf16 on GPUs from Ampere
     fa4     FlashAttention-4 (extra fa4), 1.5 to 2 times as fast: bf16 on Hopper and later

@@ -1,4 +1,4 @@
-"""LM head and cross-entropy without the full logits [T, V]: 16,384 x 151,936 in float32 are 10 GB."""
+"""LM head and cross-entropy without full logits [T, V]: 16,384 x 151,936 in float32 are 10 GB."""
 
 import functools
 
@@ -10,7 +10,7 @@ LOGITS = 2**29  # elements of a chunk's logits: 1 GiB in bf16; larger ones gain 
 
 
 def head_loss(hidden, weight, batch: PackedBatch, compiled: bool, weights=None, **arithmetic):
-    """Sum of weights * -log p of the batch's labels, nats, which has the gradient, and -log p of each, float32 [T]."""
+    """The sum of weights * -log p of labels, nats, with its gradient; and -log p of each, float32 [T]."""
     # hidden is [T, H], weight [V, H]; weights [T], finite, are 1 by default; arithmetic: factor and cap of chunk_loss.
     # A sum: train.py divides by the trained tokens of the global batch, so no split of it changes a gradient.
     if weights is None:

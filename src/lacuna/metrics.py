@@ -25,12 +25,12 @@ PEAKS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S"
 
 
 def flop(model: PreTrainedModel) -> tuple[float, int]:
-    """FLOP to train on a token, and on a query and key; what is recomputed or masked does not count."""
+    """FLOP to train on a token, and on a query and key: without what is recomputed or masked."""
     config = model.config
     heads = getattr(config, "num_attention_heads", 0)
     head_dim = config.to_dict().get("head_dim") or config.hidden_size // max(heads, 1)
     embeddings = model.get_input_embeddings().weight
-    weights = set(model.state_dict(keep_vars=True).values())  # also what a patch holds, such as in 4 bits
+    weights = set(model.state_dict(keep_vars=True).values())  # also a patch's, such as in 4 bits
     if embeddings is not model.get_output_embeddings().weight:
         weights.discard(embeddings)  # they are looked up, not multiplied
     # 6 a weight, forward and backward, 4 a frozen one; of experts those that a token uses
@@ -67,7 +67,7 @@ class Report:
         """Take in a step, its figures on their way to the host. Raises FloatingPointError."""
         # facts are known at once: step, lr, epoch, data_seconds, ends_interval, names of a recipe's figures
         values = torch.stack(list(sums.values())).to("cpu", non_blocking=True)  # float64 [names]
-        done = torch.cuda.current_stream().record_event() if self.on_gpu else None  # when they are there
+        done = torch.cuda.current_stream().record_event() if self.on_gpu else None  # they came
         self.pending.append((facts, list(sums), values, done))
         # on a GPU that is the step before the last one: it is done by now, so that neither waits for the other
         self.flush(in_flight=2 if self.on_gpu else 0)

@@ -228,7 +228,7 @@ def run_in(template: nn.Module, module: nn.Module, dtype: torch.dtype, *args, **
 
 @torch.no_grad()
 def initialise(model: PreTrainedModel, seed: int, done: set[Tensor]):
-    """All but what is done, as transformers, or LoRA, begins with, on any ranks: a seed for each name."""
+    """What is not done, as transformers or LoRA begins with, on any ranks: a seed for each name."""
     for name, module in model.named_modules():
         mine = {key: p for key, p in module.named_parameters(recurse=False) if p not in done}
         # tied weights are made once, with the first module that has them

@@ -60,7 +60,7 @@ def shard_model(trainee: nn.Module, ranks: Ranks):
     for module in (*trainee.layers, trainee):
         reshard = size > memory / 20 and module is not trainee
         fully_shard(module, mesh=mesh, reshard_after_forward=reshard, mp_policy=precision, ignored_params=whole)
-        module.set_gradient_divide_factor(1.0)  # the loss is divided by the tokens of all ranks: gradients add up
+        module.set_gradient_divide_factor(1.0)  # the loss is a mean over all ranks: gradients add up
         module.set_force_sum_reduction_for_comms(True)
 
 
@@ -70,7 +70,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def sum_over_ranks(parts: list[dict], device: torch.device) -> dict[str, Tensor]:
-    """Figures by name, numbers or scalar tensors, added over parts and ranks in one collective: float64."""
+    """Figures by name, numbers or scalar tensors, added over parts and ranks at once: float64."""
     totals = {}
     for part in parts:
         totals = {name: totals.get(name, 0) + figure for name, figure in part.items()}
