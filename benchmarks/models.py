@@ -35,7 +35,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lacuna import train
-from lacuna.config import ConfigError, load_config
+from lacuna.config import ConfigError, blame, load_config
 from lacuna.data.batch import PackedBatch
 from lacuna.model import build_model
 from lacuna.parallel import Ranks
@@ -359,7 +359,8 @@ def reference(folder: Path) -> tuple[float, dict[str, torch.Tensor]]:
 def build(folder: Path, *options: str):
     argv = ["--data.sources", '[{"path": "x"}]', "--train.steps", "1", "--model.name", str(folder)]
     argv += ["--train.seq_len", str(SEQ_LEN), *options]
-    return build_model(load_config(None, argv), ONE, AutoTokenizer.from_pretrained(TINY))
+    with blame(f"model.name {folder}, model.overrides {{}}"):  # as a run does
+        return build_model(load_config(None, argv), ONE, AutoTokenizer.from_pretrained(TINY))
 
 
 def compare(folder: Path, wanted, patch: list[str]) -> dict:

@@ -24,8 +24,7 @@ from lacuna.data.batch import IGNORE, SECOND, PackedBatch, Tokens, reveal
 from lacuna.data.conversations import ChatEncoder, as_turns, read_turn
 from lacuna.data.tokenize import digest
 from lacuna.lora import LoRALinear
-from lacuna.model import Trainee, assemble, materialise
-from lacuna.weights import weight_folder
+from lacuna.model import Trainee, build_model
 
 ANSWERS = ["chosen", "rejected"]
 PROMPTS = ["prompt", "conversations", "messages"]
@@ -100,8 +99,7 @@ def read_keys(config: Config) -> Keys:
 
 def frozen_copy(config: Config, ranks, tokenizer):
     """-log p of the labels by the model that training began with: in the dtype of computation, sharded as it is."""
-    copy = assemble(config, ranks, tokenizer, frozen=True)
-    materialise(copy, ranks.device, config.seed, weight_folder(config.model.name))
+    copy = build_model(config, ranks, tokenizer, frozen=True)
     copy.eval()
     copy.objective = lambda copy, batch: copy.head(batch)()[1]  # inside its forward, as FSDP wants it
     return lambda trainee, batch: copy(batch)

@@ -15,6 +15,7 @@ from lacuna.config import ConfigError, load_config
 from lacuna.data.batch import PackedBatch
 from lacuna.model import build_model
 from lacuna.parallel import Ranks
+from lacuna.train import run
 
 SEQ_LEN = 64
 LENGTHS = [[3, 40, 11], [64], [1, 30, 2, 25]]  # three rows; Mistral's window of 24 is shorter than some documents
@@ -197,11 +198,16 @@ def test_attention_that_a_config_names_is_never_fetched(key, model_folder, monke
     assert "stranger/kernel" not in asked and "lacuna" in asked
 
 
-def test_a_model_whose_attention_cannot_be_replaced_is_a_sentence(tmp_path):
+def test_a_model_whose_attention_cannot_be_replaced_is_a_sentence(tokenizer, tmp_path):
     config = AutoConfig.for_model("falcon", num_hidden_layers=2, hidden_size=64, num_attention_heads=4)
-    config.save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=r"model\.overrides"):
-        build(tmp_path, "--model.from_scratch", "true")
+    config.save_pretrained(tmp_path / "falcon")
+    tokenizer.save_pretrained(tmp_path / "falcon")
+    (tmp_path / "text.jsonl").write_text('{"text": "whale"}\n')
+    argv = ["--model.name", str(tmp_path / "falcon"), "--model.from_scratch", "true", "--train.steps", "1"]
+    argv += ["--data.sources", json.dumps([{"path": str(tmp_path / "text.jsonl")}])]
+    argv += ["--data.cache", str(tmp_path / "cache"), "--out", str(tmp_path / "runs")]
+    with pytest.raises(ConfigError, match=r"model\.name .*falcon with model\.overrides {}: KeyError: 'lacuna'"):
+        run(load_config(None, argv))
 
 
 @pytest.mark.gpu

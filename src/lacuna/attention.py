@@ -1,6 +1,6 @@
 """Causal attention that never leaves a document, over rows of packed documents laid end to end.
 
-transformers calls `packed_attention` in place of its own, and hands on to it what `boundaries` gives the model.
+transformers calls `packed_attention` in place of its own, with what `boundaries` gives the model.
 
     varlen  FlashAttention-2 of torch: bf16 on GPUs from Ampere
     fa4     FlashAttention-4 (extra fa4), 1.5 to 2 times as fast: bf16 on Hopper and later
@@ -37,15 +37,15 @@ def choose_backend(asked: str | None, device: torch.device, dtype: torch.dtype) 
 
 def boundaries(batch: PackedBatch, backend: str) -> dict:
     """Arguments that carry a batch's document boundaries through a transformers model."""
+    limits = {"backend": backend, "cu_seqlens": batch.cu_seqlens, "max_seqlen": batch.max_seqlen}
     # one graph for any number of documents: padding cost FlashAttention-4 7 of 350 ms (Qwen3-1.7B, H200)
     torch._dynamo.mark_dynamic(batch.cu_seqlens, 0)
-    mask = None
     # which slots of its row a slot sees: itself, and those before it in its document
     if backend == "sdpa":
         document = torch.repeat_interleave(batch.cu_seqlens.diff(), output_size=len(batch.input_ids))  # [T]
         document = document.view(-1, batch.max_seqlen)  # [B, S]
-        mask = (document[:, :, None] == document[:, None, :]).tril()[:, None]  # [B, 1, S, S]
-    return {"backend": backend, "cu_seqlens": batch.cu_seqlens, "max_seqlen": batch.max_seqlen, "document_mask": mask}
+        limits["document_mask"] = (document[:, :, None] == document[:, None, :]).tril()[:, None]  # [B, 1, S, S]
+    return limits
 
 
 def packed_attention(module, query, key, value, attention_mask=None, *, backend=None, **options):
@@ -61,22 +61,25 @@ def packed_attention(module, query, key, value, attention_mask=None, *, backend=
     window = options.get("sliding_window", getattr(module, "sliding_window", None))
     # keys to its left that a query sees; -1: all of its document's
     left = -1 if window is None or window >= max_seqlen else window - 1
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
     if backend == "sdpa":
         mask = options["document_mask"]  # [B, 1, S, S]
         if left >= 0:
-            mask = mask & torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).triu(-left)
+            mask = mask & torch.ones_like(mask[0, 0]).triu(-left)
         rows = (mask.shape[0], mask.shape[-1])
-        q, k, v = (x[0].unflatten(1, rows).transpose(0, 1) for x in (query, key, value))  # [B, heads, S, D]
-        out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-        return out.transpose(1, 2).flatten(0, 1)[None], None
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
+        q, k, v = (x.unflatten(0, rows).transpose(1, 2) for x in (q, k, v))  # [B, heads, S, D]
+        groups = q.shape[1] != k.shape[1]
+        out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=groups)
+        out = out.transpose(1, 2).flatten(0, 1)
     # with heads of 48, 72, 80 or 104 its gradients are wrong, without a word (4.0.0b36 on an H200)
-    if backend == "fa4" and query.shape[-1] % 32 == 0:
-        out, _ = fa4(q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens, max_seqlen, scale, left)
-        return out[None], None
-    v = F.pad(v, (0, q.shape[-1] - v.shape[-1]))  # DeepSeek's values are narrower
-    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, window_size=(left, 0))
-    return out[None, ..., : value.shape[-1]], None
+    elif backend == "fa4" and q.shape[-1] % 32 == 0:
+        q, k, v = (x.contiguous() for x in (q, k, v))
+        out, _ = fa4(q, k, v, cu_seqlens, max_seqlen, scale, left)
+    else:
+        v = F.pad(v, (0, q.shape[-1] - v.shape[-1]))  # DeepSeek's values are narrower
+        limits = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)  # of queries, of keys
+        out = varlen_attn(q, k, v, *limits, scale=scale, window_size=(left, 0))[..., : value.shape[-1]]
+    return out[None], None  # [1, T, heads, D]
 
 
 # FlashAttention-4 is written in CuTe DSL, which torch.compile cannot trace: two opaque operators keep the graph whole.
@@ -100,10 +103,18 @@ def fa4_backward(grad, q, k, v, out, lse, *limits):
     return _flash_attn_bwd(q, k, v, out, grad.contiguous(), lse, **options)[:3]
 
 
-def fa4_options(cu_seqlens: torch.Tensor, max_seqlen: int, scale: float, left: int) -> dict:
+def fa4_options(cu_seqlens, max_seqlen, scale, left) -> dict:
     options = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens, "softmax_scale": scale}
     options |= {"max_seqlen_q": max_seqlen, "max_seqlen_k": max_seqlen}
-    return options | ({"causal": True} if left < 0 else {"window_size_left": left, "window_size_right": 0})
+    if left < 0:
+        return options | {"causal": True}
+    return options | {"window_size_left": left, "window_size_right": 0}
+
+
+@fa4.register_fake
+def fa4_shapes(q, k, v, *limits):
+    lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)  # [heads, T]
+    return v.new_empty(*q.shape[:2], v.shape[2]), lse
 
 
 def fa4_save(ctx, inputs, output):
@@ -117,6 +128,5 @@ def fa4_grads(ctx, grad, _):
 
 
 AttentionInterface.register("lacuna", packed_attention)
-fa4.register_fake(lambda q, k, v, *_: (v.new_empty(*q.shape[:2], v.shape[2]), q.new_empty(q.shape[1::-1]).float()))
 fa4_backward.register_fake(lambda grad, q, k, v, *_: tuple(map(torch.empty_like, (q, k, v))))
 fa4.register_autograd(fa4_grads, setup_context=fa4_save)

@@ -1,4 +1,4 @@
-"""LM head and cross-entropy without the full logits [T, V]: 16,384 x 151,936 in float32 are 10 GB."""
+"""LM head and cross-entropy without full logits [T, V]: 16,384 x 151,936 in float32 are 10 GB."""
 
 import functools
 
@@ -10,15 +10,14 @@ LOGITS = 2**29  # elements of a chunk's logits: 1 GiB in bf16; larger ones gain 
 
 
 def head_loss(hidden, weight, batch: PackedBatch, compiled: bool, weights=None, **arithmetic):
-    """Sum of weights * -log p of the batch's labels, nats, which has the gradient, and -log p of each, float32 [T]."""
+    """The sum of weights * -log p of labels, nats, with its gradient; and -log p of each, float32 [T]."""
     # hidden is [T, H], weight [V, H]; weights [T], finite, are 1 by default; arithmetic: factor and cap of chunk_loss.
     # A sum: train.py divides by the trained tokens of the global batch, so no split of it changes a gradient.
     if weights is None:
         weights = (batch.labels != IGNORE).float()
-    # asked here: inside the forward of an autograd function gradients are always off
-    with_grads = torch.is_grad_enabled()
     chunk_step = functools.partial(compiled_chunk if compiled else chunk_loss, **arithmetic)
-    return ChunkedLoss.apply(hidden, weight, batch, weights, chunk_step, with_grads)
+    # asked here: inside the forward of an autograd function gradients are always off
+    return ChunkedLoss.apply(hidden, weight, batch, weights, chunk_step, torch.is_grad_enabled())
 
 
 class ChunkedLoss(torch.autograd.Function):
@@ -29,19 +28,19 @@ class ChunkedLoss(torch.autograd.Function):
         chunk_size = 2 ** ((LOGITS // weight.shape[0]).bit_length() - 1)  # a power of two
         head = weight.to(hidden.dtype)
         losses = torch.zeros_like(weights, dtype=torch.float32)
-        if with_grads:
-            grad_hidden = torch.zeros_like(hidden)
-            # of a frozen head nobody needs one: a third of the products, and 1.2 GB for Qwen3-1.7B
-            grad_weight = torch.zeros_like(weight, dtype=torch.float32) if weight.requires_grad else None
+        grad_hidden = torch.zeros_like(hidden) if with_grads else None
+        grad_weight = None
+        # of a frozen head nobody needs one: a third of the products, and 1.2 GB for Qwen3-1.7B
+        if with_grads and weight.requires_grad:
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         # trained positions first: the chunks after them, most of them in chat data, have nothing to compute
         order = torch.argsort(batch.labels == IGNORE, stable=True)  # [T]
         for start in range(0, batch.counts["trained_tokens"], chunk_size):
             index = order[start : start + chunk_size]
             chunk = hidden[index]  # [C, H]
             losses[index], grad_logits = chunk_step(chunk @ head.T, batch.labels[index], weights[index])
-            if not with_grads:
-                continue
-            grad_hidden[index] = grad_logits @ head
+            if with_grads:
+                grad_hidden[index] = grad_logits @ head
             if grad_weight is None:
                 continue
             # summed in float32 inside the matrix product: on an H200 that saves 10 ms a step
@@ -49,8 +48,7 @@ class ChunkedLoss(torch.autograd.Function):
                 torch.addmm(grad_weight, grad_logits.T, chunk, out_dtype=torch.float32, out=grad_weight)
             else:
                 grad_weight.addmm_(grad_logits.T.float(), chunk.float())
-        if with_grads:
-            ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.mark_non_differentiable(losses)
         return (losses * weights).sum(), losses
 

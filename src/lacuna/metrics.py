@@ -25,23 +25,22 @@ PEAKS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S"
 
 
 def flop(model: PreTrainedModel) -> tuple[float, int]:
-    """FLOP to train on a token, 6 a weight (4 a frozen one, 0 an embedding of input), and on a query and key.
-
-    A window counts as full attention; experts count that a token uses; what is recomputed or masked does not.
-    """
+    """FLOP to train on a token, and on a query and key: without what is recomputed or masked."""
     config = model.config
     heads = getattr(config, "num_attention_heads", 0)
     head_dim = config.to_dict().get("head_dim") or config.hidden_size // max(heads, 1)
     embeddings = model.get_input_embeddings().weight
-    untied = embeddings is not model.get_output_embeddings().weight
-    weights = set(model.state_dict(keep_vars=True).values())  # also what a patch holds, such as in 4 bits
-    multiplied = [p for p in weights if not (untied and p is embeddings)]
-    per_token = sum(p.numel() * (4 + 2 * p.requires_grad) for p in multiplied)
+    weights = set(model.state_dict(keep_vars=True).values())  # also a patch's, such as in 4 bits
+    if embeddings is not model.get_output_embeddings().weight:
+        weights.discard(embeddings)  # they are looked up, not multiplied
+    # 6 a weight, forward and backward, 4 a frozen one; of experts those that a token uses
+    per_token = sum(p.numel() * (4 + 2 * p.requires_grad) for p in weights)
     routers = [module for module in model.modules() if hasattr(module, "top_k")]
     chosen = routers[0].top_k if routers else getattr(config, "top_k_experts", None)
     for p in nn.ModuleList(experts(model)).parameters():  # [experts, out, in]
         if chosen and p.ndim == 3:
             per_token -= p.numel() * (4 + 2 * p.requires_grad) * (1 - chosen / len(p))
+    # a window counts as full attention
     return per_token, 6 * config.num_hidden_layers * heads * head_dim
 
 
@@ -69,7 +68,7 @@ class Report:
         """Take in a step, its figures on their way to the host. Raises FloatingPointError."""
         # facts are known at once: step, lr, epoch, data_seconds, ends_interval, names of a recipe's figures
         values = torch.stack(list(sums.values())).to("cpu", non_blocking=True)  # float64 [names]
-        done = torch.cuda.current_stream().record_event() if self.on_gpu else None  # when they are there
+        done = torch.cuda.current_stream().record_event() if self.on_gpu else None  # they came
         self.pending.append((facts, list(sums), values, done))
         # on a GPU that is the step before the last one: it is done by now, so that neither waits for the other
         self.flush(in_flight=2 if self.on_gpu else 0)
@@ -77,23 +76,21 @@ class Report:
     def flush(self, in_flight: int = 0):
         """Report all steps taken in, but the last so many."""
         while len(self.pending) > in_flight:
-            self.report(*self.pending.pop(0))
-
-    def report(self, facts: dict, names: list[str], values: Tensor, done):
-        if done and not done.query():
-            done.synchronize()
-        sums = dict(zip(names, values.tolist(), strict=True))
-        number = facts["step"]
-        self.stop_asked |= sums["stop_asked"] > 0
-        if not math.isfinite(sums["loss"] + sums["grad_norm"]):
-            what = f"loss {sums['loss']:g}, gradient norm {sums['grad_norm']:g}: not finite"
-            raise FloatingPointError(f"step {number}: {what}; it updated nothing. Lower optim.lr, or see the data")
-        for key in self.totals:
-            self.totals[key] += int(sums[key])
-        self.interval.update(sums | {"steps": 1, "data_seconds": facts["data_seconds"]})
-        due = number == 1 or number % self.config.log.every == 0
-        if due or facts["ends_interval"] or self.stop_asked:
-            self.report_interval(facts, sums)
+            facts, names, values, done = self.pending.pop(0)
+            if done and not done.query():
+                done.synchronize()
+            sums = dict(zip(names, values.tolist(), strict=True))
+            number = facts["step"]
+            self.stop_asked |= sums["stop_asked"] > 0
+            if not math.isfinite(sums["loss"] + sums["grad_norm"]):
+                what = f"loss {sums['loss']:g}, gradient norm {sums['grad_norm']:g}: not finite"
+                raise FloatingPointError(f"step {number}: {what}; it updated nothing. Lower optim.lr, or see the data")
+            for key in self.totals:
+                self.totals[key] += int(sums[key])
+            self.interval.update(sums | {"steps": 1, "data_seconds": facts["data_seconds"]})
+            due = number == 1 or number % self.config.log.every == 0
+            if due or facts["ends_interval"] or self.stop_asked:
+                self.report_interval(facts, sums)
 
     def report_interval(self, facts: dict, sums: dict):
         """One line: means since the last one, speed and fill, and this step's norm."""
@@ -117,18 +114,16 @@ class Report:
             torch.cuda.reset_peak_memory_stats(self.ranks.device)
         metrics |= {"peak_memory_gib": peak, "batch_checksum": f"{int(sums['checksum']):016x}"}
         own = {name: interval[name] / max(interval["units"], 1) for name in facts["figures"]}  # a recipe's
-        self.write(metrics | own)
         self.paces.append(seconds / count)
         left = timedelta(seconds=round((self.steps - facts["step"]) * statistics.median_low(self.paces)))
-        share = f"  mfu {mfu:.0%}" if mfu else ""
-        learned = f"loss {loss:.4f}  norm {sums['grad_norm']:.2f}"
-        log.info(f"step {facts['step']}/{self.steps}  {learned}  {speed:,.0f} tok/s{share}  {left}")
-        if own:
-            log.info(in_words(facts["step"], own))
+        words = [f"loss {loss:.4f}", f"norm {sums['grad_norm']:.2f}", f"{speed:,.0f} tok/s"]
+        if mfu:
+            words.append(f"mfu {mfu:.0%}")
+        log.info("  ".join([f"step {facts['step']}/{self.steps}", *words, str(left)]))
+        self.write(metrics, own)
 
     def evaluation(self, step: int, result: dict):
-        self.write({"step": step, **result})
-        log.info(in_words(step, result))
+        self.write({"step": step}, result)
 
     def close(self, folder: Path, seconds: float):
         """How it went, and what to do now."""
@@ -144,16 +139,15 @@ class Report:
         log.info("Its curves:\nuv run --with plotly==7.1.0 benchmarks/report.py %s", folder)
         log.info("The model is in %s/hf. To talk to it:\nuv run python examples/chat.py %s", folder, folder)
 
-    def write(self, metrics: dict):
-        """Add a line; with it begins a new interval."""
+    def write(self, metrics: dict, told: dict):
+        """Add a line, of which figures are told in words; with it begins a new interval."""
         if self.file:
-            self.file.write(json.dumps(metrics) + "\n")
+            self.file.write(json.dumps(metrics | told) + "\n")
+        words = [f"{name.replace('_', ' ')} {figure:.5g}" for name, figure in told.items()]
+        if words:
+            log.info("step %d: %s", metrics["step"], ", ".join(words))
         self.interval = Counter()
         self.since = time.perf_counter()
-
-
-def in_words(step: int, figures: dict) -> str:
-    return f"step {step}: " + ", ".join(f"{name.replace('_', ' ')} {figure:.5g}" for name, figure in figures.items())
 
 
 def open_metrics(folder: Path, step: int):

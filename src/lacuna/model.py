@@ -1,4 +1,4 @@
-"""The builder: patch -> LoRA -> activation checkpointing -> torch.compile -> FSDP2, then weights into the shards.
+"""The builder: patch -> LoRA -> activation checkpointing -> torch.compile -> FSDP2, then weights.
 
 Everything replaces `layer.forward` in place: parameter names stay those of Hugging Face throughout.
 """
@@ -25,21 +25,57 @@ from lacuna.loss import head_loss
 from lacuna.parallel import Ranks, shard_model
 from lacuna.weights import Part, fill, held, load_weights, weight_folder
 
+# Dear to recompute: matrix products and attention. Everything else is cheap.
+SAVED_OPS = [
+    torch.ops.aten.mm.default,
+    torch.ops.aten._grouped_mm.default,
+    torch.ops.aten._scaled_mm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.lacuna.fa4.default,
+    torch.ops.torch_attn._varlen_attn.default,
+]
+
 
 class Trainee(nn.Module):
     """A transformers model with its loss: what is sharded, called and trained."""
 
-    def __init__(self, model: PreTrainedModel, layers: list[nn.Module], *, dtype, compiled: bool, backend: str):
+    def __init__(self, config: Config, ranks: Ranks, tokenizer, frozen: bool):
+        """Put together on the meta device: nothing is allocated yet."""
         super().__init__()
-        self.model = model
-        self.layers = layers  # of the decoder, in order
-        self.dtype = dtype  # of computation; what is trained is float32
-        self.compiled = compiled
-        self.backend = backend  # of attention
+        on_gpu = ranks.device.type == "cuda"
+        # of computation; what is trained is float32, what is frozen is held as it computes
+        self.dtype = getattr(torch, config.model.dtype or ("bfloat16" if on_gpu else "float32"))
+        self.compiled = on_gpu if config.train.compile is None else config.train.compile
+        self.backend = choose_backend(config.model.attention, ranks.device, self.dtype)
         self.objective = None  # a recipe's, in place of the sum of losses
+        held_in = self.dtype if frozen or config.lora.rank else torch.float32
+        model = self.model = empty_model(config.model, tokenizer, held_in, self.dtype)
+        model.requires_grad_(not frozen)
+        layers = [module for module in model.get_decoder().modules() if isinstance(module, GradientCheckpointingLayer)]
+        # a patch replaces modules, so it comes first
+        if config.model.patch:
+            apply_patch(model, config.model.patch)
+        refuse_unfit(model, layers, config.train.seq_len, config.model.from_scratch)
+        if config.lora.rank:
+            add_adapters(model, layers, config.lora)
+        if ranks.mesh is None and self.dtype != torch.float32:
+            cast_in_forward(model, layers, self.dtype)
+        # in the backward pass all of a layer is recomputed (full), or what is cheap (selective)
+        recomputed = config.train.activation_checkpointing
+        options = {"use_reentrant": False}
+        if recomputed == "selective":
+            options["context_fn"] = partial(create_selective_checkpoint_contexts, SAVED_OPS)
+        for layer in layers:
+            if recomputed != "none":
+                layer.forward = partial(checkpoint, layer.forward, **options)
+            # Compile wraps the checkpointed layer: the partitioner recomputes inside it, and the other way round it
+            # would be done twice. All layers share one graph, which takes seconds; the whole model would take minutes.
+            if self.compiled and getattr(layer, "compiles", True):
+                layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)
+        self.layers = layers  # of the decoder, in order
 
     def forward(self, batch: PackedBatch) -> tuple[Tensor, dict]:
-        """The sum of the batch's losses, nats, and a recipe's figures by name: sums over the same units."""
+        """The batch's loss, nats, and a recipe's figures by name: sums over the same units."""
         if self.objective:
             return self.objective(self, batch)
         return self.head(batch)()[0], {}
@@ -70,49 +106,25 @@ class Trainee(nn.Module):
         return self.model.get_decoder()(**inputs, **boundaries(batch, self.backend)).last_hidden_state[0]
 
 
-def build_model(config: Config, ranks: Ranks, tokenizer, checkpoint: Path | None = None) -> Trainee:
+def build_model(config: Config, ranks: Ranks, tokenizer, checkpoint: Path | None = None, frozen=False) -> Trainee:
     """The model of `config.model`, ready to train: with its own weights or a checkpoint's."""
-    trainee = assemble(config, ranks, tokenizer)
+    trainee = Trainee(config, ranks, tokenizer, frozen)
+    model = trainee.model
     folder = checkpoint
     if config.lora.rank or (folder is None and not config.model.from_scratch):
         folder = weight_folder(config.model.name)
     log.info("weights %s", folder or "are random")
-    materialise(trainee, ranks.device, config.seed, folder)
-    return trainee
-
-
-def assemble(config: Config, ranks: Ranks, tokenizer, frozen: bool = False) -> Trainee:
-    """The builder, on the meta device: nothing is allocated yet."""
-    on_gpu = ranks.device.type == "cuda"
-    dtype = getattr(torch, config.model.dtype or ("bfloat16" if on_gpu else "float32"))
-    compiled = on_gpu if config.train.compile is None else config.train.compile
-    backend = choose_backend(config.model.attention, ranks.device, dtype)
-
-    # what is frozen is held as it computes
-    held_in = dtype if frozen or config.lora.rank else torch.float32
-    with blame(f"model.name {config.model.name}, model.overrides {config.model.overrides}"):
-        model = empty_model(config.model, tokenizer, held_in, dtype)
-    model.requires_grad_(not frozen)
-    layers = [module for module in model.get_decoder().modules() if isinstance(module, GradientCheckpointingLayer)]
-    # a patch replaces modules, so it comes first
-    if config.model.patch:
-        apply_patch(model, config.model.patch)
-    refuse_unfit(model, layers, config.train.seq_len, config.model.from_scratch)
-    if config.lora.rank:
-        add_adapters(model, layers, config.lora)
-    if ranks.mesh is None and dtype != torch.float32:
-        cast_in_forward(model, layers, dtype)
-    if config.train.activation_checkpointing != "none":
-        checkpoint_activations(layers, config.train.activation_checkpointing)
-    # Compile wraps the checkpointed layer: the partitioner recomputes inside it, and the other way round it would be
-    # done twice. Regional: all layers share one graph, which takes seconds; the whole model would take minutes.
-    for layer in layers:
-        if compiled and getattr(layer, "compiles", True):
-            layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)
-    # last, because FSDP2's hooks would break the graphs
-    trainee = Trainee(model, layers, dtype=dtype, compiled=compiled, backend=backend)
+    # after all that wraps code: FSDP2's hooks would break the graphs
     if ranks.mesh is not None:
-        shard_model(trainee, layers, ranks, dtype)
+        shard_model(trainee, ranks)
+    # this rank's share of memory, and what is in it: from the folder, or from scratch
+    trainee.to_empty(device=ranks.device)
+    model.tie_weights(recompute_mapping=False)  # to_empty gives each module a tensor of its own
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True  # what `initialise` puts in their place is not
+    initialise(model, config.seed, set(held(model).values()) if folder else set())
+    if folder:
+        load_weights(model, folder)
     return trainee
 
 
@@ -127,19 +139,7 @@ def apply_patch(model: PreTrainedModel, patch: str):
         getattr(module, function)(model)
 
 
-def materialise(trainee: Trainee, device: torch.device, seed: int, folder: Path | None):
-    """Allocate this rank's share and fill it: from a folder, or from scratch."""
-    model = trainee.model
-    trainee.to_empty(device=device)
-    model.tie_weights(recompute_mapping=False)  # to_empty gives each module a tensor of its own
-    for parameter in model.parameters():
-        parameter._is_hf_initialized = True  # what `initialise` puts in their place is not
-    initialise(model, seed, set(held(model).values()) if folder else set())
-    if folder:
-        load_weights(model, folder)
-
-
-def empty_model(config: ModelConfig, tokenizer, held_in: torch.dtype, dtype: torch.dtype) -> PreTrainedModel:
+def empty_model(config: ModelConfig, tokenizer, held_in, dtype: torch.dtype) -> PreTrainedModel:
     """The model on the meta device, with lacuna's attention."""
     whole = AutoConfig.from_pretrained(config.name, trust_remote_code=False)
     hf_config = whole.get_text_config()
@@ -172,16 +172,28 @@ def empty_model(config: ModelConfig, tokenizer, held_in: torch.dtype, dtype: tor
 def refuse_unfit(model: PreTrainedModel, layers: list[nn.Module], seq_len: int, from_scratch: bool):
     """Refuse, by name and with the reason, what would not be exact."""
     config = model.config
-    leaks = ", ".join(sorted(find_leaks(model, layers, seq_len)))
+    # what would let a document depend on its neighbours
+    unseen = [layer for layer in layers if not hasattr(layer, "sees_to_documents")]
+    kinds = getattr(config, "layer_types", None) or []
+    leaks = {kind for kind, layer in zip(kinds, layers, strict=False) if layer in unseen}
+    leaks -= {"full_attention", "sliding_attention", "mlp", "moe"}
+    if any(isinstance(module, nn.Conv1d) for module in nn.ModuleList(unseen).modules()):
+        leaks.add("convolutions")
+    if unseen and "ALL_ATTENTION_FUNCTIONS" not in vars(sys.modules[type(model).__module__]):
+        leaks.add("attention that cannot be replaced")
+    ropes = str(getattr(config, "rope_parameters", None))
+    longest = getattr(config, "original_max_position_embeddings", None) or getattr(config, "max_position_embeddings", 0)
+    too_long = seq_len > longest and ("'longrope'" in ropes or "'dynamic'" in ropes)
     scores = getattr(config, "attn_logit_softcapping", None) or "sinks" in " ".join(dict(model.named_parameters()))
     inside = {*model.get_decoder().parameters(), *model.get_output_embeddings().parameters()}
     problems = {
-        f"cannot keep packed documents apart ({leaks}): see docs/models.md": leaks,
+        f"cannot keep packed documents apart ({', '.join(sorted(leaks))}): see docs/models.md": leaks,
+        f"rotates by the longest document of a batch: set train.seq_len to {longest}": too_long,
         "has capped scores or sinks: see docs/models.md": scores and AttentionInterface()["lacuna"] is packed_attention,
         "has more in its head than one matrix": set(model.parameters()) - inside,
         "hides a window in its mask": config.model_type == "phimoe" and seq_len > (config.sliding_window or seq_len),
         "is a mixture of experts: from scratch it needs a balancing loss": from_scratch and experts(model),
-        "attends to later tokens, too": not all(getattr(module, "is_causal", True) for module in model.modules()),
+        "attends to later tokens, too": not all(getattr(part, "is_causal", True) for part in model.modules()),
         "is quantized: take a copy without quantization_config": getattr(config, "quantization_config", None),
         "must have model.overrides.attention_dropout = 0.0": getattr(config, "attention_dropout", 0.0),
         "has no layer that is a GradientCheckpointingLayer": not layers,
@@ -191,23 +203,6 @@ def refuse_unfit(model: PreTrainedModel, layers: list[nn.Module], seq_len: int, 
             raise ConfigError(f"{type(model).__name__} {problem}")
     if experts(model):
         log.info("experts: no balancing loss, no LoRA")
-
-
-def find_leaks(model: PreTrainedModel, layers: list[nn.Module], seq_len: int) -> set[str]:
-    """What would let a document depend on its neighbours."""
-    config = model.config
-    unseen = [layer for layer in layers if not hasattr(layer, "sees_to_documents")]
-    kinds = zip(getattr(config, "layer_types", None) or [], layers, strict=False)
-    leaks = {kind for kind, layer in kinds if layer in unseen} - {"full_attention", "sliding_attention", "mlp", "moe"}
-    if any(isinstance(module, nn.Conv1d) for module in nn.ModuleList(unseen).modules()):
-        leaks.add("convolutions")
-    if unseen and "ALL_ATTENTION_FUNCTIONS" not in vars(sys.modules[type(model).__module__]):
-        leaks.add("attention that cannot be replaced")
-    ropes = str(getattr(config, "rope_parameters", None))
-    longest = getattr(config, "original_max_position_embeddings", None) or getattr(config, "max_position_embeddings", 0)
-    if seq_len > longest and ("'longrope'" in ropes or "'dynamic'" in ropes):
-        leaks.add(f"rotations by the longest document of a batch: set train.seq_len to {longest}")
-    return leaks
 
 
 def experts(model: nn.Module) -> list[nn.Module]:
@@ -231,29 +226,9 @@ def run_in(template: nn.Module, module: nn.Module, dtype: torch.dtype, *args, **
     return functional_call(template, cast | dict(module.named_buffers()), args, kwargs)
 
 
-# Dear to recompute: matrix products and attention. Everything else is cheap and recomputed.
-SAVED_OPS = [
-    torch.ops.aten.mm.default,
-    torch.ops.aten._grouped_mm.default,
-    torch.ops.aten._scaled_mm.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.lacuna.fa4.default,
-    torch.ops.torch_attn._varlen_attn.default,
-]
-
-
-def checkpoint_activations(layers: list[nn.Module], how: str):
-    """Recompute in the backward pass: everything (full), or what is cheap (selective)."""
-    options = {"use_reentrant": False}
-    if how == "selective":
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, SAVED_OPS)
-    for layer in layers:
-        layer.forward = partial(checkpoint, layer.forward, **options)
-
-
 @torch.no_grad()
 def initialise(model: PreTrainedModel, seed: int, done: set[Tensor]):
-    """All but what is done, as transformers, or LoRA, begins with, on any ranks: a seed for each name."""
+    """What is not done, as transformers or LoRA begins with, on any ranks: a seed for each name."""
     for name, module in model.named_modules():
         mine = {key: p for key, p in module.named_parameters(recurse=False) if p not in done}
         # tied weights are made once, with the first module that has them

@@ -27,9 +27,8 @@ class AdamW:
         inside = set().union(*self.groups)
         self.groups.append([p for p in self.moments if p not in inside])
         # embeddings, norms and biases do not decay (karpathy/minGPT pull 24)
-        constant = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
-        constant += [p for p in self.moments if p.ndim < 2]
-        self.decays = dict.fromkeys(self.moments, config.weight_decay) | dict.fromkeys(constant, 0.0)
+        embeddings = {part.weight for part in model.modules() if isinstance(part, nn.Embedding)}
+        self.decays = {p: config.weight_decay * (p.ndim > 1 and p not in embeddings) for p in self.moments}
         assert all(p.dtype == torch.float32 for p in self.moments), "bf16 parameters would lose small updates"
         self.count = torch.zeros((), device=next(iter(self.moments)).device)  # of updates
 
@@ -38,9 +37,9 @@ class AdamW:
         """Update by gradients times `scale`; nothing at all where `failed` is true."""
         beta1, beta2 = self.config.betas
         self.count += ~failed
-        # what changes from step to step, as tensors: so nothing is compiled again, and nothing waits
+        # what changes from step to step is a tensor: so nothing is compiled again, and nothing waits
         now = {"lr": torch.full_like(self.count, lr), "scale": scale, "failed": failed}
-        now["step_size"] = now["lr"] / (1 - beta1**self.count)  # with the first moment's bias correction
+        now["step_size"] = now["lr"] / (1 - beta1**self.count)  # corrects the first moment's bias
         now["root"] = (1 - beta2**self.count).sqrt()  # of the second moment's
         for group in self.groups:
             group = [p for p in group if p.grad is not None]  # what took no part stays as it is
@@ -71,9 +70,9 @@ def adamw(tensors: list[tuple], decays: list[float], *, lr, scale, failed, step_
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     """The learning rate of a step, counted from 0, of so many: the last has lr * min_lr_ratio."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / (config.warmup_steps + 1)
     begin = config.warmup_steps
+    if step < begin:
+        return config.lr * (step + 1) / (begin + 1)
     # warmup-stable-decay, arXiv 2404.06395: constant, then a linear decay
     if config.schedule == "wsd":
         begin = max(begin, steps - (config.decay_steps or max(1, steps // 10)))

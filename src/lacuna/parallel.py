@@ -46,22 +46,21 @@ def start(config: DistConfig, train: TrainConfig) -> Ranks:
     return Ranks(rank, world, device, mesh)
 
 
-def shard_model(model: nn.Module, layers: list[nn.Module], ranks: Ranks, dtype: torch.dtype):
-    """FSDP2 over every layer, then over the rest; compute in dtype, reduce gradients in float32."""
+def shard_model(trainee: nn.Module, ranks: Ranks):
+    """FSDP2 over every layer, then over the rest; reduces gradients in float32."""
     memory = torch.cuda.mem_get_info(ranks.device)[1] if ranks.device.type == "cuda" else 0
-    size = sum(p.numel() for p in model.parameters()) * dtype.itemsize
-    whole = {p for p in model.parameters() if not p.requires_grad and size < memory / 5}
+    size = sum(p.numel() for p in trainee.parameters()) * trainee.dtype.itemsize
+    whole = {p for p in trainee.parameters() if not p.requires_grad and size < memory / 5}
     if whole:
         log.info("The frozen weights, below a fifth of the GPU, are whole on every rank")
     mesh = ranks.mesh if ranks.mesh["dp_replicate"].size() > 1 else ranks.mesh["dp_shard"]
-    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    precision = MixedPrecisionPolicy(param_dtype=trainee.dtype, reduce_dtype=torch.float32)
     # A large model's layers are freed again after their forward. One that takes less than a twentieth of the GPU stays
     # till its backward, which is half as much to gather: 93 -> 95% of linear on two H200s, for 2.6 GiB (1.7B).
-    large = size > memory / 20
-    for module in (*layers, model):
-        reshard = large and module is not model
+    for module in (*trainee.layers, trainee):
+        reshard = size > memory / 20 and module is not trainee
         fully_shard(module, mesh=mesh, reshard_after_forward=reshard, mp_policy=precision, ignored_params=whole)
-        module.set_gradient_divide_factor(1.0)  # the loss is divided by the tokens of all ranks: gradients add up
+        module.set_gradient_divide_factor(1.0)  # the loss is a mean over all ranks: gradients add up
         module.set_force_sum_reduction_for_comms(True)
 
 
@@ -71,7 +70,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def sum_over_ranks(parts: list[dict], device: torch.device) -> dict[str, Tensor]:
-    """Figures by name, numbers or scalar tensors, added over parts and ranks in one collective: float64."""
+    """Figures by name, numbers or scalar tensors, added over parts and ranks at once: float64."""
     totals = {}
     for part in parts:
         totals = {name: totals.get(name, 0) + figure for name, figure in part.items()}
