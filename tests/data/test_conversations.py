@@ -7,6 +7,7 @@ turns by a regular expression, and encoded once by a plain call of the tokenizer
 import copy
 import json
 import re
+import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, pairwise
@@ -19,6 +20,7 @@ from tokenizers.processors import ByteLevel
 
 import lacuna
 from lacuna.config import ConfigError, Source, load_config
+from lacuna.data import conversations
 from lacuna.data.conversations import ChatEncoder
 from lacuna.data.sources import tokenise, without_nulls
 
@@ -846,3 +848,22 @@ def test_a_call_is_written_whole_name_and_arguments(tokenizer, written, lost):
     else:
         [(ids, _, note)] = documents(encoder, {"messages": CALLED})
         assert not note and "Köln" in tokenizer.decode(ids)
+
+
+ENDLESS = [
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",  # each below Jinja's own limit
+    "{% if 10 ** (10 ** 9) %}{% endif %}",  # arithmetic of constants: Jinja swallows an error in it once
+]
+
+
+@pytest.mark.parametrize("endless", ENDLESS)
+def test_a_template_that_does_not_end_is_an_error_with_its_row_and_no_clock_runs_on(endless, tokenizer, monkeypatch):
+    monkeypatch.setattr(conversations, "ROW_SECONDS", 0.3)
+    once = "{% if messages[0].content == 'Again?' %}" + endless + "{% endif %}"
+    chats = make(tokenizer, "--data.chat_template", MINE + once)
+    rows = [{"messages": say(f"user: {question}", "assistant: Yes.")} for question in ("Once?", "Again?")]
+    refused(lambda: documents(chats, *rows), "row 42", "TimeoutError", "the chat template was not done in 0.3 s")
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
+    # of any conversation at all: before the first row
+    refused(lambda: make(tokenizer, "--data.chat_template", MINE + endless), "data.chat_template", "0.3 s")
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
