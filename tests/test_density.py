@@ -1,7 +1,7 @@
-"""The promise of few lines is not paid in width: the code is never denser than it was on 25 November 2026.
+"""The promise of few lines is not paid in width: the code is hardly denser than it was on 29 November 2026.
 
-Then, before it was given air, a line of code had 57 characters in the mean, and 20% had more than 100 columns. nanochat
-has 44 and 6%, lingua 32 and 1.5%.
+Then a line of code had 55.0 characters in the mean, and 9.7% had more than 100 columns; before it was given air, on 25
+November, 57 and 20%. nanochat has 44 and 6%, lingua 32 and 1.5%.
 """
 
 from pathlib import Path
@@ -24,8 +24,8 @@ def density(rows: list[str]) -> tuple[float, float]:
 
 def test_the_code_is_never_denser_than_it_was():
     characters, wide = density(code_lines(REPO / "src" / "lacuna"))
-    assert characters <= 57, f"{characters:.1f} characters a code line"
-    assert wide <= 0.20, f"{wide:.1%} of code lines over 100 columns"
+    assert characters <= 55.5, f"{characters:.1f} characters a code line"
+    assert wide <= 0.12, f"{wide:.1%} of code lines over 100 columns"
 
 
 def test_density_counts_what_it_says(tmp_path):

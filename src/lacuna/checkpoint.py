@@ -26,7 +26,7 @@ from lacuna.lora import merge, write_adapter
 from lacuna.parallel import Ranks, local
 from lacuna.weights import SEALS, check_base, held, load_weights, refuse_damaged, seal, stored_parts, weight_folder
 
-FORMAT = 5  # of names and state: counted up when no run can go on from those of before
+FORMAT = 5  # of a checkpoint: counted up when no run can go on from older ones
 # What may change when a run goes on: places, reports, hardware. With another value of any other key it is another run.
 FREE = ("name", "out", "log.", "checkpoint.", "dist.", "eval.every", "eval.rows", "eval.sources", "data.cache")
 FREE += ("train.micro_batch_size", "train.activation_checkpointing", "train.deterministic")
@@ -65,7 +65,7 @@ def refuse_another(checkpoint: Path | None, state: dict, config: Config):
     """ConfigError where a run that goes on from there would be another one."""
     if state.get("format") != FORMAT:
         raise ConfigError(f"{checkpoint} is of another version of lacuna: begin a run with it as model.name")
-    for source in state["config"].get("data", {}).get("sources", []):  # new keys have their defaults
+    for source in state["config"].get("data", {}).get("sources", []):  # keys that it did not know get their defaults
         source |= Source(**source).model_dump(mode="json")
     old = flat(state["config"])
     new = flat(config.model_dump(mode="json"))
@@ -90,10 +90,10 @@ class HostMemory:
     def __init__(self, sizes: list[int], device: torch.device):
         memory = torch.zeros(sum(sizes))  # float32
         self.places = memory.split(sizes)  # flat
-        # not by `pin_memory`, which takes a power of two; while the driver pins 20 GB, launches wait for .8 s, once
+        # `pin_memory` would round up to a power of two. While the driver pins 20 GB, launches wait for .8 s, once
         if device.type == "cuda" and memory.nbytes:
             torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
-            # or else, in a process that lives on, copies from what lies there next would read the old memory
+            # else, in a process that lives on, copies from what is put there next would read the old memory
             weakref.finalize(self, torch.cuda.cudart().cudaHostUnregister, memory.data_ptr()).atexit = False
 
 
@@ -104,15 +104,15 @@ class Checkpoints:
         self.config = config
         self.ranks = ranks
         self.folder = folder / "checkpoints"
-        self.tensors = tensors  # by name, also the optimizer's; of them this rank writes:
+        self.tensors = tensors  # by name, the optimizer's too; those that this rank writes:
         self.small_files = []
         if ranks.rank > 0:
-            # of a sharded tensor each rank of the first replica writes its part, of any other rank 0
+            # each rank of the first replica writes its part of sharded tensors, rank 0 all others
             first = ranks.mesh.get_coordinate()[0] == 0
             self.tensors = {name: t for name, t in tensors.items() if first and isinstance(t, DTensor)}
         else:
             self.small_files = [model.config, model.generation_config, tokenizer]
-            # what could only fail after hours: room for a checkpoint, or hf/; what transformers refuses to write
+            # tried now, since it would fail after hours: room on the disk, and what transformers refuses to write
             self.folder.mkdir(exist_ok=True)
             hf = model.num_parameters() * model.config.dtype.itemsize
             needed = max(hf, 4 * sum(tensor.numel() for tensor in tensors.values())) / 2**30
@@ -124,18 +124,18 @@ class Checkpoints:
                     content.save_pretrained(place)
         self.thread = ThreadPoolExecutor(max_workers=1)
         if ranks.device.type == "cuda":
-            # a stream of its own, and with it this rank's GPU: both are each thread's
+            # a thread has a current stream and a current GPU of its own: this sets both
             self.thread.submit(torch.cuda.set_stream, torch.cuda.Stream(ranks.device))
         self.memory = None  # Future of HostMemory
-        # of the last save: the host has this rank's share, so that parameters may change; the checkpoint is whole
-        self.copied = self.written = self.thread.submit(lambda: None)  # none yet
-        # the thread's own: two threads that use one group could meet in different orders on different ranks
+        # Futures of the last save: the host has this rank's share, so parameters may change; the checkpoint is whole
+        self.copied = self.written = self.thread.submit(lambda: None)  # no save yet
+        # a group for this thread alone: two threads that share one could meet in different orders on different ranks
         timeout = timedelta(seconds=config.dist.timeout)
         self.group = dist.new_group(backend="gloo", timeout=timeout) if ranks.mesh is not None else None
 
     def after_step(self):
         """Says at once that a save has failed; after the first step, begins to allocate."""
-        if self.memory is None:  # not before: beside compilation, 20 GB (1.7B) cost 2 s
+        if self.memory is None:  # not earlier: beside compilation, 20 GB (1.7B) cost 2 s
             sizes = [local(tensor).numel() for tensor in self.tensors.values()]
             self.memory = self.thread.submit(HostMemory, sizes, self.ranks.device)
         if self.written.done():
@@ -202,7 +202,8 @@ class Checkpoints:
             if isinstance(tensor, DTensor):
                 _, begin = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
                 offsets[name] = {"saved_offsets": begin}
-        save_file(shares, file, {"DCP_SHARDING_INFO": json.dumps(offsets)})  # one: two have no order
+        # in one key: two have no order, and the bytes would differ
+        save_file(shares, file, {"DCP_SHARDING_INFO": json.dumps(offsets)})
 
 
 def match_eos(config: Config, model: PreTrainedModel, tokenizer):
@@ -210,8 +211,8 @@ def match_eos(config: Config, model: PreTrainedModel, tokenizer):
     eos = tokenizer.eos_token_id
     model.config.architectures = [type(model).__name__]
     model.config.eos_token_id = eos
-    generation = model.generation_config  # made from its config
-    with suppress(OSError):  # it may have none of its own
+    generation = model.generation_config  # which transformers made from the model's config
+    with suppress(OSError):  # the folder may have none
         generation = GenerationConfig.from_pretrained(config.model.name)
     try:
         generation.validate(strict=True)
@@ -219,7 +220,7 @@ def match_eos(config: Config, model: PreTrainedModel, tokenizer):
         log.info("The generation_config is left out, since transformers refuses it: %s", error)
         generation = GenerationConfig(bos_token_id=tokenizer.bos_token_id)
     ends = np.atleast_1d(generation.eos_token_id).tolist()
-    if config.model.tokenizer:  # the ids of another one would be other words
+    if config.model.tokenizer:  # another tokenizer: its ids mean other words
         generation.bos_token_id = tokenizer.bos_token_id
         generation.pad_token_id = tokenizer.pad_token_id
         ends = []
@@ -258,6 +259,6 @@ def export(checkpoint: Path, out: Path, dtype: str | None = None):
         load_weights(model, checkpoint)
     for old in out.glob("model*.safetensors*"):
         old.unlink()
-    model.save_pretrained(out, max_shard_size="5GB")  # under the names that came in
+    model.save_pretrained(out, max_shard_size="5GB")  # under the names of the files that were read
     others = shutil.ignore_patterns("*.safetensors", "state.json", SEALS, "config.json")
     shutil.copytree(checkpoint, out, ignore=others, dirs_exist_ok=True)

@@ -23,7 +23,7 @@ USAGE = """usage: lacuna pt [CONFIG.toml]          train on text: every token
 
 def main():
     if not (sys.stderr and sys.stderr.isatty()):
-        os.environ["TQDM_DISABLE"] = "1"  # of all libraries
+        os.environ["TQDM_DISABLE"] = "1"  # the bars of all libraries
     try:
         command, *words = sys.argv[1:] or ["--help"]
         if command in ("-h", "--help"):
@@ -37,7 +37,7 @@ def main():
         leave(0)
     except Preempted as error:
         leave(REQUEUE, str(error))
-    except KeyboardInterrupt:  # of an export
+    except KeyboardInterrupt:  # Ctrl-C during an export: a run has its own handler
         leave(130, "interrupted")
     except (ConfigError, FloatingPointError) as error:
         leave(1, str(error))
@@ -49,7 +49,7 @@ def parse(task: str, words: list[str]) -> Config:
         raise ConfigError(f"unknown command {' '.join([task, *words])}\n{USAGE}")
     if words and not words[0].startswith("-"):
         return load_config(words[0], words[1:], task)
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one GPU is enough
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one GPU is enough for the examples
     path = f"configs/{Path(task).stem}.toml"
     if not (Path(path).exists() or {"-h", "--help"} & set(words)):
         raise ConfigError(f"no config given, and no {path} here: name one, or run in a clone of lacuna")
@@ -59,11 +59,11 @@ def parse(task: str, words: list[str]) -> Config:
 @blame("log.txt says where (if no step was done, see model.overrides)")
 def train(config: Config):
     launch()
-    preemption = Preemption()  # imports alone take seconds
+    preemption = Preemption()  # before the imports, which take seconds
     run = import_module("lacuna.train").run
-    gc.freeze()  # or imports are looked through, .5 s every few dozen steps
+    gc.freeze()  # else the collector looks through all that is imported, .5 s every few dozen steps
     run(config, preemption)
-    gc.unfreeze()  # or extensions say at exit that all of it is leaked
+    gc.unfreeze()  # else extensions report all of it as leaked at exit
 
 
 @blame("lacuna export")
@@ -86,7 +86,7 @@ def leave(status: int, sentence: str = ""):
             log.debug(sentence)
             sys.stderr.write(COLOUR.format(31, f"{name}: {sentence}") + "\n")
         sys.stdout.flush()
-    # threads of gloo's, or a loader's that stands still in a read, outlive the interpreter: 1 run in 20 aborted
+    # gloo's threads, or a loader's that waits for a file, outlive the interpreter: 1 run in 20 aborted at exit
     if status or rank:
         os._exit(status)
     sys.exit(0)

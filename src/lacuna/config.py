@@ -43,7 +43,7 @@ def blame(where: str):
     try:
         yield
     except (ConfigError, FloatingPointError, Preempted, KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise  # it has its sentence, or is only an end
+        raise  # these have their sentence, or only end the run
     except BaseException as error:  # tokenizers, written in Rust, panics with one
         log.debug("%s", where, exc_info=True)  # to log.txt, where a run has one by now
         text = " ".join(str(error).split())[:300]
@@ -210,14 +210,14 @@ def load_config(path: str | None, argv: list[str], task: str = "pt") -> Config:
     with blame("the command line (--section.key VALUE; a list is JSON)"):
         words, unknown = parser.parse_known_args(argv)
         given = source(parsed_args=words)()
-    for word in unknown[:1]:  # refused below, as an unknown key of the file is
+    for word in unknown[:1]:  # refused below, like an unknown key of the file
         given[word.strip("-").partition("=")[0]] = None
     with blame(f"cannot read config {path} as TOML"):
         merged = tomllib.loads(Path(path).read_text("utf-8-sig")) if path else {}
     for section, value in given.items():
         if isinstance(value, dict) and isinstance(merged.get(section), dict):
             if section == "train" and {"steps", "epochs"} & value.keys():
-                # they exclude each other: one given here takes back the file's
+                # they exclude each other: one on the command line takes back the file's
                 merged[section] |= {"steps": None, "epochs": None}
             value = merged[section] | value
         merged[section] = value
@@ -249,7 +249,7 @@ def sentence(problem: dict) -> str:
     known = {}
     for prefix, section in sections.items():
         for name, field in getattr(section, "model_fields", {}).items():
-            known[prefix + name] = f"({name}) {field.description}"  # what others call it is in brackets, too
+            known[prefix + name] = f"({name}) {field.description}"  # other trainers' names are in brackets
     near = [key for key, names in known.items() if f"({last})" in names]
     near += difflib.get_close_matches(wrong, known, 1, cutoff=0.65)
     if near:

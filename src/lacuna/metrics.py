@@ -30,7 +30,7 @@ def flop(model: PreTrainedModel) -> tuple[float, int]:
     heads = getattr(config, "num_attention_heads", 0)
     head_dim = config.to_dict().get("head_dim") or config.hidden_size // max(heads, 1)
     embeddings = model.get_input_embeddings().weight
-    weights = set(model.state_dict(keep_vars=True).values())  # also a patch's, such as in 4 bits
+    weights = set(model.state_dict(keep_vars=True).values())  # with those that a patch holds, such as in 4 bits
     if embeddings is not model.get_output_embeddings().weight:
         weights.discard(embeddings)  # they are looked up, not multiplied
     # 6 a weight, forward and backward, 4 a frozen one; of experts those that a token uses
@@ -68,9 +68,9 @@ class Report:
         """Take in a step, its figures on their way to the host. Raises FloatingPointError."""
         # facts are known at once: step, lr, epoch, data_seconds, ends_interval, names of a recipe's figures
         values = torch.stack(list(sums.values())).to("cpu", non_blocking=True)  # float64 [names]
-        done = torch.cuda.current_stream().record_event() if self.on_gpu else None  # they came
+        done = torch.cuda.current_stream().record_event() if self.on_gpu else None  # when they are there
         self.pending.append((facts, list(sums), values, done))
-        # on a GPU that is the step before the last one: it is done by now, so that neither waits for the other
+        # on a GPU the step before the last one is done by now: neither host nor device waits
         self.flush(in_flight=2 if self.on_gpu else 0)
 
     def flush(self, in_flight: int = 0):
@@ -95,7 +95,7 @@ class Report:
     def report_interval(self, facts: dict, sums: dict):
         """One line: means since the last one, speed and fill, and this step's norm."""
         interval = self.interval
-        # on a GPU, too, the host has just waited for this step; as the slower one it is late by up to two
+        # the host is up to two steps ahead of a GPU, at both ends of an interval
         seconds = time.perf_counter() - self.since
         self.in_steps += seconds
         count = interval["steps"]
@@ -121,9 +121,6 @@ class Report:
             words.append(f"mfu {mfu:.0%}")
         log.info("  ".join([f"step {facts['step']}/{self.steps}", *words, str(left)]))
         self.write(metrics, own)
-
-    def evaluation(self, step: int, result: dict):
-        self.write({"step": step}, result)
 
     def close(self, folder: Path, seconds: float):
         """How it went, and what to do now."""
@@ -156,7 +153,7 @@ def open_metrics(folder: Path, step: int):
     file.touch()
     lines = file.read_bytes().splitlines(keepends=True) if step else []
     whole = [json.loads(line) for line in lines if line.endswith(b"\n")]  # the last may be cut off
-    # of the step itself the evaluation, its last line, is done again
+    # a step's last line is its evaluation, which a run that goes on there does again
     kept = sum(m["step"] < step or (m["step"] == step and "eval_loss" not in m) for m in whole)
     os.truncate(file, sum(map(len, lines[:kept])))
     return open(file, "a", buffering=1)  # line by line: a killed run keeps its lines
@@ -165,8 +162,8 @@ def open_metrics(folder: Path, step: int):
 def start_logging(folder: Path, rank: int):
     """Rank 0 logs to stderr and log.txt; others warnings to stderr, tracebacks to log.txt."""
     log.setLevel(logging.DEBUG)
-    logging.raiseExceptions = False  # of a full disk; metrics.jsonl ends the run then
-    log.propagate = False  # libraries print their own, which would stand twice
+    logging.raiseExceptions = False  # about a full disk: writing metrics.jsonl ends the run then
+    log.propagate = False  # to the root logger: lines would stand twice
     folder.mkdir(parents=True, exist_ok=True)
     layout = logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
     file = logging.FileHandler(folder / "log.txt", mode="a")

@@ -43,7 +43,7 @@ class Trainee(nn.Module):
         """Put together on the meta device: nothing is allocated yet."""
         super().__init__()
         on_gpu = ranks.device.type == "cuda"
-        # of computation; what is trained is float32, what is frozen is held as it computes
+        # what computes has this dtype; parameters that are trained are float32, frozen ones are held in it
         self.dtype = getattr(torch, config.model.dtype or ("bfloat16" if on_gpu else "float32"))
         self.compiled = on_gpu if config.train.compile is None else config.train.compile
         self.backend = choose_backend(config.model.attention, ranks.device, self.dtype)
@@ -85,7 +85,7 @@ class Trainee(nn.Module):
         head = self.model.get_output_embeddings()
         weight = head.weight
         hidden = self.hidden(batch)
-        if head.bias is not None:  # one more column, for an input of 1
+        if head.bias is not None:  # the bias is one more column of weights, for an input of 1
             weight = torch.cat([weight, head.bias[:, None]], 1)
             hidden = nn.functional.pad(hidden, (0, 1), value=1.0)
         config = self.model.config
@@ -93,7 +93,7 @@ class Trainee(nn.Module):
         keys = ("logit_scale", "logits_scaling", "final_logit_softcapping", "logits_soft_cap")
         known = {key: getattr(config, key) for key in keys if hasattr(type(config), key)}
         scaling = known.get("logits_scaling") or 1.0
-        if config.model_type != "hyperclovax":  # others divide
+        if config.model_type != "hyperclovax":  # all others divide by it
             scaling = 1 / scaling
         factor = scaling * (known.get("logit_scale") or 1.0)
         cap = known.get("final_logit_softcapping") or known.get("logits_soft_cap")
@@ -101,7 +101,7 @@ class Trainee(nn.Module):
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """The decoder's last hidden states [T, H]."""
-        # transformers wants a batch: ours is one long sample
+        # transformers wants a batch: all rows are one long sample
         inputs = {"input_ids": batch.input_ids[None], "position_ids": batch.position_ids[None], "use_cache": False}
         return self.model.get_decoder()(**inputs, **boundaries(batch, self.backend)).last_hidden_state[0]
 
@@ -114,14 +114,14 @@ def build_model(config: Config, ranks: Ranks, tokenizer, checkpoint: Path | None
     if config.lora.rank or (folder is None and not config.model.from_scratch):
         folder = weight_folder(config.model.name)
     log.info("weights %s", folder or "are random")
-    # after all that wraps code: FSDP2's hooks would break the graphs
+    # after torch.compile, whose graphs FSDP2's hooks would break
     if ranks.mesh is not None:
         shard_model(trainee, ranks)
-    # this rank's share of memory, and what is in it: from the folder, or from scratch
+    # allocate this rank's share, then fill it: from the folder, or from scratch
     trainee.to_empty(device=ranks.device)
     model.tie_weights(recompute_mapping=False)  # to_empty gives each module a tensor of its own
     for parameter in model.parameters():
-        parameter._is_hf_initialized = True  # what `initialise` puts in their place is not
+        parameter._is_hf_initialized = True  # `initialise` puts others in their place, which are not
     initialise(model, config.seed, set(held(model).values()) if folder else set())
     if folder:
         load_weights(model, folder)
@@ -132,7 +132,7 @@ def apply_patch(model: PreTrainedModel, patch: str):
     """Call a function of the user's file with the empty model."""
     file, _, function = patch.rpartition(":")
     with blame(f"model.patch {patch} (a file.py:function)"):
-        # a module: torch.compile looks up by its name what layers call there
+        # a real module: torch.compile looks up by the module's name what layers call in it
         spec = spec_from_file_location(f"patch_{Path(file).stem}", file)
         module = sys.modules[spec.name] = module_from_spec(spec)
         spec.loader.exec_module(module)
@@ -146,7 +146,7 @@ def empty_model(config: ModelConfig, tokenizer, held_in, dtype: torch.dtype) -> 
     for key in config.overrides:
         if not hasattr(hf_config, key):
             raise ConfigError(f"model.overrides.{key} is no field of {config.name}'s config")
-    # made anew of its file: what follows from other fields still does
+    # made anew from its file, so that fields that follow from others follow from the new ones
     if config.overrides:
         fields, _ = hf_config.get_config_dict(config.name)
         fields = fields.get("text_config", fields)
@@ -172,7 +172,7 @@ def empty_model(config: ModelConfig, tokenizer, held_in, dtype: torch.dtype) -> 
 def refuse_unfit(model: PreTrainedModel, layers: list[nn.Module], seq_len: int, from_scratch: bool):
     """Refuse, by name and with the reason, what would not be exact."""
     config = model.config
-    # what would let a document depend on its neighbours
+    # leaks: what would let a document depend on its neighbours
     unseen = [layer for layer in layers if not hasattr(layer, "sees_to_documents")]
     kinds = getattr(config, "layer_types", None) or []
     leaks = {kind for kind, layer in zip(kinds, layers, strict=False) if layer in unseen}
@@ -217,7 +217,7 @@ def cast_in_forward(model: PreTrainedModel, layers: list[nn.Module], dtype: torc
         if isinstance(module, nn.Embedding):
             module.register_forward_hook(lambda module, args, output: output.to(dtype))
         elif module in layers or (module._parameters and module not in inside):
-            # the copy, on meta for ever, has the code, and `module` the weights
+            # the copy, which stays on meta, is run with the weights of `module`
             module.forward = partial(run_in, copy.deepcopy(module), module, dtype)
 
 

@@ -30,7 +30,7 @@ class AdamW:
         embeddings = {part.weight for part in model.modules() if isinstance(part, nn.Embedding)}
         self.decays = {p: config.weight_decay * (p.ndim > 1 and p not in embeddings) for p in self.moments}
         assert all(p.dtype == torch.float32 for p in self.moments), "bf16 parameters would lose small updates"
-        self.count = torch.zeros((), device=next(iter(self.moments)).device)  # of updates
+        self.count = torch.zeros((), device=next(iter(self.moments)).device)  # updates so far
 
     @torch.no_grad()
     def step(self, lr: float, scale: Tensor, failed: Tensor):
@@ -40,12 +40,12 @@ class AdamW:
         # what changes from step to step is a tensor: so nothing is compiled again, and nothing waits
         now = {"lr": torch.full_like(self.count, lr), "scale": scale, "failed": failed}
         now["step_size"] = now["lr"] / (1 - beta1**self.count)  # corrects the first moment's bias
-        now["root"] = (1 - beta2**self.count).sqrt()  # of the second moment's
+        now["root"] = (1 - beta2**self.count).sqrt()  # and this the second moment's
         for group in self.groups:
-            group = [p for p in group if p.grad is not None]  # what took no part stays as it is
+            group = [p for p in group if p.grad is not None]  # what took no part in the loss stays as it is
             tensors = [tuple(map(local, (p, p.grad, *self.moments[p]))) for p in group]
             decays = [self.decays[p] for p in group]
-            # with nothing to do dynamo would give up this function for good: op by op, 130 ms a step
+            # given an empty list, dynamo would never compile this function again: 130 ms a step
             if group:
                 self.update(tensors, decays, **now, beta1=beta1, beta2=beta2, eps=self.config.eps)
 

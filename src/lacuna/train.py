@@ -37,7 +37,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
         start_logging(folder, ranks.rank)
         lock = FileLock(folder / ".lock")  # released however this process ends
         if ranks.rank == 0:
-            lock.acquire(timeout=60)  # ranks of a run that is just ending may still be there
+            lock.acquire(timeout=60)  # a run that is just ending may still hold it
         checkpoint, state = find_checkpoint(config, folder, ranks.rank)
         refuse_another(checkpoint, state, config)
     tokenizer = load_tokenizer(config.model)
@@ -54,7 +54,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
         if state.get("inventory", dataset.inventory) != dataset.inventory and not config.checkpoint.resume_changed:
             change = f"the data of {checkpoint} was {state['inventory']}, now {dataset.inventory}"
             raise ConfigError(f"data.sources: {change}: bring it back, or checkpoint.resume_changed = true")
-        fixed = {"inventory": dataset.inventory}  # what a run that goes on must find again
+        fixed = {"inventory": dataset.inventory}  # saved with every checkpoint: a run that goes on must find the same
         steps = config.train.steps or math.ceil(dataset.count_rows() / config.train.global_batch_size)
         loader = Loader(config, dataset, ranks.device)
     if config.optim.warmup_steps >= steps:
@@ -89,11 +89,11 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
     log.info("length  %s, lr %g, %s", length, config.optim.lr, config.optim.schedule)
     log.info("run     %s: a checkpoint every %d steps", folder, config.checkpoint.every)
     if held_out and is_due(state["step"], config.eval.every, steps):
-        report.evaluation(state["step"], evaluate(trainee, config, held_out, ranks, tokenizer))
-    failed = torch.zeros((), device=ranks.device, dtype=torch.bool)  # something was not finite
+        report.write({"step": state["step"]}, evaluate(trainee, config, held_out, ranks, tokenizer))
+    failed = torch.zeros((), device=ranks.device, dtype=torch.bool)  # a loss or a norm was not finite
     live = {"initial": state["step"], "total": steps, "disable": ranks.rank > 0 or None}  # None: only on a terminal
     for step in trange(state["step"] + 1, steps + 1, ncols=72, **live):
-        # of nothing but dropout, in models that have it: so it is the same after a resume
+        # seeds nothing but dropout, where a model has it: a run that goes on draws the same
         torch.manual_seed(config.seed + step * ranks.world + ranks.rank)
 
         # 1. All micro-batches of the step, and what they hold together over all ranks.
@@ -111,7 +111,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
         sums = sum_over_ranks([part | {"stop_asked": preemption.asked} for part in parts], ranks.device) | sums
         failed |= ~(norm + sums["loss"]).isfinite()
         lr = learning_rate(config.optim, step - 1, steps)
-        checkpoints.copied.result()  # before parameters change
+        checkpoints.copied.result()  # the last save must have its copies before parameters change
         optimizer.step(lr, (config.train.max_grad_norm / (norm + 1e-6)).clamp(max=1).float(), failed)
         trainee.zero_grad()
 
@@ -124,14 +124,14 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
         try:
             report.step(facts, sums | {"grad_norm": norm})
             if evaluating or saving or report.stop_asked:
-                report.flush()  # what is saved is finite, and done: another stream copies it
+                report.flush()  # so what is saved is finite, and computed: another CUDA stream copies it
         except FloatingPointError:
-            checkpoints.written.result()  # the last good one may be half written
+            checkpoints.written.result()  # the last good checkpoint may be half written
             raise
         if evaluating and not report.stop_asked:
-            report.evaluation(step, evaluate(trainee, config, held_out, ranks, tokenizer))
+            report.write({"step": step}, evaluate(trainee, config, held_out, ranks, tokenizer))
 
-        # 5. Save: also where a signal asked to stop.
+        # 5. Save, when it is time or a signal asked to stop.
         checkpoints.after_step()
         if saving or report.stop_asked:
             checkpoints.save(step, report.totals | fixed, loader.state)
@@ -179,9 +179,9 @@ def accumulate_gradients(trainee: Trainee, batches: list[PackedBatch], units, ra
     parts = []
     for i, batch in enumerate(batches):
         if ranks.mesh is not None:
-            trainee.set_requires_all_reduce(i == len(batches) - 1)  # of replicas: once a step
+            trainee.set_requires_all_reduce(i == len(batches) - 1)  # HSDP: replicas add up their gradients once a step
         loss, figures = trainee(batch)
-        # of the whole global batch: so gradients add up to the mean over all of its units
+        # units of the whole global batch: so gradients add up to those of its mean
         loss = loss / units
         loss.backward()
         parts.append({**figures, "loss": loss.detach()})
@@ -195,7 +195,7 @@ def evaluate(trainee: Trainee, config: Config, dataset: RowDataset, ranks: Ranks
     parts = []
     trainee.eval()
     rows = dataset.count_rows() if dataset.map_style else config.eval.rows
-    # every rank takes as many rows, and one without data feeds rows that train nothing: so nobody hangs
+    # every rank takes as many rows, empty ones where it has no data left: else the others would wait for ever
     batches = math.ceil(rows / (config.train.micro_batch_size * ranks.world))
     for _ in trange(batches, ncols=72, desc="evaluating", leave=False, disable=ranks.rank > 0 or None):
         [batch] = loader.step()

@@ -22,18 +22,18 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from lacuna.config import ConfigError, blame, log
 from lacuna.parallel import local
 
-SEALS = "fingerprints.json"  # of a checkpoint's other files
+SEALS = "fingerprints.json"  # size and fingerprint of each other file of a checkpoint
 WHOLE = "model.safetensors"
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-INDEX = "model.safetensors.index.json"  # of a model in several files
-TEXT = re.compile(r"^(model\.)?language_model\.")  # of models that see or hear, too
+INDEX = "model.safetensors.index.json"  # of a model that is stored in several files
+TEXT = re.compile(r"^(model\.)?language_model\.")  # names of the text part in models that see or hear, too
 
 
 class Part(NamedTuple):
     """Rows of a tensor, in one file; a scalar is one row."""
 
-    first: int  # their place in the whole tensor
-    values: torch.Tensor  # the file itself, mapped: read where it is looked at
+    first: int  # number of its first row in the whole tensor
+    values: torch.Tensor  # mapped from the file: read from disk when it is used
 
 
 def weight_folder(name: str) -> Path:
@@ -185,11 +185,11 @@ def load_weights(model: PreTrainedModel, folder: Path):
         raise ConfigError(f"model.name {folder} holds adapters alone: `lacuna export` makes a model of them")
     if missing or unknown:
         raise ConfigError(f"{folder} does not fit {type(model).__name__}: missing {missing[:3]}, unknown {unknown[:3]}")
-    kept = model._keep_in_fp32_modules_strict or ()  # by transformers, too
+    kept = model._keep_in_fp32_modules_strict or ()  # in float32, as transformers does
     for name, tensor in places.items():
         if any(re.search(pattern, name) for pattern in kept) and not isinstance(tensor, DTensor):
             tensor.data = tensor.data.float()
-        if name in made:  # one layer's at a time: all would be a second model
+        if name in made:  # one layer's at a time: all at once would be a second model in memory
             converted = made.pop(name).convert(name, model=model, config=model.config)
             stored[name] = [Part(0, converted[name])]
         fill(tensor, stored.pop(name), f"{folder} does not fit: {name}")

@@ -70,7 +70,7 @@ class PackedBatch(NamedTuple):
     position_ids: torch.Tensor  # int64 [T], from 0 in every document
     cu_seqlens: torch.Tensor  # int32 [N + 1], boundaries of the N documents: the one shape that changes
     # No more tensors, least of all of floats: FSDP2 casts those among its inputs to bf16.
-    max_seqlen: int  # a constant
+    max_seqlen: int  # seq_len, a constant
     epoch: float
     counts: dict[str, int]  # by name, to be added over micro-batches and ranks
 
@@ -92,7 +92,7 @@ def collate(rows: list[Row]) -> PackedBatch:
     trained_tokens = int((labels != IGNORE).sum())
     counts = {
         "trained_tokens": trained_tokens,
-        "units": sum(row.pairs for row in rows) or trained_tokens,  # of which the loss is a mean
+        "units": sum(row.pairs for row in rows) or trained_tokens,  # what the loss is a mean over
         "tokens": sum(row.tokens for row in rows),
         "pairs": int((lengths**2).sum()),  # squared document lengths: what attention computes
         "checksum": sum(row.checksum for row in rows),  # each below 2**32, so that sums are exact in float64

@@ -41,7 +41,7 @@ CURE = "put {% generation %} before and {% endgeneration %} after what the assis
 PROBE = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "yes"}]
 # A prompt and a completion that are plain text go through the same machinery, as the simplest of chats.
 PLAIN = "{{ messages[0].content }}{% generation %}{{ messages[1].content }}{{ eos_token }}{% endgeneration %}"
-ROW_SECONDS = 10  # of the processor's time: a row takes thousandths
+ROW_SECONDS = 10  # of processor time; a row takes milliseconds
 RENDERING = Lock()  # transformers keeps the mask that it is making in the template: one at a time
 
 
@@ -59,7 +59,7 @@ class ChatEncoder:
         self.data = config.data
         self.seq_len = config.train.seq_len
         signal.signal(signal.SIGVTALRM, stop_row)
-        self.warn_once = functools.cache(log.warning)  # what is in the cache was said
+        self.warn_once = functools.cache(log.warning)  # the cache remembers what was said
         self.bos = tokenizer.decode(added_bos(tokenizer))
         try:
             with time_limit():
@@ -70,7 +70,7 @@ class ChatEncoder:
                 if stop not in self.tokenizer.added_tokens_encoder:
                     raise ConfigError(f"data.chat_template: no marked turn ends with one stop token: {CURE}")
                 self.tokenizer.eos_token = stop
-        except (LookupError, jinja2.TemplateError) as error:  # token ids and plain text need none
+        except (LookupError, jinja2.TemplateError) as error:  # rows of token ids or plain text need no template
             self.template = None
             self.problem = error
         self.eos = self.tokenizer.eos_token_id
@@ -101,7 +101,7 @@ class ChatEncoder:
             template = PLAIN
             messages[0]["content"] = self.bos + row["prompt"].removeprefix(self.bos)
             messages[1]["content"] = row["completion"].removesuffix(self.tokenizer.eos_token)
-        wanted = [i for i, message in enumerate(messages) if message.pop("train")]  # templates do not see it
+        wanted = [i for i, message in enumerate(messages) if message.pop("train")]  # templates do not see the key
         trained = [i for i in wanted if says_something(messages[i])]
         if not trained:
             return Tokens(note="dropped: an empty answer" if wanted else "dropped: without a trained token")
@@ -135,7 +135,7 @@ class ChatEncoder:
         """
         question = max((i for i in range(last) if messages[i]["role"] == "user"), default=0)
         copies = list(map(dict, messages))
-        places = {}  # of each word
+        places = {}  # of each word: where it was put
         for number, message in enumerate(copies):
             for key in TEXTS:
                 if key in message and (key != "reasoning_content" or number >= question):
@@ -186,7 +186,7 @@ class ChatEncoder:
 @contextmanager
 def time_limit():
     """A TimeoutError, in the main thread, where a template does not end: Jinja limits loops, but not loops in loops."""
-    # and again after as long: of the arithmetic of constants Jinja swallows the first
+    # and again after that: Jinja swallows an error while it computes constants
     signal.setitimer(signal.ITIMER_VIRTUAL, ROW_SECONDS, ROW_SECONDS)
     try:
         yield
@@ -292,12 +292,12 @@ def read_turn(turn: dict, roles: dict[str, str]) -> dict:
             raise ValueError(f"content has a part {kind}, {type(text).__name__}: text and reasoning alone are read")
         texts[kind].append(text)
     turn["content"] = "".join(texts["text"])
-    thoughts = dict.fromkeys(filter(None, texts["reasoning"]))  # often the same twice
-    if thoughts:  # templates differ in which of the names they read
+    thoughts = dict.fromkeys(filter(None, texts["reasoning"]))  # some rows have the same under two names
+    if thoughts:  # under each name, since templates differ in which they read
         turn |= dict.fromkeys(REASONING, "\n".join(thoughts))
     for call in turn.get("tool_calls", []):
         function = call.get("function", call)
-        function["arguments"] = decoded(function.get("arguments") or "{}")  # or templates quote them twice
+        function["arguments"] = decoded(function.get("arguments") or "{}")  # as text they would be quoted twice
     turn["train"] = turn["role"] == "assistant" and flags <= YES
     return turn
 

@@ -58,7 +58,7 @@ class RowDataset:
         self.epochs, self.limit = epochs or math.inf, limit
         # Rows of the run that are consumed, and each stream's StreamState by its number, as text: JSON.
         self.state = state or {"rows": 0, "streams": {}}
-        # Without weights all sources are one: each of their documents once an epoch.
+        # Without weights all sources count as one, each document once an epoch.
         groups = [[source] for source in sources] if sources[0].weight else [sources]
         self.weights = [group[0].weight or 1.0 for group in groups]
         self.sources = []
@@ -80,13 +80,13 @@ class RowDataset:
 
     def __iter__(self) -> Iterator[Row]:
         states = self.state["streams"]
-        # None is read before its first row is asked for: so a rank reads its own ones alone.
+        # A generator reads nothing before its first row is asked for, so a rank reads its own streams alone.
         streams = [self.plan_stream(i, states.get(str(i))) for i in range(self.num_streams)]
         for position in itertools.count(self.state["rows"] + self.rank, self.ranks):
             row, number = divmod(position, self.num_streams)
             plan = RowPlan()
             if position < self.limit:
-                # those before it are other ranks' or consumed; of a stream, their tokens are made all the same
+                # rows before it are consumed, or other ranks'; in a stream their tokens are made all the same
                 plan = next((plan for plan in streams[number] if plan.row == row), plan)
             if plan.state:
                 states = states | {str(number): plan.state}
@@ -150,7 +150,7 @@ class Loader:
         self.state = dataset.state  # after the last row that was handed out: others are made ahead
         size = config.train.micro_batch_size
         self.accumulation = dataset.batch_rows // (size * dataset.ranks) if training else 1
-        self.made = make_batches(dataset, size)  # in the thread
+        self.made = make_batches(dataset, size)  # run by the thread
         self.thread = ThreadPoolExecutor(max_workers=1)
         self.ready = deque(self.thread.submit(next, self.made) for _ in range(PREFETCH))
 

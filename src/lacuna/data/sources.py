@@ -117,7 +117,7 @@ class StreamSource:
         self.inventory = f"{self.num_shards} shards"
 
     def read(self, stream: int, num_streams: int, cursor: Cursor) -> Iterator[Document]:
-        last_epoch = cursor.epoch  # with text; the first may have begun behind its last document
+        last_epoch = cursor.epoch  # that had a document; the first may have begun behind its last one
         # From coarse to fine: epochs, shards, chunks, documents; the cursor says where each of them begins.
         for epoch in count(cursor.epoch):
             if epoch > last_epoch + 1:
@@ -189,7 +189,7 @@ def open_dataset(source: Source, encoder) -> datasets.Dataset | datasets.Iterabl
     try:
         files = find_files(source)
         if files["path"] == "parquet" and not source.fields:
-            # the schema first: then only columns that are needed are read from disk or network
+            # the schema first, so that only the columns that are needed are read from disk or network
             [schema, *_] = datasets.load_dataset(**files, streaming=True, **remote).values()
             columns = encoder.columns(schema.column_names, source)
             return datasets.load_dataset(**files, **options, columns=columns)

@@ -29,7 +29,7 @@ class TextEncoder:
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         """Token ids, int32 [n], of each text; a text without any token gives an empty array."""
-        self.backend.encode_special_tokens = True  # at every call: a copy in a worker has lost it
+        self.backend.encode_special_tokens = True  # set at every call, since a deep copy loses it
         # twice the speed of the tokenizer's own call: no offsets, no masks
         encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         tokens = [encoding.ids for encoding in encodings]
@@ -61,7 +61,8 @@ class TextEncoder:
 
 
 def digest(*parts) -> str:
-    code = [file.read_text() for file in sorted(Path(__file__).parent.glob("*.py"))]  # that reads and stores rows
+    # where the code that makes tokens has changed, they are made anew, too
+    code = [file.read_text() for file in sorted(Path(__file__).parent.glob("*.py"))]
     return hashlib.sha256(repr((*parts, code)).encode()).hexdigest()[:32]
 
 
