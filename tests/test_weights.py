@@ -10,11 +10,15 @@ from conftest import ARCHITECTURES, EXAMPLES, SMALL, model_config, pack
 from processes import tensors
 from safetensors.torch import load_file, save_file
 from test_model import build
+from test_train import options, texts
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lacuna.checkpoint import export, match_eos
 from lacuna.config import ConfigError, load_config
+from lacuna.train import run
 from lacuna.weights import read_tensors, seal, weight_folder
+
+assert texts  # a fixture
 
 TINY = load_file(EXAMPLES / "tiny" / "model.safetensors")
 NAMES = sorted(TINY)
@@ -221,11 +225,13 @@ def test_overrides_are_as_if_they_stood_in_the_config_that_a_model_is_made_with(
         assert getattr(got, key, None) == getattr(want, key, None), key
 
 
-def test_overrides_of_the_wrong_type_or_against_each_other_are_a_sentence(tmp_path):
+def test_overrides_of_the_wrong_type_or_against_each_other_are_a_sentence(tmp_path, tokenizer, texts):
     model_config("qwen3").save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    argv = options(tmp_path, texts, tmp_path, "--model.from_scratch", "true", "--train.steps", "1")
     for fields in ({"hidden_size": "x"}, {"layer_types": ["full_attention"]}):
         with pytest.raises(ConfigError, match=r"model.overrides \{'" + next(iter(fields))):
-            build(tmp_path, "--model.from_scratch", "true", "--model.overrides", json.dumps(fields))
+            run(load_config(None, [*argv, "--model.overrides", json.dumps(fields)]))
 
 
 @pytest.mark.parametrize("gone", [0, 1])
