@@ -202,8 +202,7 @@ class Checkpoints:
             if isinstance(tensor, DTensor):
                 _, begin = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
                 offsets[name] = {"saved_offsets": begin}
-        # in one key: two have no order, and the bytes would differ
-        save_file(shares, file, {"DCP_SHARDING_INFO": json.dumps(offsets)})
+        save_file(shares, file, {"DCP_SHARDING_INFO": json.dumps(offsets)})  # one key: two have no order
 
 
 def match_eos(config: Config, model: PreTrainedModel, tokenizer):

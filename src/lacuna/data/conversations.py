@@ -7,7 +7,7 @@ import re
 import signal
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Lock
+from threading import Lock, current_thread, main_thread
 
 import jinja2
 import numpy as np
@@ -41,7 +41,7 @@ CURE = "put {% generation %} before and {% endgeneration %} after what the assis
 PROBE = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "yes"}]
 # A prompt and a completion that are plain text go through the same machinery, as the simplest of chats.
 PLAIN = "{{ messages[0].content }}{% generation %}{{ messages[1].content }}{{ eos_token }}{% endgeneration %}"
-ROW_SECONDS = 10  # of processor time; a row takes milliseconds
+ROW_SECONDS = 5  # of processor time; a row takes milliseconds
 RENDERING = Lock()  # transformers keeps the mask that it is making in the template: one at a time
 
 
@@ -58,7 +58,6 @@ class ChatEncoder:
         self.tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=False)
         self.data = config.data
         self.seq_len = config.train.seq_len
-        signal.signal(signal.SIGVTALRM, stop_row)
         self.warn_once = functools.cache(log.warning)  # the cache remembers what was said
         self.bos = tokenizer.decode(added_bos(tokenizer))
         try:
@@ -185,13 +184,17 @@ class ChatEncoder:
 
 @contextmanager
 def time_limit():
-    """A TimeoutError, in the main thread, where a template does not end: Jinja limits loops, but not loops in loops."""
-    # and again after that: Jinja swallows an error while it computes constants
-    signal.setitimer(signal.ITIMER_VIRTUAL, ROW_SECONDS, ROW_SECONDS)
+    """A TimeoutError where a template does not end: Jinja limits loops, but not loops in loops."""
+    can_raise = current_thread() is main_thread()  # Python runs what a signal asks for there alone
+    if can_raise:
+        signal.signal(signal.SIGVTALRM, stop_row)
+        # and again after that: Jinja swallows an error while it computes constants
+        signal.setitimer(signal.ITIMER_VIRTUAL, ROW_SECONDS, ROW_SECONDS)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        if can_raise:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
 
 
 def stop_row(number: int, frame):

@@ -61,8 +61,7 @@ class TextEncoder:
 
 
 def digest(*parts) -> str:
-    # where the code that makes tokens has changed, they are made anew, too
-    code = [file.read_text() for file in sorted(Path(__file__).parent.glob("*.py"))]
+    code = [file.read_text() for file in sorted(Path(__file__).parent.glob("*.py"))]  # it makes tokens, too
     return hashlib.sha256(repr((*parts, code)).encode()).hexdigest()[:32]
 
 
