@@ -65,7 +65,7 @@ def refuse_another(checkpoint: Path | None, state: dict, config: Config):
     """ConfigError where a run that goes on from there would be another one."""
     if state.get("format") != FORMAT:
         raise ConfigError(f"{checkpoint} is of another version of lacuna: begin a run with it as model.name")
-    for source in state["config"].get("data", {}).get("sources", []):  # keys that it did not know get their defaults
+    for source in state["config"].get("data", {}).get("sources", []):  # new keys get their defaults
         source |= Source(**source).model_dump(mode="json")
     old = flat(state["config"])
     new = flat(config.model_dump(mode="json"))
@@ -258,6 +258,6 @@ def export(checkpoint: Path, out: Path, dtype: str | None = None):
         load_weights(model, checkpoint)
     for old in out.glob("model*.safetensors*"):
         old.unlink()
-    model.save_pretrained(out, max_shard_size="5GB")  # under the names of the files that were read
+    model.save_pretrained(out, max_shard_size="5GB")  # under the names that were read
     others = shutil.ignore_patterns("*.safetensors", "state.json", SEALS, "config.json")
     shutil.copytree(checkpoint, out, ignore=others, dirs_exist_ok=True)

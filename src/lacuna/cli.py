@@ -39,8 +39,8 @@ def main():
         leave(REQUEUE, str(error))
     except KeyboardInterrupt:  # Ctrl-C during an export: a run has its own handler
         leave(130, "interrupted")
-    except (ConfigError, FloatingPointError) as error:
-        leave(1, str(error))
+    except Exception as error:
+        leave(1, str(error) or repr(error))
 
 
 def parse(task: str, words: list[str]) -> Config:
@@ -61,7 +61,7 @@ def train(config: Config):
     launch()
     preemption = Preemption()  # before the imports, which take seconds
     run = import_module("lacuna.train").run
-    gc.freeze()  # else the collector looks through all that is imported, .5 s every few dozen steps
+    gc.freeze()  # else the collector searches all that is imported, for .5 s
     run(config, preemption)
     gc.unfreeze()  # else extensions report all of it as leaked at exit
 

@@ -48,7 +48,7 @@ def blame(where: str):
         log.debug("%s", where, exc_info=True)  # to log.txt, where a run has one by now
         text = " ".join(str(error).split())[:300]
         cures = [cure for sign, cure in CURES.items() if re.search(sign, f"{type(error)} {error}")]
-        raise ConfigError("".join([f"{where}: {type(error).__name__}: {text}", *cures])) from error
+        raise ConfigError("".join([f"{where}: {type(error).__name__}: {text}", *cures[:1]])) from error
 
 
 def key(default, meaning: str, **limits):
@@ -210,8 +210,9 @@ def load_config(path: str | None, argv: list[str], task: str = "pt") -> Config:
     with blame("the command line (--section.key VALUE; a list is JSON)"):
         words, unknown = parser.parse_known_args(argv)
         given = source(parsed_args=words)()
-    for word in unknown[:1]:  # refused below, like an unknown key of the file
-        given[word.strip("-").partition("=")[0]] = None
+    if unknown:
+        word = unknown[0].strip("-").partition("=")[0]
+        raise ConfigError(sentence({"type": "extra_forbidden", "loc": [word]}))
     with blame(f"cannot read config {path} as TOML"):
         merged = tomllib.loads(Path(path).read_text("utf-8-sig")) if path else {}
     for section, value in given.items():
@@ -242,7 +243,7 @@ def sentence(problem: dict) -> str:
     if problem["type"] != "extra_forbidden":
         message = re.sub(r" or instance of \w+", "", problem["msg"])
         return f"{place}: {message}, not {problem['input']!r:.100}"
-    wrong = re.sub(r"\.\d+\b", "", place)  # data.sources.0.path -> data.sources.path
+    wrong = re.sub(r"\.\d+\.", ".", place)  # data.sources.0.path -> data.sources.path
     last = wrong.split(".")[-1]
     sections = {"": Config, "data.sources.": Source, "eval.sources.": Source}
     sections |= {f"{name}.": field.annotation for name, field in Config.model_fields.items()}

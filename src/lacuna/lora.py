@@ -22,7 +22,7 @@ class LoRALinear(nn.Linear):
         out = Adapted.apply(rows, self.weight, self.lora_A.weight, self.lora_B.weight * self.scale)
         if self.bias is not None:
             out = out + self.bias
-        return out.view(*x.shape[:-1], -1)
+        return out.view(*x.shape[:-1], self.out_features)
 
 
 class Adapted(torch.autograd.Function):
@@ -44,7 +44,7 @@ class Adapted(torch.autograd.Function):
         return grad_x, None, (grad @ b).T @ x, grad.T @ thin
 
 
-ADAPTED = {nn.Linear: LoRALinear}  # a patch's own linear layers, such as fp8's, get no adapter unless it adds them here
+ADAPTED = {nn.Linear: LoRALinear}  # a patch's own linear layers get none, unless it adds them here
 
 
 def add_adapters(model: nn.Module, layers: list[nn.Module], config: LoraConfig):

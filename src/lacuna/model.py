@@ -62,9 +62,9 @@ class Trainee(nn.Module):
             cast_in_forward(model, layers, self.dtype)
         # in the backward pass all of a layer is recomputed (full), or what is cheap (selective)
         recomputed = config.train.activation_checkpointing
-        options = {"use_reentrant": False}
-        if recomputed == "selective":
-            options["context_fn"] = partial(create_selective_checkpoint_contexts, SAVED_OPS)
+        # an empty list, and not no list: else the partitioner would keep what `lora.Adapted` computes
+        saved = SAVED_OPS if recomputed == "selective" else []
+        options = {"use_reentrant": False, "context_fn": partial(create_selective_checkpoint_contexts, saved)}
         for layer in layers:
             if recomputed != "none":
                 layer.forward = partial(checkpoint, layer.forward, **options)

@@ -54,7 +54,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
         if state.get("inventory", dataset.inventory) != dataset.inventory and not config.checkpoint.resume_changed:
             change = f"the data of {checkpoint} was {state['inventory']}, now {dataset.inventory}"
             raise ConfigError(f"data.sources: {change}: bring it back, or checkpoint.resume_changed = true")
-        fixed = {"inventory": dataset.inventory}  # saved with every checkpoint: a run that goes on must find the same
+        fixed = {"inventory": dataset.inventory}  # a run that goes on must find the same
         steps = config.train.steps or math.ceil(dataset.count_rows() / config.train.global_batch_size)
         loader = Loader(config, dataset, ranks.device)
     if config.optim.warmup_steps >= steps:
@@ -111,7 +111,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
         sums = sum_over_ranks([part | {"stop_asked": preemption.asked} for part in parts], ranks.device) | sums
         failed |= ~(norm + sums["loss"]).isfinite()
         lr = learning_rate(config.optim, step - 1, steps)
-        checkpoints.copied.result()  # the last save must have its copies before parameters change
+        checkpoints.copied.result()  # the last save's, before parameters change
         optimizer.step(lr, (config.train.max_grad_norm / (norm + 1e-6)).clamp(max=1).float(), failed)
         trainee.zero_grad()
 
@@ -124,7 +124,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
         try:
             report.step(facts, sums | {"grad_norm": norm})
             if evaluating or saving or report.stop_asked:
-                report.flush()  # so what is saved is finite, and computed: another CUDA stream copies it
+                report.flush()  # what is saved is finite, and computed
         except FloatingPointError:
             checkpoints.written.result()  # the last good checkpoint may be half written
             raise
@@ -179,7 +179,7 @@ def accumulate_gradients(trainee: Trainee, batches: list[PackedBatch], units, ra
     parts = []
     for i, batch in enumerate(batches):
         if ranks.mesh is not None:
-            trainee.set_requires_all_reduce(i == len(batches) - 1)  # HSDP: replicas add up their gradients once a step
+            trainee.set_requires_all_reduce(i == len(batches) - 1)  # HSDP: replicas, once a step
         loss, figures = trainee(batch)
         # units of the whole global batch: so gradients add up to those of its mean
         loss = loss / units

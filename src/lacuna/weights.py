@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import re
-from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +25,7 @@ SEALS = "fingerprints.json"  # size and fingerprint of each other file of a chec
 WHOLE = "model.safetensors"
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INDEX = "model.safetensors.index.json"  # of a model that is stored in several files
-TEXT = re.compile(r"^(model\.)?language_model\.")  # names of the text part in models that see or hear, too
+TEXT = re.compile(r"^(model\.)?language_model\.")  # the text part of models that see or hear
 
 
 class Part(NamedTuple):
@@ -96,7 +95,6 @@ def weight_files(folder: Path) -> list[Path]:
 def stored_parts(folder: Path) -> dict[str, list[Part]]:
     """The parts of each tensor, in order. ConfigError where rows are missing, or there twice."""
     stored = {}
-    rows = Counter()
     for file in weight_files(folder):
         with blame(f"{file} is no whole safetensors file; of git-lfs, `git lfs pull` brings it"):
             content = safe_open(file, "pt")
@@ -104,10 +102,11 @@ def stored_parts(folder: Path) -> dict[str, list[Part]]:
             for name in content.keys():  # noqa: SIM118
                 values = torch.atleast_1d(content.get_tensor(name))
                 [first, *_] = places.get(name, {}).get("saved_offsets") or [0]
-                if first != rows[name]:
-                    raise ConfigError(f"{file}: {name} begins at {first}, not {rows[name]}: one is lost or doubled")
-                rows[name] += len(values)
-                stored.setdefault(name, []).append(Part(first, values))
+                parts = stored.setdefault(name, [])
+                rows = sum(len(part.values) for part in parts)
+                if first != rows or (parts and values.shape[1:] != parts[0].values.shape[1:]):
+                    raise ConfigError(f"{file}: {name} begins at {first}, not {rows}: a file is lost or doubled")
+                parts.append(Part(first, values))
     return stored
 
 
@@ -158,7 +157,7 @@ def in_memory(model: PreTrainedModel, stored: dict, places: dict) -> dict[str, W
         new = model.all_tied_weights_keys.get(new, new)
         parts = stored.pop(name)
         if new in stored and not torch.equal(parts[0].values, stored[new][0].values):
-            raise ConfigError(f"{name} differs from {new}: untie a head by model.overrides.tie_word_embeddings = false")
+            raise ConfigError(f"{name} differs from {new}: a head needs model.overrides.tie_word_embeddings = false")
         if pattern is None:
             stored[new] = parts
             continue

@@ -41,7 +41,8 @@ CURE = "put {% generation %} before and {% endgeneration %} after what the assis
 PROBE = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "yes"}]
 # A prompt and a completion that are plain text go through the same machinery, as the simplest of chats.
 PLAIN = "{{ messages[0].content }}{% generation %}{{ messages[1].content }}{{ eos_token }}{% endgeneration %}"
-ROW_SECONDS = 5  # of processor time; a row takes milliseconds
+TEXT_SECONDS = 5  # of processor time, to render a text; 12,000 turns took .3 s
+WORD = "Zq{}xK"  # letters and digits: JSON and HTML leave them as they are
 RENDERING = Lock()  # transformers keeps the mask that it is making in the template: one at a time
 
 
@@ -58,8 +59,8 @@ class ChatEncoder:
         self.tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=False)
         self.data = config.data
         self.seq_len = config.train.seq_len
-        self.warn_once = functools.cache(log.warning)  # the cache remembers what was said
-        self.bos = tokenizer.decode(added_bos(tokenizer))
+        self.unread = set()  # keys of messages, each with its source, that were told
+        self.bos = tokenizer.bos_token if added_bos(tokenizer) else ""
         try:
             with time_limit():
                 self.template = training_template(tokenizer, self.data.chat_template)
@@ -69,7 +70,7 @@ class ChatEncoder:
                 if stop not in self.tokenizer.added_tokens_encoder:
                     raise ConfigError(f"data.chat_template: no marked turn ends with one stop token: {CURE}")
                 self.tokenizer.eos_token = stop
-        except (LookupError, jinja2.TemplateError) as error:  # rows of token ids or plain text need no template
+        except (LookupError, jinja2.TemplateError) as error:  # rows of token ids need none
             self.template = None
             self.problem = error
         self.eos = self.tokenizer.eos_token_id
@@ -87,7 +88,7 @@ class ChatEncoder:
         documents = []
         for number, row in zip(numbers, rows, strict=True):
             given = {name: row[name] for name in known if row.get(name) is not None}
-            with blame(f"data.sources {source.path}, row {number}, read as {row_format}"), time_limit():
+            with blame(f"data.sources {source.path}, row {number}, read as {row_format}"):
                 documents.append(self.document(given, row_format, source))
         return documents
 
@@ -106,8 +107,9 @@ class ChatEncoder:
             return Tokens(note="dropped: an empty answer" if wanted else "dropped: without a trained token")
         for key in set().union(*messages) - {"role", "tool_call_id", *REASONING, *TEXTS}:
             use = rf"[.'\"]{re.escape(key)}\b"  # message.key, message['key'], message.get("key")
-            if not re.search(use, template or ""):
-                self.warn_once("%s: messages have %r, which nothing reads", source.path, key)
+            if (source.path, key) not in self.unread and not re.search(use, template or ""):
+                log.warning("%s: messages have %r, which nothing reads", source.path, key)
+                self.unread.add((source.path, key))
         tools = [decoded(tool) for tool in decoded(row.get("tools")) or []]
         left_out = self.left_out(messages, template, tools, trained[-1])
         if left_out and self.data.unrendered == "drop":
@@ -141,13 +143,15 @@ class ChatEncoder:
                     message[key] = marked(message[key], f"message {number} ({message['role']}), {key}", places)
             if "reasoning_content" in message:
                 message |= dict.fromkeys(REASONING, message["reasoning_content"])
-        text = self.render(copies, template, tools, tokenize=False)
+        with time_limit():
+            text = self.render(copies, template, tools, tokenize=False)
         stands_in = template not in (PLAIN, self.tokenizer.chat_template) and not self.data.chat_template
         if stands_in and self.render(copies, self.tokenizer.get_chat_template(), tools, tokenize=False) != text:
             raise ValueError(f"the model's own chat template differs: set data.chat_template, and {CURE}")
-        left_out = list(dict.fromkeys(place for word, place in places.items() if word not in text))
-        names = [str(tool.get("function", tool).get("name")) for tool in tools]
-        if tools and not ("tools" in template and all(name in text for name in names)):
+        there = set(re.findall(WORD.format(r"\d+"), text))
+        left_out = list(dict.fromkeys(place for word, place in places.items() if word not in there))
+        known = "tools" in template and all(str(tool.get("function", tool).get("name")) in text for tool in tools)
+        if tools and not known:
             left_out.append("tools")
         return left_out
 
@@ -184,21 +188,19 @@ class ChatEncoder:
 
 @contextmanager
 def time_limit():
-    """A TimeoutError where a template does not end: Jinja limits loops, but not loops in loops."""
-    can_raise = current_thread() is main_thread()  # Python runs what a signal asks for there alone
-    if can_raise:
+    """A TimeoutError, in the main thread, where a template does not end: Jinja limits loops, not loops in loops."""
+    if current_thread() is main_thread():  # Python runs there what a signal asks for
         signal.signal(signal.SIGVTALRM, stop_row)
         # and again after that: Jinja swallows an error while it computes constants
-        signal.setitimer(signal.ITIMER_VIRTUAL, ROW_SECONDS, ROW_SECONDS)
+        signal.setitimer(signal.ITIMER_VIRTUAL, TEXT_SECONDS, TEXT_SECONDS)
     try:
         yield
     finally:
-        if can_raise:
-            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
 
 
 def stop_row(number: int, frame):
-    raise TimeoutError(f"the chat template was not done in {ROW_SECONDS} s")
+    raise TimeoutError(f"the chat template was not done in {TEXT_SECONDS} s")
 
 
 def marked(value, place: str, places: dict[str, str]):
@@ -209,7 +211,7 @@ def marked(value, place: str, places: dict[str, str]):
         return {k: inner if k in ("id", "type") else marked(inner, place, places) for k, inner in value.items()}
     if not isinstance(value, str) or not value.rpartition("</think>")[2].strip():
         return value
-    word = f"Zq{len(places)}xK"  # letters and digits: JSON and HTML leave them as they are
+    word = WORD.format(len(places))
     places[word] = place
     end = len(value.rstrip())
     # before the last word: templates trim, and look at how a text begins and ends

@@ -170,8 +170,7 @@ class Loader:
 def make_batches(dataset: RowDataset, size: int) -> Iterator[tuple[PackedBatch, dict]]:
     """Micro-batches of so many rows, each with the dataset's state after it; endless."""
     rows = iter(dataset)
-    while True:
-        batch = list(itertools.islice(rows, size))
+    while batch := list(itertools.islice(rows, size)):
         yield collate(batch), batch[-1].state
 
 

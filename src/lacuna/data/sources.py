@@ -61,7 +61,7 @@ class MapSource:
 
     def __init__(self, sources: list[Source], encoder, seed: list[int], *, cache: str, share: tuple):
         whole = datasets.concatenate_datasets([tokenise(source, encoder, cache) for source in sources])
-        self.tokens = whole.with_format("numpy", columns=["ids"])
+        self.tokens = whole.select_columns(["ids"]).with_format("numpy")
         self.lengths = pc.list_value_length(whole.data["ids"]).to_numpy()
         self.seed = seed
         documents = np.flatnonzero(self.lengths)
