@@ -73,6 +73,7 @@ slow = pytest.mark.slow
         pytest.param(QWEN, 1, 4, 4096, LORA, 36.6, marks=slow),
         pytest.param(QWEN, 1, 4, 4096, LORA + SELECTIVE, 25.1, marks=slow),
         pytest.param(LLAMA, 1, 1, 8192, LORA + SELECTIVE, 42.3, marks=slow),
+        pytest.param(LLAMA, 1, 1, 4096, LORA + FULL, 19.1, marks=slow),
         pytest.param(MIXTURE, 1, 4, 4096, LORA, 29.9, marks=slow),
     ],
 )

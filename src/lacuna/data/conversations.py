@@ -41,7 +41,7 @@ CURE = "put {% generation %} before and {% endgeneration %} after what the assis
 PROBE = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "yes"}]
 # A prompt and a completion that are plain text go through the same machinery, as the simplest of chats.
 PLAIN = "{{ messages[0].content }}{% generation %}{{ messages[1].content }}{{ eos_token }}{% endgeneration %}"
-TEXT_SECONDS = 5  # of processor time, to render a text; 12,000 turns took .3 s
+SECONDS = 5  # of processor time for a template; one more for each 100 kB
 WORD = "Zq{}xK"  # letters and digits: JSON and HTML leave them as they are
 RENDERING = Lock()  # transformers keeps the mask that it is making in the template: one at a time
 
@@ -62,9 +62,9 @@ class ChatEncoder:
         self.unread = set()  # keys of messages, each with its source, that were told
         self.bos = tokenizer.bos_token if added_bos(tokenizer) else ""
         try:
-            with time_limit():
+            with time_limit(SECONDS):
                 self.template = training_template(tokenizer, self.data.chat_template)
-            with blame("data.chat_template"), time_limit():
+            with blame("data.chat_template"):
                 ids, mask = self.render(PROBE, self.template, [])
                 stop = self.tokenizer.decode(ids[mask][-1:])
                 if stop not in self.tokenizer.added_tokens_encoder:
@@ -143,8 +143,7 @@ class ChatEncoder:
                     message[key] = marked(message[key], f"message {number} ({message['role']}), {key}", places)
             if "reasoning_content" in message:
                 message |= dict.fromkeys(REASONING, message["reasoning_content"])
-        with time_limit():
-            text = self.render(copies, template, tools, tokenize=False)
+        text = self.render(copies, template, tools, tokenize=False)
         stands_in = template not in (PLAIN, self.tokenizer.chat_template) and not self.data.chat_template
         if stands_in and self.render(copies, self.tokenizer.get_chat_template(), tools, tokenize=False) != text:
             raise ValueError(f"the model's own chat template differs: set data.chat_template, and {CURE}")
@@ -160,7 +159,8 @@ class ChatEncoder:
         if template is None:
             raise ConfigError(f"data.chat_template: {self.problem}")
         options = options or {"return_dict": True, "return_assistant_tokens_mask": True}
-        with RENDERING:
+        seconds = SECONDS + len(str(messages)) // 10**5
+        with RENDERING, time_limit(seconds):
             out = self.tokenizer.apply_chat_template(messages, tools=tools or None, chat_template=template, **options)
         if isinstance(out, str):
             return out
@@ -187,12 +187,12 @@ class ChatEncoder:
 
 
 @contextmanager
-def time_limit():
+def time_limit(seconds: float):
     """A TimeoutError, in the main thread, where a template does not end: Jinja limits loops, not loops in loops."""
     if current_thread() is main_thread():  # Python runs there what a signal asks for
         signal.signal(signal.SIGVTALRM, stop_row)
         # and again after that: Jinja swallows an error while it computes constants
-        signal.setitimer(signal.ITIMER_VIRTUAL, TEXT_SECONDS, TEXT_SECONDS)
+        signal.setitimer(signal.ITIMER_VIRTUAL, seconds, seconds)
     try:
         yield
     finally:
@@ -200,7 +200,7 @@ def time_limit():
 
 
 def stop_row(number: int, frame):
-    raise TimeoutError(f"the chat template was not done in {TEXT_SECONDS} s")
+    raise TimeoutError("the chat template does not end")
 
 
 def marked(value, place: str, places: dict[str, str]):
