@@ -154,6 +154,7 @@ def test_a_disk_that_is_full_stops_the_run_and_leaves_the_last_checkpoint(option
     assert losses(folder) == losses(run(load_config(None, options(name="straight"))))
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_of_keeping_one_there_is_a_whole_one(options, tmp_path):
     """kill -9 before, between and after the renames of a new and an old one, and in a removal; checkpoint.keep = 1."""
     (tmp_path / "empty.toml").touch()

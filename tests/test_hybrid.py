@@ -48,6 +48,7 @@ def test_a_convolution_sees_nothing_of_the_document_before():
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_compiled_in_bf16_its_gradients_are_right():
     """Inductor made others, by half of their size, where a padded value was cast before it was padded."""
     spec = importlib.util.spec_from_file_location("hybrid", EXAMPLES / "hybrid.py")

@@ -52,7 +52,7 @@ def estimate(tmp_path, monkeypatch):
 SELECTIVE = ("--train.activation_checkpointing", "selective")
 FULL = ("--train.activation_checkpointing", "full")
 LORA = ("--lora.rank", "32")
-slow = pytest.mark.slow
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
@@ -60,21 +60,9 @@ slow = pytest.mark.slow
     [
         (QWEN, 4, 4, 4096, (), 42.1),
         (LLAMA, 2, 2, 8192, SELECTIVE, 98.9),
-        pytest.param(QWEN, 1, 4, 4096, FULL, 27.5, marks=slow),
-        pytest.param(QWEN, 1, 4, 4096, (), 56.4, marks=slow),
-        pytest.param(QWEN, 1, 8, 4096, (), 87.4, marks=slow),
-        pytest.param(QWEN, 1, 4, 4096, SELECTIVE, 42.4, marks=slow),
-        pytest.param(QWEN, 2, 4, 4096, (), 46.9, marks=slow),
-        pytest.param(QWEN, 2, 8, 4096, (), 77.9, marks=slow),
-        pytest.param(QWEN, 4, 8, 4096, (), 73.1, marks=slow),
-        pytest.param(LLAMA, 4, 2, 8192, (), 98.5, marks=slow),
-        pytest.param(LLAMA, 4, 2, 8192, SELECTIVE, 76.5, marks=slow),
-        pytest.param(MIXTURE, 1, 4, 4096, (), 114.5, marks=slow),
-        pytest.param(QWEN, 1, 4, 4096, LORA, 36.6, marks=slow),
-        pytest.param(QWEN, 1, 4, 4096, LORA + SELECTIVE, 25.1, marks=slow),
-        pytest.param(LLAMA, 1, 1, 8192, LORA + SELECTIVE, 42.3, marks=slow),
-        pytest.param(LLAMA, 1, 1, 4096, LORA + FULL, 19.1, marks=slow),
-        pytest.param(MIXTURE, 1, 4, 4096, LORA, 29.9, marks=slow),
+        (QWEN, 1, 4, 4096, FULL, 27.5),
+        (LLAMA, 1, 1, 4096, LORA + FULL, 19.1),
+        (MIXTURE, 1, 4, 4096, LORA, 29.9),
     ],
 )
 def test_the_peak_is_within_a_fiftieth_of_what_was_measured(estimate, shape, gpus, rows, seq_len, words, measured):
@@ -82,7 +70,6 @@ def test_the_peak_is_within_a_fiftieth_of_what_was_measured(estimate, shape, gpu
     assert sum(found.at_peak(rows).values()) / GIB == pytest.approx(measured, rel=0.02)
 
 
-@slow
 def test_a_reference_is_there_beside_the_model_where_the_loss_has_one(estimate):
     recipe = {"task": str(EXAMPLES / "dpo.py")}
     found = estimate(QWEN, 1, 4096, 4, "--optim.lr", "1e-6", **recipe)
@@ -91,7 +78,6 @@ def test_a_reference_is_there_beside_the_model_where_the_loss_has_one(estimate):
     assert found.always["frozen"] - without.always["frozen"] == 2 * found.always["parameters"] / 4
 
 
-@slow
 def test_more_rows_take_more_and_checkpointing_less(estimate):
     each = [estimate("examples/tiny", 1, 256, 4, *words) for words in (FULL, SELECTIVE, ())]
     assert each[0].kept_a_row < each[1].kept_a_row < each[2].kept_a_row
@@ -103,7 +89,6 @@ def test_more_rows_take_more_and_checkpointing_less(estimate):
     assert each[2].at_peak(100)["gradients"] == 0
 
 
-@slow
 def test_the_command_prints_kinds_and_the_largest_micro_batch_and_allocates_no_weight():
     command = ["memory.py", "--gib", "80", "pt", "benchmarks/qwen3_1.7b.toml"]
     script = f"import resource, runpy, sys; sys.argv = {command}"

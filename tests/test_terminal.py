@@ -58,12 +58,14 @@ def runs(tmp_path_factory):
     }
 
 
+@pytest.mark.slow
 def test_what_is_piped_is_the_log_and_nothing_that_moves(runs):
     written, log = runs["piped"]
     assert "\r" not in written and ESCAPE not in written
     assert written == "loading torch and transformers\n" + log
 
 
+@pytest.mark.slow
 def test_on_a_terminal_a_live_line_stands_below_lines_that_stay_whole(runs):
     written, log = runs["terminal"]
     assert "\r" not in log and ESCAPE not in log
