@@ -126,8 +126,8 @@ class Report:
         """How it went, and what to do now."""
         whole = timedelta(seconds=round(seconds))
         in_steps = timedelta(seconds=round(self.in_steps))
-        tokens = f"{self.totals['tokens']:,} tokens, {self.totals['trained_tokens']:,} of them trained"
-        log.info("time: %s, of which %s in steps; in all %s", whole, in_steps, tokens)
+        log.info("time: %s, of which %s in steps", whole, in_steps)
+        log.info("tokens: {tokens:,} in all, {trained_tokens:,} of them trained".format(**self.totals))
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
         for name in ("loss", "eval_loss", "peak_memory_gib"):
             seen = [line[name] for line in lines if line.get(name) is not None]
