@@ -67,8 +67,8 @@ def stop_after(monkeypatch):
     """A function: run with these options, until a SIGTERM while this step is reported; the run's folder."""
 
     def stop(step: int, argv: list[str]) -> Path:
-        def write(self, metrics, told, real=Report.write):
-            real(self, metrics, told)
+        def write(self, metrics, real=Report.write):
+            real(self, metrics)
             if metrics["step"] == step and "loss" in metrics:
                 os.kill(os.getpid(), signal.SIGTERM)
 

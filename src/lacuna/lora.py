@@ -18,8 +18,7 @@ class LoRALinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if not self.active:
             return super().forward(x)
-        rows = x.flatten(0, -2)  # [T, in]
-        out = Adapted.apply(rows, self.weight, self.lora_A.weight, self.lora_B.weight * self.scale)
+        out = Adapted.apply(x.flatten(0, -2), self.weight, self.lora_A.weight, self.lora_B.weight * self.scale)
         if self.bias is not None:
             out = out + self.bias
         return out.view(*x.shape[:-1], self.out_features)

@@ -30,7 +30,7 @@ def flop(model: PreTrainedModel) -> tuple[float, int]:
     heads = getattr(config, "num_attention_heads", 0)
     head_dim = config.to_dict().get("head_dim") or config.hidden_size // max(heads, 1)
     embeddings = model.get_input_embeddings().weight
-    weights = set(model.state_dict(keep_vars=True).values())  # with those that a patch holds, such as in 4 bits
+    weights = set(model.state_dict(keep_vars=True).values())  # also those of a patch, in 4 bits
     if embeddings is not model.get_output_embeddings().weight:
         weights.discard(embeddings)  # they are looked up, not multiplied
     # 6 a weight, forward and backward, 4 a frozen one; of experts those that a token uses
@@ -61,6 +61,7 @@ class Report:
         self.file = open_metrics(folder, state["step"]) if ranks.rank == 0 else None
         self.paces = []  # seconds a step, of each line
         self.in_steps = 0.0  # seconds
+        self.told = []  # names of a recipe's figures
         self.interval = Counter()  # sums since the last line
         self.since = time.perf_counter()
 
@@ -120,13 +121,12 @@ class Report:
         if mfu:
             words.append(f"mfu {mfu:.0%}")
         log.info("  ".join([f"step {facts['step']}/{self.steps}", *words, str(left)]))
-        self.write(metrics, own)
+        self.told = facts["figures"]
+        self.write(metrics | own)
 
     def close(self, folder: Path, seconds: float):
         """How it went, and what to do now."""
-        whole = timedelta(seconds=round(seconds))
-        in_steps = timedelta(seconds=round(self.in_steps))
-        log.info("time: %s, of which %s in steps", whole, in_steps)
+        log.info("time: %s, of which %.0f s in steps", timedelta(seconds=round(seconds)), self.in_steps)
         log.info("tokens: {tokens:,} in all, {trained_tokens:,} of them trained".format(**self.totals))
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
         for name in ("loss", "eval_loss", "peak_memory_gib"):
@@ -136,11 +136,12 @@ class Report:
         log.info("Its curves:\nuv run --with plotly==7.1.0 benchmarks/report.py %s", folder)
         log.info("The model is in %s/hf. To talk to it:\nuv run python examples/chat.py %s", folder, folder)
 
-    def write(self, metrics: dict, told: dict):
-        """Add a line, of which figures are told in words; with it begins a new interval."""
+    def write(self, metrics: dict):
+        """Add a line, what is told of it in words; with it begins a new interval."""
         if self.file:
-            self.file.write(json.dumps(metrics | told) + "\n")
-        words = [f"{name.replace('_', ' ')} {figure:.5g}" for name, figure in told.items()]
+            self.file.write(json.dumps(metrics) + "\n")
+        told = [name for name in metrics if name in self.told or name.startswith("eval_")]
+        words = [f"{name.replace('_', ' ')} {metrics[name]:.5g}" for name in told]
         if words:
             log.info("step %d: %s", metrics["step"], ", ".join(words))
         self.interval = Counter()

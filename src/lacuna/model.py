@@ -85,7 +85,7 @@ class Trainee(nn.Module):
         head = self.model.get_output_embeddings()
         weight = head.weight
         hidden = self.hidden(batch)
-        if head.bias is not None:  # the bias is one more column of weights, for an input of 1
+        if head.bias is not None:  # one more column of weights, for an input of 1
             weight = torch.cat([weight, head.bias[:, None]], 1)
             hidden = nn.functional.pad(hidden, (0, 1), value=1.0)
         config = self.model.config

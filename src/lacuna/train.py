@@ -89,7 +89,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
     log.info("length  %s, lr %g, %s", length, config.optim.lr, config.optim.schedule)
     log.info("run     %s: a checkpoint every %d steps", folder, config.checkpoint.every)
     if held_out and is_due(state["step"], config.eval.every, steps):
-        report.write({"step": state["step"]}, evaluate(trainee, config, held_out, ranks, tokenizer))
+        report.write({"step": state["step"], **evaluate(trainee, config, held_out, ranks, tokenizer)})
     failed = torch.zeros((), device=ranks.device, dtype=torch.bool)  # a loss or a norm was not finite
     live = {"initial": state["step"], "total": steps, "disable": ranks.rank > 0 or None}  # None: only on a terminal
     for step in trange(state["step"] + 1, steps + 1, ncols=72, **live):
@@ -129,7 +129,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
             checkpoints.written.result()  # the last good checkpoint may be half written
             raise
         if evaluating and not report.stop_asked:
-            report.write({"step": step}, evaluate(trainee, config, held_out, ranks, tokenizer))
+            report.write({"step": step, **evaluate(trainee, config, held_out, ranks, tokenizer)})
 
         # 5. Save, when it is time or a signal asked to stop.
         checkpoints.after_step()
