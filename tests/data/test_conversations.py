@@ -858,7 +858,7 @@ ENDLESS = [
 
 @pytest.mark.parametrize("endless", ENDLESS)
 def test_a_template_that_does_not_end_is_an_error_with_its_row_and_no_clock_runs_on(endless, tokenizer, monkeypatch):
-    monkeypatch.setattr(conversations, "SECONDS", 0.3)
+    monkeypatch.setattr(conversations, "TEMPLATE_SECONDS", 0.3)
     once = "{% if messages[0].content == 'Again?' %}" + endless + "{% endif %}"
     chats = make(tokenizer, "--data.chat_template", MINE + once)
     rows = [{"messages": say(f"user: {question}", "assistant: Yes.")} for question in ("Once?", "Again?")]

@@ -41,7 +41,7 @@ CURE = "put {% generation %} before and {% endgeneration %} after what the assis
 PROBE = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "yes"}]
 # A prompt and a completion that are plain text go through the same machinery, as the simplest of chats.
 PLAIN = "{{ messages[0].content }}{% generation %}{{ messages[1].content }}{{ eos_token }}{% endgeneration %}"
-SECONDS = 5  # of processor time for a template; one more for each 100 kB
+TEMPLATE_SECONDS = 5  # of processor time; one more for each 100 kB
 WORD = "Zq{}xK"  # letters and digits: JSON and HTML leave them as they are
 RENDERING = Lock()  # transformers keeps the mask that it is making in the template: one at a time
 
@@ -62,7 +62,7 @@ class ChatEncoder:
         self.unread = set()  # keys of messages, each with its source, that were told
         self.bos = tokenizer.bos_token if added_bos(tokenizer) else ""
         try:
-            with time_limit(SECONDS):
+            with time_limit(TEMPLATE_SECONDS):
                 self.template = training_template(tokenizer, self.data.chat_template)
             with blame("data.chat_template"):
                 ids, mask = self.render(PROBE, self.template, [])
@@ -159,7 +159,7 @@ class ChatEncoder:
         if template is None:
             raise ConfigError(f"data.chat_template: {self.problem}")
         options = options or {"return_dict": True, "return_assistant_tokens_mask": True}
-        seconds = SECONDS + len(str(messages)) // 10**5
+        seconds = TEMPLATE_SECONDS + len(str(messages)) // 10**5
         with RENDERING, time_limit(seconds):
             out = self.tokenizer.apply_chat_template(messages, tools=tools or None, chat_template=template, **options)
         if isinstance(out, str):
@@ -189,8 +189,8 @@ class ChatEncoder:
 @contextmanager
 def time_limit(seconds: float):
     """A TimeoutError, in the main thread, where a template does not end: Jinja limits loops, not loops in loops."""
-    if current_thread() is main_thread():  # Python runs there what a signal asks for
-        signal.signal(signal.SIGVTALRM, stop_row)
+    if current_thread() is main_thread():  # where signals are handled
+        signal.signal(signal.SIGVTALRM, stop_template)
         # and again after that: Jinja swallows an error while it computes constants
         signal.setitimer(signal.ITIMER_VIRTUAL, seconds, seconds)
     try:
@@ -199,7 +199,7 @@ def time_limit(seconds: float):
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
 
 
-def stop_row(number: int, frame):
+def stop_template(number: int, frame):
     raise TimeoutError("the chat template does not end")
 
 
