@@ -1,6 +1,7 @@
 """Which architectures lacuna trains exactly: one row for each class of transformers' causal language models.
 
-usage: python benchmarks/models.py [NAME ...]     without names all, half an hour; Markdown for docs/models.md
+usage: python benchmarks/models.py [NAME ...]               without names all, half an hour: docs/models.md
+       python benchmarks/models.py --compiled [NAME ...]    loss and gradients, on a GPU where there is one
 
 For each architecture a tiny random float32 model (2 to 6 layers, every layer type that it has, windows, chunks and
 rope lengths shorter than the documents, no parameter at its start value) is saved by plain transformers.
@@ -17,6 +18,9 @@ not made  no tiny config here, or transformers itself fails
 scratch   from_scratch = true: mean and deviation of every parameter as in plain transformers
 bf16      one rank, bfloat16, the default on one GPU: relative error of the loss
 run       two steps of `lacuna pt`, with export, and from_pretrained of what was exported
+
+--compiled: in float32 (attention sdpa) equal as above; in bfloat16 as a run on one GPU computes, the relative error of
+the loss, and the cosine between all gradients as one vector and the reference's.
 """
 
 import gc
@@ -42,7 +46,7 @@ from lacuna.parallel import Ranks
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TINY = EXAMPLES / "tiny"
-ONE = Ranks(0, 1, torch.device("cpu"), None)
+CPU = torch.device("cpu")
 SEQ_LEN, ROWS = 64, [[5, 37, 14], [23, 41]]  # documents; the first row has 8 slots left over
 VOCAB, TOLERANCE = 4096, 1e-4
 
@@ -356,20 +360,27 @@ def reference(folder: Path) -> tuple[float, dict[str, torch.Tensor]]:
     return total, {name: p.grad for name, p in model.named_parameters()}
 
 
-def build(folder: Path, *options: str):
+def build(folder: Path, *options: str, device: torch.device = CPU):
     argv = ["--data.sources", '[{"path": "x"}]', "--train.steps", "1", "--model.name", str(folder)]
     argv += ["--train.seq_len", str(SEQ_LEN), *options]
     with blame(f"model.name {folder}, model.overrides {{}}"):  # as a run does
-        return build_model(load_config(None, argv), ONE, AutoTokenizer.from_pretrained(TINY))
+        ranks = Ranks(0, 1, device, None)
+        return build_model(load_config(None, argv), ranks, AutoTokenizer.from_pretrained(TINY))
 
 
-def compare(folder: Path, wanted, patch: list[str]) -> dict:
-    """Relative errors of the loss and of the worst gradient."""
-    trainee = build(folder, *patch)
-    loss, _ = trainee(pack(documents()))
+def train_once(folder: Path, *options: str, device: torch.device = CPU, experts: str | None = None):
+    """lacuna's loss sum and gradients (a dict, on the CPU) of the packed documents; `experts`: how they compute."""
+    trainee = build(folder, *options, device=device)
+    trainee.model.config._experts_implementation = experts or trainee.model.config._experts_implementation
+    loss, _ = trainee(pack(documents()).to(device))
     loss.backward()
+    return loss.item(), {n: None if p.grad is None else p.grad.cpu() for n, p in trainee.model.named_parameters()}
+
+
+def compare(wanted, trained) -> dict:
+    """Relative errors of the loss and of the worst gradient."""
     want_loss, want = wanted
-    got = {name: p.grad for name, p in trainee.model.named_parameters()}
+    loss, got = trained
     assert set(got) == set(want)
     scale = max(grad.norm() for grad in want.values() if grad is not None)
     worst = 0.0
@@ -379,7 +390,14 @@ def compare(folder: Path, wanted, patch: list[str]) -> dict:
         exact = torch.zeros_like(got[name]) if grad is None else grad
         mine = torch.zeros_like(exact) if got[name] is None else got[name]
         worst = max(worst, ((exact - mine).norm() / max(exact.norm(), 1e-4 * scale)).item())
-    return {"loss": abs(loss.item() - want_loss) / abs(want_loss), "grad": worst}
+    return {"loss": abs(loss - want_loss) / abs(want_loss), "grad": worst}
+
+
+def cosine(want: dict, got: dict) -> float:
+    """Between all gradients as one vector and all others."""
+    pairs = [(want[name].flatten(), got[name].flatten()) for name in want if None not in (want[name], got[name])]
+    ours, theirs = (torch.cat(side).double() for side in zip(*pairs, strict=True))
+    return (ours @ theirs / (ours.norm() * theirs.norm())).item()
 
 
 def scratch(folder: Path, patch: list[str]) -> str:
@@ -402,10 +420,8 @@ def scratch(folder: Path, patch: list[str]) -> str:
 
 
 def bf16(folder: Path, wanted, patch: list[str]) -> float:
-    trainee = build(folder, "--model.dtype", "bfloat16", *patch)
-    loss, _ = trainee(pack(documents()))
-    loss.backward()
-    return abs(loss.item() - wanted[0]) / abs(wanted[0])
+    loss, _ = train_once(folder, "--model.dtype", "bfloat16", *patch)
+    return abs(loss - wanted[0]) / abs(wanted[0])
 
 
 def whole_run(folder: Path, work: Path, patch: list[str]) -> str:
@@ -422,10 +438,10 @@ def whole_run(folder: Path, work: Path, patch: list[str]) -> str:
     return f"the export has {bad}" if bad else "ok"
 
 
-def attempt(function, *arguments):
+def attempt(function, *arguments, **options):
     """What a function returns, or the error that it raises."""
     try:
-        return function(*arguments)
+        return function(*arguments, **options)
     except Exception as error:
         return error
 
@@ -439,10 +455,10 @@ def row(name: str, runs: bool) -> dict:
         wanted = made or attempt(reference, folder)
         if isinstance(wanted, Exception):
             return {"class": "not made", "why": first_line(wanted)}
-        result = attempt(compare, folder, wanted, patch)
-        if isinstance(result, Exception):
-            what = "refused" if isinstance(result, ConfigError) else "CRASH"
-            return {"class": what, "why": first_line(result).replace(str(folder), "FOLDER")}
+        trained = attempt(train_once, folder, *patch)
+        if isinstance(trained, Exception):
+            return failure(trained, folder)
+        result = compare(wanted, trained)
         exact = result["loss"] < TOLERANCE and result["grad"] < TOLERANCE
         result["class"] = "equal" if exact else "WRONG"
         result["patch"] = PATCHED.get(name, "")
@@ -452,6 +468,36 @@ def row(name: str, runs: bool) -> dict:
             result["run"] = attempt(whole_run, folder, Path(work), patch)
         gc.collect()
         return result
+
+
+def compiled_row(name: str) -> dict:
+    """One architecture's results, compiled, by column."""
+    patch = ["--model.patch", f"{EXAMPLES}/{PATCHED[name]}"] if name in PATCHED else []
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    options = ["--train.compile", "true", *patch]
+    torch._dynamo.reset()
+    with tempfile.TemporaryDirectory() as work:
+        folder = Path(work) / "model"
+        make_folder(name, folder)
+        wanted = reference(folder)
+        # batched_mm: transformers' own stand-in for grouped products, which exist in bfloat16, cannot be compiled
+        exact = [*options, "--model.dtype", "float32", "--model.attention", "sdpa"]
+        trained = attempt(train_once, folder, *exact, device=device, experts="batched_mm")
+        if isinstance(trained, Exception):
+            return failure(trained, folder)
+        result = compare(wanted, trained)
+        equal = result["loss"] < TOLERANCE and result["grad"] < TOLERANCE
+        result["class"] = "equal" if equal else "WRONG"
+        torch._dynamo.reset()
+        rounded = attempt(train_once, folder, "--model.dtype", "bfloat16", *options, device=device)
+        if isinstance(rounded, Exception):
+            return result | {"bf16": rounded}
+        return result | {"bf16": compare(wanted, rounded)["loss"], "cosine": f"{cosine(wanted[1], rounded[1]):.4f}"}
+
+
+def failure(error: Exception, folder: Path) -> dict:
+    what = "refused" if isinstance(error, ConfigError) else "CRASH"
+    return {"class": what, "why": first_line(error).replace(str(folder), "FOLDER")}
 
 
 def first_line(error: Exception) -> str:
@@ -470,12 +516,18 @@ def main():
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity(logging.CRITICAL + 1)
     everything = [*(name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name not in OTHERS), *VARIANTS]
-    columns = ("class", "loss", "grad", "scratch", "bf16", "run", "why", "patch")
-    print("| type | | loss | gradients | from scratch | bf16 | run | why | model.patch |")
-    print("|---" * (len(columns) + 1) + "|")
-    for name in sys.argv[1:] or everything:
-        result = row(name, runs=True)
-        cells = [show(result.get(key, "")) for key in columns]
+    names = [word for word in sys.argv[1:] if word != "--compiled"] or everything
+    compiled = "--compiled" in sys.argv
+    headings = {"class": "", "loss": "loss", "grad": "gradients"}
+    if compiled:
+        headings |= {"bf16": "bf16", "cosine": "cosine", "why": "why"}
+    else:
+        headings |= {"scratch": "from scratch", "bf16": "bf16", "run": "run", "why": "why", "patch": "model.patch"}
+    print("| type |", " | ".join(headings.values()), "|")
+    print("|---" * (len(headings) + 1) + "|")
+    for name in names:
+        result = compiled_row(name) if compiled else row(name, runs=True)
+        cells = [show(result.get(key, "")) for key in headings]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 

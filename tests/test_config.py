@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import tomli_w
+import torch
 
-from lacuna.config import Config, ConfigError, Section, Source, load_config
+from lacuna.config import Config, ConfigError, Section, Source, blame, load_config
 
 pytestmark = pytest.mark.slow  # no torch: left out of the second set of versions in CI
 
@@ -569,3 +570,9 @@ def test_every_key_is_read_somewhere():
 def test_a_section_that_is_no_object_is_one_sentence(value, tmp_path):
     with pytest.raises(ConfigError, match=r"^train: |^the command line "):
         load_config(None, ["--data.sources", '{"path": "x"}', "--train", value])
+
+
+def test_a_gpu_that_is_too_small_is_a_sentence_with_its_cure():
+    sentence = r"^here: OutOfMemoryError: .* 2 GiB\.\. Lower train\.micro_batch_size$"
+    with pytest.raises(ConfigError, match=sentence), blame("here"):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")

@@ -7,8 +7,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import EXAMPLES, REPO, model_config
 from test_train import no_config, options, texts, train_lines  # noqa: F401  texts is a fixture
+from transformers import AutoModelForCausalLM
+
+from lacuna.config import load_config
+from lacuna.metrics import Report
+from lacuna.parallel import Ranks
 
 pytestmark = pytest.mark.gpu
 
@@ -53,6 +59,28 @@ def test_nothing_recompiles_after_the_first_step(base, checkpointing):
     assert "step 8/8" in log and "Graph break" not in log
     # the update of the layers, then that of the embeddings, which is another graph
     assert re.findall(r"Recompiling function (\w+)", log) == ["adamw"]
+
+
+def test_a_line_has_the_speed_of_its_own_steps_however_far_ahead_the_host_is(tmp_path):
+    """Figures are read up to two steps late, but for the last ones, and those before a save."""
+    device = torch.device("cuda", 0)
+    config = load_config(None, ["--data.sources", '[{"path": "x"}]', "--train.steps", "9", "--log.every", "3"])
+    state = {"step": 0, "tokens": 0, "trained_tokens": 0}
+    model = AutoModelForCausalLM.from_config(model_config("llama"))
+    report = Report(config, Ranks(0, 1, device, None), tmp_path, 9, model, state)
+    names = ("loss", "grad_norm", "stop_asked", "tokens", "trained_tokens", "pairs", "units", "checksum")
+    before = torch.cuda.Event()
+    for step in range(1, 10):
+        torch.cuda._sleep(10**8)  # cycles: some .05 s
+        before.synchronize()  # less than a step ahead: as far as the driver's queue lets a host be
+        before.record()
+        sums = {name: torch.ones((), dtype=torch.float64, device=device) for name in names}
+        sums["stop_asked"] = torch.zeros_like(sums["loss"])
+        facts = {"step": step, "lr": 1.0, "epoch": 0.0, "data_seconds": 0.0, "ends_interval": False, "figures": []}
+        report.step(facts, sums)
+    report.flush()
+    speeds = [line["step_seconds"] for line in train_lines(tmp_path)[1:]]
+    assert len(speeds) == 3 and max(speeds) < 1.1 * min(speeds)
 
 
 def test_fp8_learns_as_bfloat16_does(base, tmp_path):

@@ -258,7 +258,7 @@ def test_another_base_is_refused_and_so_is_an_adapters_checkpoint_as_a_model(lor
         export(path / "checkpoints/step_3", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     alone = options(path / "checkpoints/step_6", texts, tmp_path, "--train.steps", "1", "--name", "alone")
-    with pytest.raises(ConfigError, match="holds adapters alone: `lacuna export` makes a model of them"):
+    with pytest.raises(ConfigError, match=r"does not fit .* unknown .*lora_A.* \(adapters: `lacuna export` first\)"):
         run(load_config(None, alone))
 
 

@@ -23,6 +23,8 @@ AGAIN = "the same command goes on from the last checkpoint"
 CURES = {
     "No space left on|Disk quota exceeded": f". The disk is full: make room, and {AGAIN}",
     "Read-only file|Permission denied|Operation not permitted": f". Change who may, or name another place; {AGAIN}",
+    "OutOfMemory": ". Lower train.micro_batch_size",
+    "torch._dynamo|torch._inductor": ". Set train.compile = false",
     "gloo|torch.distributed.Dist": f". Another rank has ended, or cannot be reached: see what it says; {AGAIN}",
 }
 

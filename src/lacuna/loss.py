@@ -63,10 +63,8 @@ class ChunkedLoss(torch.autograd.Function):
 
 
 def chunk_loss(logits, labels, weights, factor=1.0, cap=None) -> tuple[torch.Tensor, ...]:
-    """Of cap * tanh(factor * logits / cap), [C, V]: the losses, and the gradient of their weighted sum by logits."""
-    exact = logits.float()
-    if factor != 1.0:
-        exact = exact * factor
+    """Of cap * tanh(factor * logits / cap), [C, V]: losses, and the gradient of their weighted sum."""
+    exact = logits.float() * factor
     if cap is not None:
         exact = cap * torch.tanh(exact / cap)
     trained = labels != IGNORE
@@ -74,11 +72,9 @@ def chunk_loss(logits, labels, weights, factor=1.0, cap=None) -> tuple[torch.Ten
     log_norm = exact.logsumexp(1, keepdim=True)  # [C, 1]
     losses = (log_norm - exact.gather(1, target))[:, 0] * trained
     hit = torch.arange(logits.shape[1], device=logits.device) == target  # [C, V]
-    grad = ((exact - log_norm).exp() - hit.float()) * weights[:, None]
+    grad = ((exact - log_norm).exp() - hit.float()) * (factor * weights)[:, None]
     if cap is not None:
         grad = grad * (1 - (exact / cap).square())
-    if factor != 1.0:
-        grad = grad * factor
     return losses, grad.to(logits.dtype)
 
 

@@ -63,14 +63,19 @@ class Report:
         self.in_steps = 0.0  # seconds
         self.told = []  # names of a recipe's figures
         self.interval = Counter()  # sums since the last line
-        self.since = time.perf_counter()
+        self.since = self.now()
+
+    def now(self):
+        """This moment: a time, or on a GPU an event that comes when its work so far is done."""
+        if self.on_gpu:
+            return torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True))
+        return time.perf_counter()
 
     def step(self, facts: dict, sums: dict[str, Tensor]):
         """Take in a step, its figures on their way to the host. Raises FloatingPointError."""
         # facts are known at once: step, lr, epoch, data_seconds, ends_interval, names of a recipe's figures
         values = torch.stack(list(sums.values())).to("cpu", non_blocking=True)  # float64 [names]
-        done = torch.cuda.current_stream().record_event() if self.on_gpu else None  # when they are there
-        self.pending.append((facts, list(sums), values, done))
+        self.pending.append((facts, list(sums), values, self.now()))
         # on a GPU the step before the last one is done by now: neither host nor device waits
         self.flush(in_flight=2 if self.on_gpu else 0)
 
@@ -78,7 +83,7 @@ class Report:
         """Report all steps taken in, but the last so many."""
         while len(self.pending) > in_flight:
             facts, names, values, done = self.pending.pop(0)
-            if done and not done.query():
+            if self.on_gpu and not done.query():
                 done.synchronize()
             sums = dict(zip(names, values.tolist(), strict=True))
             number = facts["step"]
@@ -91,28 +96,26 @@ class Report:
             self.interval.update(sums | {"steps": 1, "data_seconds": facts["data_seconds"]})
             due = number == 1 or number % self.config.log.every == 0
             if due or facts["ends_interval"] or self.stop_asked:
-                self.report_interval(facts, sums)
+                self.report_interval(facts, sums, done)
+                self.since = done
 
-    def report_interval(self, facts: dict, sums: dict):
+    def report_interval(self, facts: dict, sums: dict, done):
         """One line: means since the last one, speed and fill, and this step's norm."""
         interval = self.interval
-        # the host is up to two steps ahead of a GPU, at both ends of an interval
-        seconds = time.perf_counter() - self.since
+        seconds = self.since.elapsed_time(done) / 1000 if self.on_gpu else done - self.since
         self.in_steps += seconds
         count = interval["steps"]
         slots = count * self.config.train.global_batch_size * self.config.train.seq_len
+        world = self.ranks.world
         speed = interval["tokens"] / seconds
         loss = interval["loss"] / count
         metrics = {"step": facts["step"], "loss": loss, "grad_norm": sums["grad_norm"], "lr": facts["lr"]}
         metrics |= self.totals | {"epoch": round(facts["epoch"], 4), "packing_efficiency": interval["tokens"] / slots}
         work = slots * self.flop_per_token + interval["pairs"] * self.flop_per_pair
-        mfu = work / seconds / self.ranks.world / self.peak if self.peak else None
-        metrics |= {"tokens_per_second": speed, "tokens_per_second_per_device": speed / self.ranks.world, "mfu": mfu}
+        mfu = work / seconds / world / self.peak if self.peak else None
+        metrics |= {"tokens_per_second": speed, "tokens_per_second_per_device": speed / world, "mfu": mfu}
         metrics |= {"step_seconds": seconds / count, "data_seconds": interval["data_seconds"] / count}
-        peak = None
-        if self.on_gpu:
-            peak = torch.cuda.max_memory_allocated(self.ranks.device) / 2**30
-            torch.cuda.reset_peak_memory_stats(self.ranks.device)
+        peak = torch.cuda.max_memory_allocated(self.ranks.device) / 2**30 if self.on_gpu else None
         metrics |= {"peak_memory_gib": peak, "batch_checksum": f"{int(sums['checksum']):016x}"}
         own = {name: interval[name] / max(interval["units"], 1) for name in facts["figures"]}  # a recipe's
         self.paces.append(seconds / count)
@@ -145,7 +148,7 @@ class Report:
         if words:
             log.info("step %d: %s", metrics["step"], ", ".join(words))
         self.interval = Counter()
-        self.since = time.perf_counter()
+        self.since = self.now()
 
 
 def open_metrics(folder: Path, step: int):

@@ -180,10 +180,9 @@ def load_weights(model: PreTrainedModel, folder: Path):
     # a checkpoint also holds the optimizer, old folders the rotary frequencies, some a part that guesses ahead
     ignored = "|".join([r"^optimizer\.", "inv_freq$", *model._keys_to_ignore_on_load_unexpected])
     unknown = [name for name in sorted({*stored, *made} - places.keys()) if not re.search(ignored, name)]
-    if any(".lora_" in name for name in unknown):
-        raise ConfigError(f"model.name {folder} holds adapters alone: `lacuna export` makes a model of them")
     if missing or unknown:
-        raise ConfigError(f"{folder} does not fit {type(model).__name__}: missing {missing[:3]}, unknown {unknown[:3]}")
+        what = f"missing {missing[:3]}, unknown {unknown[:3]} (adapters: `lacuna export` first)"
+        raise ConfigError(f"{folder} does not fit {type(model).__name__}: {what}")
     kept = model._keep_in_fp32_modules_strict or ()  # in float32, as transformers does
     for name, tensor in places.items():
         if any(re.search(pattern, name) for pattern in kept) and not isinstance(tensor, DTensor):

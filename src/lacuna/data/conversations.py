@@ -1,4 +1,4 @@
-"""Conversations to token ids and a loss mask: what the template's {% generation %} marks enclose is trained."""
+"""Conversations to token ids and a loss mask: what {% generation %} marks enclose is trained."""
 
 import copy
 import functools
@@ -131,7 +131,7 @@ class ChatEncoder:
     def left_out(self, messages: list[dict], template: str | None, tools: list, last: int) -> list[str]:
         """What the template leaves out of a conversation; `last` is the last message that is trained.
 
-        A copy is rendered with a word of its own in each text, of tool calls too: short ones stand elsewhere.
+        A copy is rendered with a word of its own in each text: short texts stand elsewhere, too.
         Thoughts before the last question may go. ValueError where the model's own template renders anything else.
         """
         question = max((i for i in range(last) if messages[i]["role"] == "user"), default=0)
@@ -188,7 +188,7 @@ class ChatEncoder:
 
 @contextmanager
 def time_limit(seconds: float):
-    """A TimeoutError, in the main thread, where a template does not end: Jinja limits loops, not loops in loops."""
+    """A TimeoutError in the main thread where a template does not end: Jinja limits one loop alone."""
     if current_thread() is main_thread():  # where signals are handled
         signal.signal(signal.SIGVTALRM, stop_template)
         # and again after that: Jinja swallows an error while it computes constants
@@ -230,7 +230,7 @@ def recognise(columns: list[str], source: Source) -> tuple[str, list[str]]:
 
 
 def read_ids(row: dict, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids [n] and mask [n] of a tokenised row without its padding: labels and all masks say what is trained."""
+    """Ids [n] and mask [n] of a tokenised row without its padding: labels and masks say what counts."""
     ids = np.asarray(row["input_ids"])
     if ids.size and (ids.dtype.kind not in "iu" or ids.ndim != 1 or ids.min() < 0 or ids.max() >= vocabulary):
         raise ValueError(f"input_ids are not all whole numbers from 0 to {vocabulary - 1}")
@@ -265,7 +265,8 @@ def read_messages(row: dict, row_format: str, roles: dict[str, str]) -> list[dic
 
 
 def as_turns(said: str | list[dict], role: str) -> list[dict]:
-    said = decoded(said) if str(said).startswith('[{"') else said
+    if str(said).startswith('[{"'):
+        said = decoded(said)
     return said if isinstance(said, list) else [{"role": role, "content": said}]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 
 def split_documents(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cut documents of lengths [n] into pieces of at most seq_len: of each its document, start and length [m]."""
+    """Cut documents of lengths [n] at seq_len: document, start and length [m] of each piece."""
     counts = -(-lengths // seq_len)
     document = np.repeat(np.arange(len(lengths)), counts)
     first_piece = np.cumsum(counts) - counts
@@ -18,7 +18,7 @@ def split_documents(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.n
 
 
 def best_fit(lengths: np.ndarray, seq_len: int, sorted_over: float = 0.25) -> list[list[int]]:
-    """Assign pieces of lengths [m], at most seq_len, to rows of seq_len slots: the indices of each row's pieces."""
+    """Assign pieces of lengths [m], at most seq_len, to rows: the indices of each row's pieces."""
     # Each goes into the fullest row with room: those over this share of a row, the longest first, then the others as
     # they come. Of 131,072 log-normal documents a quarter fills .999 of 2,048 slots; all sorted .9999, none .993.
     long = np.where(lengths > seq_len * sorted_over, lengths, 0)

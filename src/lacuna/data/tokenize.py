@@ -15,7 +15,7 @@ from lacuna.data.batch import Tokens
 class TextEncoder:
     """Plain text to documents, past huggingface.co/blog/qgallouedec/gotchas-in-tokenizer-behavior.
 
-    Other encoders have its `eos`, and its methods from `columns` on; training and evaluation call them at one time.
+    Other encoders have its `eos` and its methods from `columns` on, which several threads call.
     """
 
     def __init__(self, tokenizer):
