@@ -12,7 +12,7 @@ from transformers import AttentionInterface, AutoModelForImageTextToText
 
 from lacuna.attention import packed_attention
 from lacuna.checkpoint import export
-from lacuna.config import ConfigError, blame
+from lacuna.config import ConfigError
 from lacuna.metrics import flop
 
 spec = importlib.util.spec_from_file_location("models", REPO / "benchmarks" / "models.py")
@@ -286,16 +286,9 @@ def test_a_short_document_does_not_depend_on_a_long_one_beside_it(tmp_path):
         models.build(tmp_path, "--train.seq_len", "257")
 
 
-def test_what_cannot_be_compiled_is_a_sentence_with_its_cure(tmp_path):
-    """DBRX loops over the experts that were hit: how many, only the data says."""
-    models.make_folder("dbrx", tmp_path)
-    with pytest.raises(ConfigError, match=r"^here: UserError: .* Set train\.compile = false$"), blame("here"):
-        models.train_once(tmp_path, "--train.compile", "true")
-
-
-@pytest.mark.parametrize("name", ["qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_moe", "dbrx"])
 def test_compiled_loss_and_gradients_equal_plain_transformers(name):
-    """The whole table is made on a GPU, see docs/models.md."""
+    """DBRX loops over the experts that were hit, which breaks its graph. RESULTS.md has a GPU's table of all."""
     row = models.compiled_row(name)
     assert row["class"] == "equal", row
     assert row["bf16"] < 2e-3 and float(row["cosine"]) > 0.999

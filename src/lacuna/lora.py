@@ -46,7 +46,7 @@ ADAPTED = {nn.Linear: LoRALinear}  # a patch's own linear layers get none, unles
 
 
 def add_adapters(model: nn.Module, layers: list[nn.Module], config: LoraConfig):
-    """On the meta device: freeze the model, and give linear layers of the decoder adapters in float32."""
+    """On the meta device: freeze the model, and give linear layers of the decoder float32 adapters."""
     model.requires_grad_(False)
     modules = nn.ModuleList(layers).named_modules()
     linear = [(name.split(".")[-1], module) for name, module in modules if type(module) in ADAPTED]

@@ -1,6 +1,6 @@
 """The builder: patch -> LoRA -> activation checkpointing -> torch.compile -> FSDP2, then weights.
 
-Everything replaces `layer.forward` in place: parameter names stay those of Hugging Face throughout.
+Everything replaces `layer.forward` in place: parameter names stay Hugging Face's.
 """
 
 import copy
@@ -52,8 +52,7 @@ class Trainee(nn.Module):
         model = self.model = empty_model(config.model, tokenizer, held_in, self.dtype)
         model.requires_grad_(not frozen)
         layers = [module for module in model.get_decoder().modules() if isinstance(module, GradientCheckpointingLayer)]
-        # a patch replaces modules, so it comes first
-        if config.model.patch:
+        if config.model.patch:  # first: it replaces modules
             apply_patch(model, config.model.patch)
         refuse_unfit(model, layers, config.train.seq_len, config.model.from_scratch)
         if config.lora.rank:
@@ -71,7 +70,8 @@ class Trainee(nn.Module):
             # Compile wraps the checkpointed layer: the partitioner recomputes inside it, and the other way round it
             # would be done twice. All layers share one graph, which takes seconds; the whole model would take minutes.
             if self.compiled and getattr(layer, "compiles", True):
-                layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)
+                whole = all(hasattr(module, "has_gate") for module in experts(layer))  # DBRX loops over them
+                layer.forward = torch.compile(layer.forward, fullgraph=whole, dynamic=False)
         self.layers = layers  # of the decoder, in order
 
     def forward(self, batch: PackedBatch) -> tuple[Tensor, dict]:

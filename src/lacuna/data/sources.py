@@ -1,4 +1,4 @@
-"""Map-style and streaming datasets: `read` yields a virtual stream's documents, `load` one's token ids."""
+"""Map-style and streaming datasets: `read` yields a stream's documents, `load` one's token ids."""
 
 import json
 import re
