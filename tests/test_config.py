@@ -573,6 +573,6 @@ def test_a_section_that_is_no_object_is_one_sentence(value, tmp_path):
 
 
 def test_a_gpu_that_is_too_small_is_a_sentence_with_its_cure():
-    sentence = r"^here: OutOfMemoryError: .* 2 GiB\.\. Lower train\.micro_batch_size$"
+    sentence = r"^here: OutOfMemoryError: .* 2 GiB\.\. Lower train\.micro_batch_size: see examples/memory\.py$"
     with pytest.raises(ConfigError, match=sentence), blame("here"):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")

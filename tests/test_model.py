@@ -78,12 +78,13 @@ def test_activation_checkpointing_changes_no_gradient_and_recomputes(how, model_
     assert len(calls) == 4  # two layers, forward and recomputed
 
 
-def test_selective_checkpointing_computes_no_matrix_product_twice(model_folder):
+@pytest.mark.parametrize("name", ["llama", "qwen2"])  # Qwen2's linear layers have a bias: another operator
+def test_selective_checkpointing_computes_no_matrix_product_twice(name, model_folder):
     from torch.utils.flop_counter import FlopCounterMode
 
     flops = {}
     for how in ("none", "full", "selective"):
-        trainee = build(model_folder("llama"), "--train.activation_checkpointing", how)
+        trainee = build(model_folder(name), "--train.activation_checkpointing", how)
         with FlopCounterMode(display=False) as counter:
             trainee(batch_and_documents()[0])[0].backward()
         flops[how] = counter.get_total_flops()

@@ -286,7 +286,8 @@ def test_a_short_document_does_not_depend_on_a_long_one_beside_it(tmp_path):
         models.build(tmp_path, "--train.seq_len", "257")
 
 
-@pytest.mark.parametrize("name", ["qwen3", "qwen3_moe", "dbrx"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3_moe", "dbrx"])
 def test_compiled_loss_and_gradients_equal_plain_transformers(name):
     """DBRX loops over the experts that were hit, which breaks its graph. RESULTS.md has a GPU's table of all."""
     row = models.compiled_row(name)

@@ -8,10 +8,10 @@ import torch
 from conftest import model_config
 from torch import nn
 from torch._dynamo.utils import counters
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, get_scheduler
 
 from lacuna.config import OptimConfig
-from lacuna.optim import AdamW, trained
+from lacuna.optim import AdamW, learning_rate, trained
 from lacuna.parallel import gradient_norm
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -114,3 +114,24 @@ def test_a_group_without_parameters_does_not_undo_the_compiled_update_of_the_oth
             optimizer.step(1e-3, torch.tensor(1.0), torch.tensor(False))
         model.zero_grad()
     assert "aten::lerp" not in {event.key for event in profile.key_averages()}
+
+
+@pytest.mark.parametrize(("steps", "decay_steps", "decayed"), [(30, 4, 4), (30, 1, 1), (30, None, 3), (9, None, 1)])
+def test_wsd_is_constant_and_then_falls_in_so_many_equal_steps(steps, decay_steps, decayed):
+    config = OptimConfig(lr=2.0, schedule="wsd", min_lr_ratio=0.1, decay_steps=decay_steps)
+    rates = [learning_rate(config, step, steps) for step in range(steps)]
+    falling = torch.linspace(2.0, 0.2, decayed + 1, dtype=torch.float64).tolist()
+    assert rates == pytest.approx([2.0] * (steps - decayed - 1) + falling)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_other_schedules_are_transformers_own_after_the_warmup(schedule):
+    """transformers' would reach the lowest rate one step after the end; lacuna's last step has it."""
+    config = OptimConfig(lr=2.0, schedule=schedule, min_lr_ratio=0.0, warmup_steps=5)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
+    reference = get_scheduler(schedule, optimizer, num_warmup_steps=0, num_training_steps=24)
+    for step in range(5, 30):
+        assert learning_rate(config, step, 30) == pytest.approx(reference.get_last_lr()[0])
+        optimizer.step()
+        reference.step()
+    assert [learning_rate(config, step, 30) for step in range(5)] == pytest.approx([2 * i / 6 for i in range(1, 6)])

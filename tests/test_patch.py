@@ -9,6 +9,7 @@ from test_model import batch_and_documents, build
 from transformers.utils import is_kernels_available
 
 from lacuna.config import ConfigError
+from lacuna.optim import trained
 
 KERNEL = '''
 import torch
@@ -87,3 +88,14 @@ def test_a_patch_that_is_not_there_is_one_sentence(place, model_folder, tmp_path
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=rf"^model.patch {place} \(a file.py:function\): [^\n]+$"):
         build(model_folder("llama"), "--model.patch", place)
+
+
+def test_a_layer_that_a_patch_puts_in_is_trained_as_the_others_are(model_folder, tmp_path):
+    """Adapters, checkpointing and sharding look at the layers that there are after it."""
+    patch = tmp_path / "own.py"
+    patch.write_text(
+        "import copy\n\n\ndef replace(model):\n    model.model.layers[0] = copy.deepcopy(model.model.layers[0])\n"
+    )
+    trainee = build(model_folder("llama"), "--model.patch", f"{patch}:replace", "--lora.rank", "4")
+    assert trainee.layers == list(trainee.model.model.layers)
+    assert {len(trained(layer)) for layer in trainee.layers} == {14}  # A and B of seven linear layers

@@ -134,7 +134,7 @@ class Checkpoints:
         self.group = dist.new_group(backend="gloo", timeout=timeout) if ranks.mesh is not None else None
 
     def after_step(self):
-        """Says at once that a save has failed; after the first step, begins to allocate."""
+        """Says that a save has failed; after the first step, begins to allocate."""
         if self.memory is None:  # not earlier: beside compilation, 20 GB (1.7B) cost 2 s
             sizes = [local(tensor).numel() for tensor in self.tensors.values()]
             self.memory = self.thread.submit(HostMemory, sizes, self.ranks.device)

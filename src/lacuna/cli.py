@@ -68,7 +68,7 @@ def train(config: Config):
 
 @blame("lacuna export")
 def export(words: list[str]):
-    parser = ArgumentParser(prog="lacuna export", description="Make a Hugging Face folder of a checkpoint.")
+    parser = ArgumentParser(prog="lacuna export", description="A checkpoint as a Hugging Face folder.")
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="default: the run's own")

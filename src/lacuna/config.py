@@ -23,8 +23,8 @@ AGAIN = "the same command goes on from the last checkpoint"
 CURES = {
     "No space left on|Disk quota exceeded": f". The disk is full: make room, and {AGAIN}",
     "Read-only file|Permission denied|Operation not permitted": f". Change who may, or name another place; {AGAIN}",
-    "OutOfMemory": ". Lower train.micro_batch_size",
-    "torch._dynamo|torch._inductor": ". Set train.compile = false",
+    "OutOfMemory": ". Lower train.micro_batch_size: see examples/memory.py",
+    "torch._dynamo|torch._inductor": ". Set train.compile = false: it runs, or says why",
     "gloo|torch.distributed.Dist": f". Another rank has ended, or cannot be reached: see what it says; {AGAIN}",
 }
 
@@ -255,6 +255,6 @@ def sentence(problem: dict) -> str:
             known[prefix + name] = f"({name}) {field.description}"  # other trainers' names are in brackets
     near = [key for key, names in known.items() if f"({last})" in names]
     near += difflib.get_close_matches(wrong, known, 1, cutoff=0.65)
-    if near:
+    if near and near[0] != wrong:
         return f"unknown key {wrong}: did you mean {near[0]}?"
     return f"unknown key {wrong}: take it out, or see `lacuna pt --help` for all keys"

@@ -47,7 +47,7 @@ def flop(model: PreTrainedModel) -> tuple[float, int]:
 class Report:
     """Every rank takes in every step's outcome; rank 0 reports it."""
 
-    def __init__(self, config: Config, ranks: Ranks, folder: Path, steps: int, model: PreTrainedModel, state: dict):
+    def __init__(self, config: Config, ranks: Ranks, folder: Path, steps: int, model, state: dict):
         self.config = config
         self.ranks = ranks
         self.steps = steps
@@ -72,7 +72,7 @@ class Report:
         return time.perf_counter()
 
     def step(self, facts: dict, sums: dict[str, Tensor]):
-        """Take in a step, its figures on their way to the host. Raises FloatingPointError."""
+        """Take in a step, whose figures are on their way. Raises FloatingPointError."""
         # facts are known at once: step, lr, epoch, data_seconds, ends_interval, names of a recipe's figures
         values = torch.stack(list(sums.values())).to("cpu", non_blocking=True)  # float64 [names]
         self.pending.append((facts, list(sums), values, self.now()))
@@ -97,7 +97,7 @@ class Report:
             due = number == 1 or number % self.config.log.every == 0
             if due or facts["ends_interval"] or self.stop_asked:
                 self.report_interval(facts, sums, done)
-                self.since = done
+                self.since = done  # `write` has set a later moment
 
     def report_interval(self, facts: dict, sums: dict, done):
         """One line: means since the last one, speed and fill, and this step's norm."""

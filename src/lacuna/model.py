@@ -28,6 +28,7 @@ from lacuna.weights import Part, fill, held, load_weights, weight_folder
 # Dear to recompute: matrix products and attention. Everything else is cheap.
 SAVED_OPS = [
     torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
     torch.ops.aten._grouped_mm.default,
     torch.ops.aten._scaled_mm.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
@@ -51,9 +52,9 @@ class Trainee(nn.Module):
         held_in = self.dtype if frozen or config.lora.rank else torch.float32
         model = self.model = empty_model(config.model, tokenizer, held_in, self.dtype)
         model.requires_grad_(not frozen)
-        layers = [module for module in model.get_decoder().modules() if isinstance(module, GradientCheckpointingLayer)]
         if config.model.patch:  # first: it replaces modules
             apply_patch(model, config.model.patch)
+        layers = self.layers = [m for m in model.get_decoder().modules() if isinstance(m, GradientCheckpointingLayer)]
         refuse_unfit(model, layers, config.train.seq_len, config.model.from_scratch)
         if config.lora.rank:
             add_adapters(model, layers, config.lora)
@@ -67,12 +68,11 @@ class Trainee(nn.Module):
         for layer in layers:
             if recomputed != "none":
                 layer.forward = partial(checkpoint, layer.forward, **options)
-            # Compile wraps the checkpointed layer: the partitioner recomputes inside it, and the other way round it
-            # would be done twice. All layers share one graph, which takes seconds; the whole model would take minutes.
+            # Compile wraps the checkpointed layer: the partitioner recomputes inside it; the other way round it would
+            # be done twice. All layers share one graph: seconds, not minutes. A loop over experts (DBRX) breaks one.
             if self.compiled and getattr(layer, "compiles", True):
-                whole = all(hasattr(module, "has_gate") for module in experts(layer))  # DBRX loops over them
-                layer.forward = torch.compile(layer.forward, fullgraph=whole, dynamic=False)
-        self.layers = layers  # of the decoder, in order
+                loops = any(not hasattr(module, "has_gate") for module in experts(layer))
+                layer.forward = torch.compile(layer.forward, fullgraph=not loops, dynamic=loops)
 
     def forward(self, batch: PackedBatch) -> tuple[Tensor, dict]:
         """The batch's loss, nats, and a recipe's figures by name: sums over the same units."""

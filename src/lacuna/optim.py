@@ -75,7 +75,7 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
         return config.lr * (step + 1) / (begin + 1)
     # warmup-stable-decay, arXiv 2404.06395: constant, then a linear decay
     if config.schedule == "wsd":
-        begin = max(begin, steps - (config.decay_steps or max(1, steps // 10)))
+        begin = max(begin, steps - 1 - (config.decay_steps or max(1, steps // 10)))
     done = max(0, step - begin) / max(1, steps - 1 - begin)
     shares = {"constant": 1.0, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
     share = shares.get(config.schedule, 1 - done)

@@ -131,8 +131,8 @@ class ChatEncoder:
     def left_out(self, messages: list[dict], template: str | None, tools: list, last: int) -> list[str]:
         """What the template leaves out of a conversation; `last` is the last message that is trained.
 
-        A copy is rendered with a word of its own in each text: short texts stand elsewhere, too.
-        Thoughts before the last question may go. ValueError where the model's own template renders anything else.
+        A copy is rendered with a word of its own in each text: short ones may be elsewhere.
+        Thoughts before the last question may go. ValueError where the model's own template differs.
         """
         question = max((i for i in range(last) if messages[i]["role"] == "user"), default=0)
         copies = list(map(dict, messages))

@@ -1,4 +1,4 @@
-"""The one order of data, whatever the hardware: row p of the run is virtual stream p mod V's next.
+"""The one order of data, whatever the hardware: row p is the next of virtual stream p mod V.
 
 A stream draws a window of documents, shuffles, packs, and shuffles the rows. Its state, where the window began, goes
 with every row: what is prefetched never counts as consumed. Map-style data is one stream.

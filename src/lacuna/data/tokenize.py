@@ -57,7 +57,7 @@ class TextEncoder:
         return digest(self.backend.to_str(), self.bos, self.eos)
 
     def adapt(self, tokenizer):
-        """Make the model's own tokenizer end documents, or turns, as in training: it does so already."""
+        """Make the model's own tokenizer end turns as in training: here it does already."""
 
 
 def digest(*parts) -> str:
