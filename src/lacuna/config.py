@@ -25,7 +25,8 @@ CURES = {
     "Read-only file|Permission denied|Operation not permitted": f". Change who may, or name another place; {AGAIN}",
     "OutOfMemory": ". Lower train.micro_batch_size: see examples/memory.py",
     "torch._dynamo|torch._inductor": ". Set train.compile = false: it runs, or says why",
-    "gloo|torch.distributed.Dist": f". Another rank has ended, or cannot be reached: see what it says; {AGAIN}",
+    "KeyError.*lacuna": ": attention that cannot be replaced",
+    "gloo|torch.distributed.Dist": f". Another rank has ended: see what it says; {AGAIN}",
 }
 
 OneOrSeveral = BeforeValidator(lambda value: [value] if isinstance(value, str | dict) else value)
@@ -173,7 +174,6 @@ def refuse_contradictions(config: Config):
     optim = config.optim
     held_out = config.eval.sources
     fraction = config.eval.fraction
-    lengths = [train.steps, train.epochs]
     rows = train.micro_batch_size * (int(os.environ.get("WORLD_SIZE", 1)) or 1)
     uneven = train.global_batch_size % rows
     is_recipe = config.task.endswith(".py")
@@ -185,7 +185,7 @@ def refuse_contradictions(config: Config):
         "data.sources is empty: add a [[data.sources]] table with a path": not data,
         "data.sources: give every source a weight, or none": weighted and unweighted,
         "data.sources: a mixture that streams needs weights": streams and len(unweighted) > 1,
-        "give exactly one of train.steps and train.epochs": lengths.count(None) != 1,
+        "give exactly one of train.steps and train.epochs": bool(train.steps) == bool(train.epochs),
         "train.epochs of a stream, or with weights: set train.steps, or streaming = false": train.epochs and mixed,
         f"train.global_batch_size is no multiple of micro_batch_size x ranks, {rows}": uneven,
         "lora.rank adapts a model: not from_scratch": config.lora.rank and config.model.from_scratch,
@@ -257,4 +257,4 @@ def sentence(problem: dict) -> str:
     near += difflib.get_close_matches(wrong, known, 1, cutoff=0.65)
     if near and near[0] != wrong:
         return f"unknown key {wrong}: did you mean {near[0]}?"
-    return f"unknown key {wrong}: take it out, or see `lacuna pt --help` for all keys"
+    return f"unknown key {wrong}: take it out, or see `lacuna pt --help`"
