@@ -218,7 +218,8 @@ def test_only_the_columns_of_the_format_are_read_and_the_log_names_it(encoder):
             columns = encoder.columns([*others.split(), *read.split()[::-1]], Source(path="some.jsonl"))
         assert sorted(columns) == sorted(read.split())
         assert any("some.jsonl" in message and form in message for message in messages), messages
-        assert messages[-1].endswith(f"not read: {', '.join(others.split())}")
+        stop = encoder.tokenizer.decode(encoder.eos)
+        assert messages[-1].endswith(f"ending in {stop}; not read: {', '.join(sorted(others.split()))}")
 
 
 @pytest.mark.parametrize("kind", [byte_level, sentencepiece])

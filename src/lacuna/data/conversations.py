@@ -77,8 +77,8 @@ class ChatEncoder:
 
     def columns(self, columns, source):
         row_format, known = recognise(columns, source)
-        unread = [name for name in columns if name not in known]
-        log.info("%s is read as %s; not read: %s", source.path, row_format, ", ".join(unread) or "nothing")
+        unread = ", ".join(sorted(set(columns) - set(known))) or "nothing"
+        log.info("%s: %s ending in %s; not read: %s", source.path, row_format, self.tokenizer.eos_token, unread)
         return [name for name in columns if name in known]
 
     def documents(self, rows, source, numbers):
@@ -132,7 +132,7 @@ class ChatEncoder:
         """What the template leaves out of a conversation; `last` is the last message that is trained.
 
         A copy is rendered with a word of its own in each text: short ones may be elsewhere.
-        Thoughts before the last question may go. ValueError where the model's own template differs.
+        Thoughts before the question may go. ValueError where the model's own template differs.
         """
         question = max((i for i in range(last) if messages[i]["role"] == "user"), default=0)
         copies = list(map(dict, messages))
@@ -271,7 +271,7 @@ def as_turns(said: str | list[dict], role: str) -> list[dict]:
 
 
 def read_turn(turn: dict, roles: dict[str, str]) -> dict:
-    """A turn in OpenAI's words, ShareGPT's or a source's own, as one of OpenAI's messages."""
+    """A turn in OpenAI's, ShareGPT's or a source's words, as OpenAI's message."""
     turn = {name: value for name, value in turn.items() if value is not None}
     if turn.get("tool_calls") == []:
         del turn["tool_calls"]  # some templates look for the key alone
