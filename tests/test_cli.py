@@ -10,7 +10,7 @@ from importlib.metadata import distributions, version
 from pathlib import Path
 
 import pytest
-from conftest import EXAMPLES
+from conftest import EXAMPLES, REPO
 from transformers import PreTrainedModel
 
 import count_lines
@@ -174,6 +174,17 @@ def test_several_gpus_become_torchrun_over_all_of_them(launch, environment, devi
     assert command[command.index("--nproc-per-node") + 1] == str(processes)
     assert command[-6:] == ["-m", "lacuna", "pt", "my.toml", "--train.steps", "3"]
     assert environment["OMP_NUM_THREADS"] == str(8 // processes), "set before a worker starts"
+    assert environment["PYTHONSAFEPATH"] == "1"
+
+
+@pytest.mark.parametrize(("safe", "said"), [("", "somebody else"), ("1", "usage: lacuna pt")])
+def test_a_rank_imports_nothing_of_the_folder_where_it_stands(safe, said, tmp_path):
+    """Python itself would, of `-m`: so the variable that the launcher sets has to do it."""
+    (tmp_path / "signal.py").write_text("raise SystemExit('somebody else')")
+    command = [sys.executable, "-m", "lacuna", "--help"]
+    environ = os.environ | {"PYTHONSAFEPATH": safe, "PYTHONPATH": str(REPO / "src")}
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)
+    assert said in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ AGAIN = "the same command goes on from the last checkpoint"
 # by what an error says or is: some libraries pass on only the system's words, and no errno
 CURES = {
     "No space left on|Disk quota exceeded": f". The disk is full: make room, and {AGAIN}",
-    "Read-only file|Permission denied|Operation not permitted": f". Change who may, or name another place; {AGAIN}",
+    "Read-only file|Permission denied|Operation not permitted": ". Change who may, or name another place",
     "OutOfMemory": ". Lower train.micro_batch_size: see examples/memory.py",
     "torch._dynamo|torch._inductor": ". Set train.compile = false: it runs, or says why",
     "KeyError.*lacuna": ": attention that cannot be replaced",
@@ -168,7 +168,7 @@ class Config(Section):
 
 
 def refuse_contradictions(config: Config):
-    """ConfigError where keys say something against each other."""
+    """ConfigError where keys contradict each other."""
     data = config.data.sources
     train = config.train
     optim = config.optim
@@ -240,7 +240,7 @@ def load_config(path: str | None, argv: list[str], task: str = "pt") -> Config:
 
 
 def sentence(problem: dict) -> str:
-    """An error of pydantic's, with the key as TOML has it, or, of an unknown one, the nearest."""
+    """pydantic's error, with the key as TOML has it; of an unknown one, the nearest."""
     place = ".".join(map(str, problem["loc"]))
     if problem["type"] != "extra_forbidden":
         message = re.sub(r" or instance of \w+", "", problem["msg"])

@@ -106,14 +106,13 @@ class Report:
         self.in_steps += seconds
         count = interval["steps"]
         slots = count * self.config.train.global_batch_size * self.config.train.seq_len
-        world = self.ranks.world
         speed = interval["tokens"] / seconds
         loss = interval["loss"] / count
         metrics = {"step": facts["step"], "loss": loss, "grad_norm": sums["grad_norm"], "lr": facts["lr"]}
         metrics |= self.totals | {"epoch": round(facts["epoch"], 4), "packing_efficiency": interval["tokens"] / slots}
         work = slots * self.flop_per_token + interval["pairs"] * self.flop_per_pair
-        mfu = work / seconds / world / self.peak if self.peak else None
-        metrics |= {"tokens_per_second": speed, "tokens_per_second_per_device": speed / world, "mfu": mfu}
+        mfu = work / seconds / self.ranks.world / self.peak if self.peak else None
+        metrics |= {"tokens_per_second": speed, "tokens_per_second_per_device": speed / self.ranks.world, "mfu": mfu}
         metrics |= {"step_seconds": seconds / count, "data_seconds": interval["data_seconds"] / count}
         peak = torch.cuda.max_memory_allocated(self.ranks.device) / 2**30 if self.on_gpu else None
         metrics |= {"peak_memory_gib": peak, "batch_checksum": f"{int(sums['checksum']):016x}"}
@@ -140,7 +139,7 @@ class Report:
         log.info("The model is in %s/hf. To talk to it:\nuv run python examples/chat.py %s", folder, folder)
 
     def write(self, metrics: dict):
-        """Add a line, what is told of it in words; with it begins a new interval."""
+        """Add a line, and tell of it in words; a new interval begins."""
         if self.file:
             self.file.write(json.dumps(metrics) + "\n")
         told = [name for name in metrics if name in self.told or name.startswith("eval_")]

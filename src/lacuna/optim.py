@@ -10,7 +10,7 @@ from lacuna.parallel import local
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What is updated, by name: the one answer for optimizer, norm, reports and checkpoints."""
+    """What is updated, by name, for optimizer, norm, reports and checkpoints."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 

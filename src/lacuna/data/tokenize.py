@@ -61,7 +61,7 @@ class TextEncoder:
 
 
 def digest(*parts) -> str:
-    code = [file.read_text() for file in sorted(Path(__file__).parent.glob("*.py"))]  # it makes tokens, too
+    code = [file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))]  # it makes tokens, too
     return hashlib.sha256(repr((*parts, code)).encode()).hexdigest()[:32]
 
 
