@@ -134,6 +134,15 @@ def test_a_file_without_data_is_an_error_that_says_so(streaming, tmp_path):
         read(tmp_path / "empty.jsonl", streaming=streaming)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("names", ["ab", "ba"])
+def test_a_parquet_file_without_rows_among_others_does_not_matter(names, streaming, tmp_path):
+    table = pa.table({"text": ["1 2", "3"]})
+    for name, rows in zip(names, (0, 2), strict=True):
+        pyarrow.parquet.write_table(table.slice(0, rows), tmp_path / f"{name}.parquet")
+    assert [row["text"] for row in read(tmp_path, streaming=streaming)] == ["1 2", "3"]
+
+
 # Columns under other names
 
 

@@ -262,8 +262,8 @@ def test_the_fingerprint_changes_with_anything_that_changes_a_token(tmp_path):
 
 def test_the_fingerprint_changes_with_the_code(tokenizer, monkeypatch):
     before = TextEncoder(tokenizer).fingerprint()
-    read_text = Path.read_text
-    monkeypatch.setattr(Path, "read_text", lambda path, *args: read_text(path, *args) + "# changed")
+    read_bytes = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read_bytes(path) + b"# changed")
     assert TextEncoder(tokenizer).fingerprint() != before
 
 

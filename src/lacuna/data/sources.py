@@ -1,4 +1,4 @@
-"""Map-style and streaming datasets: `read` yields a stream's documents, `load` one's token ids."""
+"""Datasets, map-style or streaming: `read` yields documents, `load` one's token ids."""
 
 import json
 import re
@@ -23,7 +23,7 @@ READ_CHUNK = 128  # documents tokenised in one call: enough for the tokenizer to
 ROW = "a row's JSON"
 JSON = {"path": "text", "features": datasets.Features({ROW: datasets.Value("string")})}
 READERS = {
-    ".parquet": {"path": "parquet"},
+    ".parquet": {"path": "parquet", "batch_size": 1000},  # else 0 of an empty file
     ".arrow": {"path": "arrow"},  # as save_to_disk writes
     ".csv": {"path": "csv", "na_filter": False},  # NA and None are words
     ".txt": {"path": "text", "sample_by": "document"},
@@ -156,7 +156,7 @@ def split_json(file: dict[str, list]) -> dict[str, list]:
 
 
 def as_rows(batch: dict[str, list], source: Source, numbers: Sequence[int]) -> tuple:
-    """What an encoder makes documents of: rows, under lacuna's names, of columns or of JSON."""
+    """What an encoder takes: rows under lacuna's names, of columns or of JSON."""
     if ROW not in batch:
         values = zip(*without_nulls(list(batch.values())), strict=True)
         rows = [dict(zip(batch, row, strict=True)) for row in values]
@@ -183,7 +183,7 @@ def without_nulls(value):
 
 
 def open_dataset(source: Source, encoder) -> datasets.Dataset | datasets.IterableDataset:
-    """A source's dataset, with the columns that are read; or a ConfigError."""
+    """A source's dataset, with the columns that are read."""
     remote = {"storage_options": {"http": SILENCE, "https": SILENCE}}
     options = source.model_dump(include={"split", "streaming"}) | (remote if source.streaming else {})
     try:
@@ -247,5 +247,5 @@ def find_splits(folder: Path, source: Source, files: dict) -> dict[str, list[str
 
 
 def ending(path: str | Path) -> str:
-    """A file's last ending, but for one of compression."""
+    """A file's ending, but for one of compression."""
     return Path(re.sub(r"\.(gz|zst|bz2|xz)$", "", str(path).lower())).suffix
