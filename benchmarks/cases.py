@@ -60,7 +60,7 @@ def main(folder: Path, tokenizer: str):
             if file.suffix in (".py", ".toml"):
                 continue
             said = say(file, "pt" if is_text(file) else "sft", tokenizer, cache)
-            escaped = said.replace("\n", "\\n").replace("|", "\\|")
+            escaped = said.replace("\n", "\\n").replace("\0", "\\0").replace("|", "\\|")
             print(f"| {file.name} | {escaped[:600]} |", flush=True)
 
 
