@@ -5,6 +5,8 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
+from test_model import needs_compiler
+from torch._inductor.utils import run_and_get_code
 
 from lacuna import loss as loss_module
 from lacuna.data.batch import PackedBatch
@@ -165,3 +167,16 @@ def test_a_model_without_a_cap_pays_nothing_for_it():
     sizes = [len(graph.graph.nodes) for graph in graphs]
     assert "tanh" not in graphs[0].code
     assert sizes == [sizes[0], sizes[0], sizes[0], sizes[0] + 7]
+
+
+@needs_compiler
+def test_a_factor_costs_no_pass_over_the_logits():
+    """It is one multiplication in a kernel that reads them anyhow: as many kernels and loops with it as without."""
+    tensors = torch.randn(64, 1000, dtype=torch.bfloat16), torch.arange(64), torch.ones(64)
+    counts = []
+    for options in ({}, {"factor": 0.5}):
+        torch._dynamo.reset()
+        compiled = torch.compile(loss_module.chunk_loss, dynamic=False)
+        _, [code] = run_and_get_code(compiled, *tensors, **options)
+        counts.append((code.count("cpp_fused"), code.count("for(")))
+    assert counts[0] == counts[1] and counts[0][0] > 0

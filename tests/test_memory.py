@@ -95,3 +95,22 @@ def test_what_is_not_estimated_is_a_sentence(words, sentence, monkeypatch):
     options = Namespace(task="pt", gpus=1, gib=80)
     with pytest.raises(ConfigError, match=sentence):
         memory["main"](options, ["configs/pt.toml", "--model.tokenizer", "examples/tiny", *words])
+
+
+def test_a_reference_is_there_beside_the_model_where_the_loss_has_one(estimate):
+    recipe = {"task": str(EXAMPLES / "dpo.py")}
+    found = estimate(QWEN, 1, 4096, 4, "--optim.lr", "1e-6", **recipe)
+    assert sum(found.at_peak(4).values()) / GIB == pytest.approx(59.6, rel=0.02)
+    without = estimate(QWEN, 1, 4096, 4, "--optim.lr", "1e-6", "--recipe", '{"loss": "simpo"}', **recipe)
+    assert found.always["frozen"] - without.always["frozen"] == 2 * found.always["parameters"] / 4
+
+
+def test_more_rows_take_more_and_checkpointing_less(estimate):
+    each = [estimate("examples/tiny", 1, 256, 4, *words) for words in (FULL, SELECTIVE, ())]
+    assert each[0].kept_a_row < each[1].kept_a_row < each[2].kept_a_row
+    for found in each:
+        peaks = [sum(found.at_peak(rows).values()) for rows in range(4, 400, 7)]
+        assert peaks == sorted(set(peaks))
+    # gradients of the micro-batch before are there while the next one runs
+    assert each[2].at_peak(3)["gradients"] == each[2].gradients
+    assert each[2].at_peak(100)["gradients"] == 0
