@@ -211,13 +211,13 @@ def test_on_a_gpu_too_compiled_in_bf16(name, tmp_path, monkeypatch):
     fields = models.tiny_config(name).to_dict() | {"hidden_size": 256, "head_dim": 64} | GPU[name]
     config = models.CONFIG_MAPPING[fields.pop("model_type")](**fields)
     monkeypatch.setattr(models, "tiny_config", lambda name: config)
-    monkeypatch.setattr(models, "ONE", models.Ranks(0, 1, torch.device("cuda"), None))
+    cuda = torch.device("cuda")
     models.make_folder(name, tmp_path)
     want, _ = models.reference(tmp_path)
     patch = ["--model.patch", f"{models.EXAMPLES}/{models.PATCHED[name]}"] if name in models.PATCHED else []
-    trainee = models.build(tmp_path, *patch)
+    trainee = models.build(tmp_path, *patch, device=cuda)
     assert trainee.compiled and trainee.backend != "sdpa"
-    loss, _ = trainee(models.pack(models.documents()).to(torch.device("cuda")))
+    loss, _ = trainee(models.pack(models.documents()).to(cuda))
     loss.backward()
     assert loss.item() == pytest.approx(want, rel=2e-3)
     assert all(p.grad is None or p.grad.isfinite().all() for p in trainee.model.parameters())
