@@ -11,6 +11,7 @@ Rows have `chosen` and `rejected`: texts, turns, or whole conversations; and bes
 
 import functools
 import itertools
+import json
 from pathlib import Path
 from typing import Literal
 
@@ -19,15 +20,16 @@ import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lacuna.config import Config, ConfigError, Source, blame
+from lacuna.config import Config, ConfigError, Source, blame, log
 from lacuna.data.batch import IGNORE, SECOND, PackedBatch, Tokens, reveal
-from lacuna.data.conversations import ChatEncoder, as_turns, read_turn
+from lacuna.data.conversations import TURNS, ChatEncoder, as_turns, read_turn
 from lacuna.data.tokenize import digest
 from lacuna.lora import LoRALinear
 from lacuna.model import Trainee, build_model
 
 ANSWERS = ["chosen", "rejected"]
 PROMPTS = ["prompt", "conversations", "messages"]
+QUESTIONS = ["question", "instruction", "query", "input"]  # other names of a prompt: `fields` makes one of it
 
 
 class Keys(BaseModel):
@@ -179,13 +181,19 @@ class PairEncoder:
             raise ConfigError('data.overlong: a pair is not cut: "drop" it')
         read_keys(config)  # refused before data is read
         self.chats = ChatEncoder(tokenizer, config)
+        self.questions = []  # columns that may be a prompt, where none is
         self.eos = self.chats.eos
         self.adapt = self.chats.adapt
 
     def columns(self, columns, source):
         if not set(ANSWERS) <= set(columns):
             raise ConfigError(f"data.sources {source.path} has {', '.join(columns)}: of a pair, {ANSWERS} are needed")
-        return [name for name in columns if name in ANSWERS + PROMPTS + ["system", "tools"]]
+        read = [name for name in columns if name in ANSWERS + PROMPTS + ["system", "tools"]]
+        # answers that are whole conversations need none of these
+        self.questions = [] if set(PROMPTS) & set(columns) else [name for name in QUESTIONS if name in columns]
+        unread = ", ".join(sorted(set(columns) - set(read))) or "nothing"
+        log.info("%s: preference pairs; not read: %s", source.path, unread)
+        return read
 
     def documents(self, rows, source, numbers):
         documents = []
@@ -196,6 +204,9 @@ class PairEncoder:
         return documents
 
     def document(self, row: dict, source: Source) -> Tokens:
+        if self.questions and isinstance(row["chosen"], str) and not TURNS.match(row["chosen"]):
+            cure = f'fields = {{prompt = "{self.questions[0]}"}} makes one of it (join several columns first)'
+            raise ValueError(f"there is no prompt beside {', '.join(self.questions)}: {cure}")
         answers = as_completions(row, source.roles)
         chosen, rejected = [self.chats.document(answer, "prompt and completion", source) for answer in answers]
         if chosen.note or rejected.note:
@@ -223,7 +234,9 @@ def as_completions(row: dict, roles: dict[str, str]) -> list[dict]:
     """
     prompt = next((row[name] for name in PROMPTS if row.get(name)), None)
     answers = [[row[name]] if isinstance(row[name], dict) else row[name] for name in ANSWERS]
-    texts = all(isinstance(answer, str) and not answer.startswith('[{"') for answer in answers)
+    if (prompt is None or isinstance(prompt, list)) and all(TURNS.match(str(answer)) for answer in answers):
+        answers = list(map(json.loads, answers))
+    texts = all(isinstance(answer, str) for answer in answers)
     if not texts:
         answers = [as_turns(answer, "assistant") for answer in answers]
     whole = not texts and read_turn(answers[0][0], roles)["role"] != "assistant"
@@ -232,7 +245,17 @@ def as_completions(row: dict, roles: dict[str, str]) -> list[dict]:
         common = len(list(same))
         if texts:  # the word in which they part belongs to both answers, with the space before it
             common = max(0, *(answers[0].rfind(space, 0, common) for space in " \n\t"))
+        if isinstance(prompt, list) and said(prompt, roles) != said(answers[0][: len(prompt)], roles):
+            raise ValueError("chosen and rejected are whole conversations, which do not begin with the prompt")
+        if texts and not (answers[0][:common] or set(PROMPTS) & row.keys()):
+            raise ValueError(f"there is none of {', '.join(PROMPTS)}, and both answers begin with nothing in common")
         prompt = answers[0][:common]
         answers = [answer[common:] for answer in answers]
     rest = {name: row[name] for name in ("system", "tools") if name in row}
     return [rest | {"prompt": prompt, "completion": answer} for answer in answers]
+
+
+def said(turns: list[dict], roles: dict[str, str]) -> list[tuple[str, str]]:
+    """Who says what, in whichever words it is written."""
+    messages = [read_turn(dict(turn), roles) for turn in turns]
+    return [(message["role"], message["content"]) for message in messages]

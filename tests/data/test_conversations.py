@@ -708,7 +708,7 @@ def test_a_source_may_say_who_speaks_by_names_of_its_own(tokenizer, encoder, tmp
 )
 def test_a_part_that_is_no_text_is_refused_by_its_type(encoder, part):
     row = {"messages": [{"role": "user", "content": [part]}, {"role": "assistant", "content": "z"}]}
-    refused(lambda: documents(encoder, row), "row 41", str(part["type"]), "text and reasoning alone are read")
+    refused(lambda: documents(encoder, row), "row 41", str(part["type"]), "text and reasoning are read")
 
 
 def test_calls_as_turns_of_their_own_are_calls(qwen):
@@ -868,3 +868,180 @@ def test_a_template_that_does_not_end_is_an_error_with_its_row_and_no_clock_runs
     # of any conversation at all: before the first row
     refused(lambda: make(tokenizer, "--data.chat_template", MINE + endless), "data.chat_template", "does not end")
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
+
+
+THINKS = MINE.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}")
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        ASKED + say("assistant: <think>\none and one make two\n</think>\n\n2"),
+        ASKED + say("assistant: Let me see.\n<think>\nt\n</think>\n\nb"),
+        ASKED + say("assistant: <think>a</think>b<think>c</think>d"),
+        say("system: Close by </think>") + ASKED + say("assistant: yes"),
+    ],
+)
+def test_what_stands_before_the_end_of_a_thought_is_trained_or_missed(tokenizer, messages):
+    encoder = make(tokenizer, "--data.chat_template", THINKS)
+    refused(lambda: documents(encoder, {"messages": messages}), "row 41", "content", "data.unrendered")
+
+
+def test_before_the_last_question_what_an_answer_thought_may_go(tokenizer):
+    encoder = make(tokenizer, "--data.chat_template", THINKS)
+    chat = say("user: a", "assistant: <think>early</think>b", "user: c", "assistant: d")
+    ids, _ = encoded(encoder, {"messages": chat})
+    assert "early" not in tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("name", ["arguments", "parameters", "input"])
+@pytest.mark.parametrize("as_text", [False, True])
+def test_a_calls_arguments_are_read_under_their_three_names(qwen, name, as_text):
+    given = {"city": "Köln", "id": "A-17", "type": "urgent"}
+    call = {"name": "weather", name: json.dumps(given) if as_text else given}
+    calls = [{"type": "function", "function": call}]
+    for written in (calls, json.dumps(calls), [call]):
+        row = {"messages": ASKED + say("assistant: ", tool_calls=written)}
+        ids, _ = encoded(make(qwen), row)
+        assert '{"name": "weather", "arguments": {"city": "Köln", "id": "A-17", "type": "urgent"}}' in qwen.decode(ids)
+
+
+def test_a_call_with_another_key_is_refused_and_so_is_one_whose_id_among_its_arguments_is_left_out(qwen, tokenizer):
+    row = {"messages": ASKED + say("assistant: ", tool_calls=[{"function": {"name": "weather", "kwargs": {"a": 1}}}])}
+    refused(lambda: documents(make(qwen), row), "row 41", "kwargs", "name and arguments are read")
+    one = "{% for call in m.tool_calls or [] %}{{ call.function.name }}{{ call.function.arguments.city }}{% endfor %}"
+    encoder = make(tokenizer, "--data.chat_template", MINE.replace("{{ m.content }}", "{{ m.content }}" + one))
+    call = {"name": "weather", "arguments": {"city": "Köln", "id": "A-17"}}
+    row = {"messages": ASKED + say("assistant: ", tool_calls=[{"function": call}])}
+    refused(lambda: documents(encoder, row), "row 41", "tool_calls")
+
+
+def test_tools_are_missed_though_their_names_stand_elsewhere(tokenizer):
+    """A template that reads them from a message, and a question that names one."""
+    reads = "{% if messages[0].tools %}{{ messages[0].tools }}{% endif %}"
+    encoder = make(tokenizer, "--data.chat_template", reads + MINE)
+    chat = say("user: Call weather.", "assistant: weather()")
+    refused(lambda: documents(encoder, {"messages": chat, "tools": [TOOL]}), "row 41", "leaves out tools")
+
+
+JSON_ANSWERS = [
+    json.dumps([{"name": "weather", "arguments": {"city": "Bonn"}}]),
+    json.dumps(say("user: hi", "assistant: yo")),
+    '[{"a": 1}] is what?',
+]
+
+
+@pytest.mark.parametrize("answer", JSON_ANSWERS)
+def test_text_that_is_json_is_text(tokenizer, encoder, answer):
+    ids, mask = encoded(encoder, {"prompt": "As JSON: ", "completion": answer})
+    assert tokenizer.decode([i for i, m in zip(ids, mask, strict=True) if m]) == answer + "<|im_end|>"
+    want = encoded(encoder, {"messages": say("user: As JSON:", f"assistant: {answer}")})
+    assert encoded(encoder, {"instruction": "As JSON:", "output": answer}) == want
+    want = encoded(encoder, {"messages": say(f"user: {answer}", "assistant: ok")})
+    assert encoded(encoder, {"instruction": answer, "output": "ok"}) == want
+
+
+def test_marks_around_what_the_user_says_are_refused(tokenizer):
+    template = MINE.replace("m.role == 'assistant'", "m.role == 'user'")
+    assert template != MINE
+    refused(lambda: make(tokenizer, "--data.chat_template", template), "data.chat_template", "marked answer")
+
+
+def test_a_template_in_a_file_with_a_bom_is_read_without_it(tokenizer, tmp_path):
+    (tmp_path / "bom.jinja").write_text(MINE, "utf-8-sig")
+    with_bom = make(tokenizer, "--data.chat_template", str(tmp_path / "bom.jinja"))
+    assert encoded(with_bom, {"messages": LONG}) == encoded(
+        make(tokenizer, "--data.chat_template", MINE), {"messages": LONG}
+    )
+
+
+def test_another_template_of_the_model_makes_the_token_cache_anew(qwen):
+    before = make(qwen).fingerprint()
+    qwen.chat_template = qwen.chat_template.replace("# Tools", "# Functions")
+    assert make(qwen).fingerprint() != before
+
+
+def test_columns_that_fields_names_are_read_before_others(tokenizer):
+    encoder = make(tokenizer)
+    source = Source(path="x", fields={"instruction": "question", "output": "answer"})
+    known = encoder.columns(["prompt", "completion", "instruction", "output"], source)
+    assert known == ["instruction", "output"]
+    plain = encoder.columns(["prompt", "completion", "instruction", "output"], Source(path="x"))
+    assert plain == ["prompt", "completion"]
+
+
+@pytest.mark.parametrize("turn", [None, ["user", "a"], "user: a"])
+def test_a_turn_that_is_no_object_is_refused(encoder, turn):
+    refused(lambda: documents(encoder, {"messages": [turn, *say("assistant: b")]}), "row 41", "a turn is no object")
+
+
+@pytest.mark.parametrize("said", [{"text": "a"}, {"value": "a"}, {"parts": [{"text": "a"}]}])
+def test_what_a_turn_says_is_read_under_the_names_in_use(encoder, said):
+    row = {"messages": [{"role": "user", **said}, *say("assistant: b")]}
+    assert encoded(encoder, row) == encoded(encoder, {"messages": say("user: a", "assistant: b")})
+
+
+def test_a_turn_without_a_word_is_one_whose_word_is_null(encoder):
+    """Arrow gives a null where JSON has no key."""
+    for empty in ({"role": "user"}, {"role": "user", "content": None}):
+        row = {"messages": [empty, *say("assistant: b")]}
+        assert encoded(encoder, row) == encoded(encoder, {"messages": say("user: ", "assistant: b")})
+    assert (
+        documents(encoder, {"messages": [*say("user: a"), {"role": "assistant"}]})[0][2] == "dropped: an empty answer"
+    )
+
+
+def test_parts_of_openais_and_anthropics_types_are_read(qwen):
+    parts = [{"type": "thinking", "thinking": "one"}, {"type": "output_text", "text": "2"}]
+    row = {"messages": [{"role": "user", "content": [{"type": "input_text", "text": "1+1?"}]}]}
+    row["messages"].append({"role": "assistant", "content": parts})
+    wanted = {"messages": say("user: 1+1?") + say("assistant: 2", reasoning_content="one")}
+    assert encoded(make(qwen), row) == encoded(make(qwen), wanted)
+
+
+def test_without_eos_and_template_it_is_said_that_there_is_none(tokenizer):
+    tokenizer.chat_template = None
+    tokenizer.eos_token = None
+    refused(lambda: make(tokenizer), "model.tokenizer", "no EOS token")
+
+
+JSON_PROMPTS = [
+    (json.dumps(SHORT[:2]), json.dumps(SHORT[2:])),
+    (json.dumps(SHORT[:2], indent=1), SHORT[2]["content"]),
+    (json.dumps([{"content": "a } b", "role": "user"}]), json.dumps(say("assistant: c"))),
+]
+
+
+@pytest.mark.parametrize(("prompt", "completion"), JSON_PROMPTS)
+def test_a_prompt_that_is_messages_in_json_is_messages_whatever_is_beside_it(encoder, prompt, completion):
+    asked = json.loads(prompt)
+    answer = json.loads(completion) if completion.startswith("[") else say(f"assistant: {completion}")
+    for beside in ({}, {"system": "You are nice."}):
+        system = say(*(f"system: {text}" for text in beside.values())) if beside else []
+        row = {"prompt": prompt, "completion": completion, **beside}
+        want = {"messages": [*system, *({**turn, "train": False} for turn in asked), *answer]}
+        assert encoded(encoder, row) == encoded(encoder, want)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"name": "weather", "arguments": {"city": "Bonn"}, "parameters": None},
+        {"name": "weather", "arguments": None, "input": {"city": "Bonn"}},
+        {"name": "weather", "arguments": {"city": "Bonn"}, "strict": None},
+    ],
+)
+def test_nulls_of_a_call_are_no_keys_and_take_no_arguments_away(qwen, call):
+    ids, _ = encoded(make(qwen), {"messages": ASKED + say("assistant: ", tool_calls=[{"function": call}])})
+    assert '"arguments": {"city": "Bonn"}}' in qwen.decode(ids)
+
+
+def test_arguments_under_two_names_are_refused(qwen):
+    call = {"name": "weather", "arguments": {"city": "Bonn"}, "parameters": {"city": "Ulm"}}
+    row = {"messages": ASKED + say("assistant: ", tool_calls=[{"function": call}])}
+    refused(lambda: documents(make(qwen), row), "row 41", "parameters")
+
+
+def test_only_what_an_answer_thought_may_go_not_what_it_said_before(qwen):
+    chat = say("user: a", "assistant: Sure.<think>t</think> yes", "user: c", "assistant: d")
+    refused(lambda: documents(make(qwen), {"messages": chat}), "row 41", "message 1 (assistant), content")

@@ -1,7 +1,9 @@
 """Files: which ones a source is, and that their rows say what they say on disk."""
 
+import csv
 import gzip
 import json
+import os
 import re
 from pathlib import Path
 
@@ -249,6 +251,56 @@ def test_words_that_mean_missing_to_pandas_are_words(tmp_path, streaming):
     words = ["None", "NA", "null", "nan", "n/a", "hello"]
     (tmp_path / "a.csv").write_text("text\n" + "\n".join(words) + "\n")
     assert read(tmp_path / "a.csv", streaming=streaming) == [{"text": word} for word in words]
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+def test_cells_of_csv_are_text_as_they_stand(tmp_path, streaming):
+    """Python's csv is the reference; pandas guesses types by 10,000 rows, and an index where rows are long."""
+    rows = [{"text": "word one", "n": "1"}] * 10_001
+    rows += [{"text": text, "n": ""} for text in ("00501", "1.50", "True", 'two\nlines, "quoted"', "long " * 40_000)]
+    with (tmp_path / "a.csv").open("w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.DictWriter(file, ["text", "n"])
+        writer.writeheader()
+        writer.writerows(rows)
+    (tmp_path / "b.csv").write_text("text\n00501\n")
+    assert read(tmp_path / "a.csv", streaming=streaming) == rows
+    assert read(tmp_path / "b.csv", streaming=streaming) == [{"text": "00501"}]
+
+
+@pytest.mark.parametrize("content", ["text\nHello, how are you\n", "prompt,completion\nQ1 ,A1,\n", 'text\n"open\n'])
+def test_csv_whose_rows_do_not_fit_its_header_is_refused_with_the_file(tmp_path, tokenizer, content):
+    (tmp_path / "a.csv").write_text(content)
+    with pytest.raises(ConfigError, match=r"a\.csv.*(more cells than the header|unexpected end)"):
+        read_texts(tmp_path, tokenizer, path=tmp_path / "a.csv")
+
+
+def test_a_text_file_of_windows_has_no_bom_in_it(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text("A text.", "utf-8-sig")
+    assert read_texts(tmp_path, tokenizer, path=tmp_path / "a.txt") == ["A text."]
+
+
+def test_a_file_of_another_kind_asks_no_hub_and_names_the_kinds(tmp_path, tokenizer):
+    (tmp_path / "a.tsv").write_text("text\nA text.\n")
+    with pytest.raises(ConfigError, match=r"a\.tsv is none of \.parquet.*\.jsonl"):
+        read_texts(tmp_path, tokenizer, path=tmp_path / "a.tsv")
+
+
+DAMAGES = {
+    "cut": lambda file: os.truncate(file, file.stat().st_size // 2),
+    "empty": lambda file: os.truncate(file, 0),
+    "foreign": lambda file: file.write_bytes(b"\0x" * 300),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_token_cache_is_made_anew(tmp_path, tokenizer, damage):
+    (tmp_path / "a.txt").write_text("A text.")
+    assert read_texts(tmp_path, tokenizer, path=tmp_path / "a.txt") == ["A text."]
+    [cached] = (tmp_path / "cache").glob("*.arrow")
+    whole = cached.read_bytes()
+    DAMAGES[damage](cached)
+    assert read_texts(tmp_path, tokenizer, path=tmp_path / "a.txt") == ["A text."]
+    assert cached.read_bytes() == whole
 
 
 def test_a_row_is_numbered_as_its_line_is(tmp_path):

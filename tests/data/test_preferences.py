@@ -23,6 +23,7 @@ from lacuna.data.batch import IGNORE, SECOND, assemble, collate
 from lacuna.data.loader import Loader, RowDataset
 from lacuna.data.tokenize import load_tokenizer
 
+from .corpora import lacuna_log
 from .test_conversations import QWEN3, TOOLS, expected, refused, say
 
 RECIPE = str(Path(__file__).parents[2] / "examples" / "dpo.py")
@@ -373,6 +374,44 @@ def test_only_the_columns_that_count_are_read(encoder):
 def test_rows_without_both_answers_are_refused_and_their_columns_named(encoder):
     for columns in (["text"], ["messages"], ["prompt", "chosen"], ["prompt", "completion"], ["input_ids"]):
         refused(lambda columns=columns: encoder.columns(columns, Source(path="x")), "x", "chosen", "rejected", *columns)
+
+
+def test_a_question_under_another_name_is_not_lost(tokenizer, encoder):
+    """As Intel's orca_dpo_pairs and LLaMA-Factory's alpaca pairs have it."""
+    for columns in (["system", "question", "chosen", "rejected"], ["instruction", "input", "chosen", "rejected"]):
+        encoder.columns(columns, Source(path="x"))
+        name = next(column for column in columns if column in ("question", "instruction"))
+        row = {"chosen": "It is Rome", "rejected": "It is Paris"}
+        refused(lambda row=row: documents(encoder, row), "row 41", f'fields = {{prompt = "{name}"}}')
+    encoder.columns(["question", "chosen", "rejected"], Source(path="x"))  # whole conversations need none
+    row = {"chosen": TALK + GOOD, "rejected": TALK + BAD}
+    assert encoded(encoder, row) == chats(tokenizer, TALK, GOOD, BAD)
+    encoder.columns(["chosen", "rejected"], Source(path="x"))
+    refused(lambda: documents(encoder, {"chosen": "Rome", "rejected": "Paris"}), "row 41", "nothing in common")
+
+
+def test_a_prompt_in_other_words_than_the_conversations_is_the_same(tokenizer, encoder):
+    for prompt in (shared(TALK), [turn | {"name": None} for turn in TALK]):
+        row = {"prompt": prompt, "chosen": TALK + GOOD, "rejected": TALK + BAD}
+        assert encoded(encoder, row) == chats(tokenizer, TALK, GOOD, BAD)
+
+
+def test_columns_that_are_not_read_are_named(encoder):
+    with lacuna_log() as lines:
+        encoder.columns(["prompt", "chosen", "rejected", "score"], Source(path="x"))
+    assert lines == ["x: preference pairs; not read: score"]
+
+
+def test_a_prompt_that_the_conversations_do_not_begin_with_is_refused(encoder):
+    row = {"prompt": say("system: Be brief.", "user: a"), "chosen": say("user: a") + GOOD}
+    row["rejected"] = say("user: a") + BAD
+    refused(lambda: documents(encoder, row), "row 41", "do not begin with the prompt")
+
+
+def test_answers_that_are_json_are_text(tokenizer, encoder):
+    chosen, rejected = '[{"name": "f", "arguments": {}}]', '[{"name": "g", "arguments": {}}]'
+    row = {"prompt": "Call: ", "chosen": chosen, "rejected": rejected}
+    assert encoded(encoder, row) == texts(tokenizer, "Call: ", chosen, rejected)
 
 
 def test_sft_and_pt_refuse_pairs_by_name(tokenizer):

@@ -51,7 +51,7 @@ def assemble(pieces: list[tuple], seq_len: int, *, filler: int, mask_boundary: b
         tokens, trained = reveal(document[start : end + 1])
         ids[at : at + end - start] = tokens[: end - start]
         labels[at : at + len(tokens) - 1] = np.where(trained, tokens, IGNORE)[1:]
-        if at and trained[0] and not mask_boundary:
+        if at and not start and trained[0] and not mask_boundary:
             labels[at - 1] = tokens[0]
         second = at + np.flatnonzero(np.abs(document[start:end]) >= SECOND)[:1]
         starts += [at, *second]
@@ -95,7 +95,7 @@ def collate(rows: list[Row]) -> PackedBatch:
         "units": sum(row.pairs for row in rows) or trained_tokens,  # what the loss is a mean over
         "tokens": sum(row.tokens for row in rows),
         "pairs": int((lengths**2).sum()),  # squared document lengths: what attention computes
-        "checksum": sum(row.checksum for row in rows),  # each below 2**32, so that sums are exact in float64
+        "checksum": sum(row.checksum for row in rows),  # each below 2**32: sums are exact in float64
     }
     positions = np.arange(len(ids)) - np.repeat(starts, lengths)
     boundaries = np.append(starts, len(ids)).astype(np.int32)

@@ -1,11 +1,9 @@
 """Conversations to token ids and a loss mask: what {% generation %} marks enclose is trained."""
 
 import copy
-import functools
 import json
 import re
 import signal
-from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock, current_thread, main_thread
 
@@ -34,12 +32,14 @@ ROLES |= dict.fromkeys(["function_call", "tool_call"], "call")
 FLAGS = ["train", "training", "trainable", "loss", "weight"]
 YES = {"true", "1", "1.0"}
 NO = {"false", "0", "0.0"}
+SAID = ["value", "content", "text", "parts"]  # the first is read
 REASONING = ["reasoning_content", "reasoning", "thinking"]
+TURNS = re.compile(r'\s*\[\s*\{\s*"(role|from|content|value)":')  # in JSON
 TEXTS = ["content", "reasoning_content", "tool_calls", "function_call", "function_calls", "functions", "tools"]
 MARKS = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
 CURE = "put {% generation %} before and {% endgeneration %} after what the assistant writes, its stop token included"
 PROBE = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "yes"}]
-# A prompt and a completion that are plain text go through the same machinery, as the simplest of chats.
+# Plain prompt and completion go through the same machinery, as the simplest of chats.
 PLAIN = "{{ messages[0].content }}{% generation %}{{ messages[1].content }}{{ eos_token }}{% endgeneration %}"
 TEMPLATE_SECONDS = 5  # of processor time; one more for each 100 kB
 WORD = "Zq{}xK"  # letters and digits: JSON and HTML leave them as they are
@@ -61,19 +61,20 @@ class ChatEncoder:
         self.seq_len = config.train.seq_len
         self.unread = set()  # keys of messages, each with its source, that were told
         self.bos = tokenizer.bos_token if added_bos(tokenizer) else ""
+        signal.signal(signal.SIGVTALRM, stop_template)
         try:
-            with time_limit(TEMPLATE_SECONDS):
-                self.template = training_template(tokenizer, self.data.chat_template)
+            self.template = training_template(self.tokenizer, self.data.chat_template, self.render)
             with blame("data.chat_template"):
                 ids, mask = self.render(PROBE, self.template, [])
                 stop = self.tokenizer.decode(ids[mask][-1:])
-                if stop not in self.tokenizer.added_tokens_encoder:
-                    raise ConfigError(f"data.chat_template: no marked turn ends with one stop token: {CURE}")
+                trained = self.tokenizer.decode(ids[mask])
+                if stop not in self.tokenizer.added_tokens_encoder or "yes" not in trained:
+                    raise ConfigError(f"data.chat_template: no marked answer ends with one stop token: {CURE}")
                 self.tokenizer.eos_token = stop
         except (LookupError, jinja2.TemplateError) as error:  # rows of token ids need none
             self.template = None
             self.problem = error
-        self.eos = self.tokenizer.eos_token_id
+        self.eos = TextEncoder(self.tokenizer).eos  # or its error
 
     def columns(self, columns, source):
         row_format, known = recognise(columns, source)
@@ -101,7 +102,7 @@ class ChatEncoder:
             template = PLAIN
             messages[0]["content"] = self.bos + row["prompt"].removeprefix(self.bos)
             messages[1]["content"] = row["completion"].removesuffix(self.tokenizer.eos_token)
-        wanted = [i for i, message in enumerate(messages) if message.pop("train")]  # templates do not see the key
+        wanted = [i for i, message in enumerate(messages) if message.pop("train")]
         trained = [i for i in wanted if says_something(messages[i])]
         if not trained:
             return Tokens(note="dropped: an empty answer" if wanted else "dropped: without a trained token")
@@ -129,30 +130,31 @@ class ChatEncoder:
         return self.fit(ids, mask & is_trained[turn])
 
     def left_out(self, messages: list[dict], template: str | None, tools: list, last: int) -> list[str]:
-        """What the template leaves out of a conversation; `last` is the last message that is trained.
-
-        A copy is rendered with a word of its own in each text: short ones may be elsewhere.
-        Thoughts before the question may go. ValueError where the model's own template differs.
-        """
+        """What the template leaves out of messages; `last` is the last that is trained."""
         question = max((i for i in range(last) if messages[i]["role"] == "user"), default=0)
+        # a copy is rendered with a word of its own in each text: short ones may be elsewhere
         copies = list(map(dict, messages))
         places = {}  # of each word: where it was put
         for number, message in enumerate(copies):
             for key in TEXTS:
-                if key in message and (key != "reasoning_content" or number >= question):
+                if key in message:
                     message[key] = marked(message[key], f"message {number} ({message['role']}), {key}", places)
             if "reasoning_content" in message:
                 message |= dict.fromkeys(REASONING, message["reasoning_content"])
+            if number < question and message["role"] == "assistant":  # its thoughts may go
+                before, _, _ = message["content"].rpartition("</think>")
+                thoughts = before.rpartition("<think>")[2] + message.get("reasoning_content", "")
+                places |= dict.fromkeys(re.findall(WORD.format(r"\d+"), thoughts))
+        tools = copy.deepcopy(tools)
+        for tool in tools:
+            function = tool.get("function", tool)
+            function["name"] = marked(str(function.get("name")), "tools", places)
         text = self.render(copies, template, tools, tokenize=False)
         stands_in = template not in (PLAIN, self.tokenizer.chat_template) and not self.data.chat_template
         if stands_in and self.render(copies, self.tokenizer.get_chat_template(), tools, tokenize=False) != text:
             raise ValueError(f"the model's own chat template differs: set data.chat_template, and {CURE}")
         there = set(re.findall(WORD.format(r"\d+"), text))
-        left_out = list(dict.fromkeys(place for word, place in places.items() if word not in there))
-        known = "tools" in template and all(str(tool.get("function", tool).get("name")) in text for tool in tools)
-        if tools and not known:
-            left_out.append("tools")
-        return left_out
+        return list(dict.fromkeys(place for word, place in places.items() if place and word not in there))
 
     def render(self, messages: list[dict], template: str | None, tools: list, **options):
         """Token ids [n] of a conversation, and which are marked, bool [n]; or its text."""
@@ -160,8 +162,13 @@ class ChatEncoder:
             raise ConfigError(f"data.chat_template: {self.problem}")
         options = options or {"return_dict": True, "return_assistant_tokens_mask": True}
         seconds = TEMPLATE_SECONDS + len(str(messages)) // 10**5
-        with RENDERING, time_limit(seconds):
-            out = self.tokenizer.apply_chat_template(messages, tools=tools or None, chat_template=template, **options)
+        with RENDERING:
+            if current_thread() is main_thread():  # in a stream it would count training's, too
+                signal.setitimer(signal.ITIMER_VIRTUAL, seconds, seconds)  # Jinja may swallow the first
+            try:
+                out = self.tokenizer.apply_chat_template(messages, tools or None, chat_template=template, **options)
+            finally:
+                signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         if isinstance(out, str):
             return out
         return np.asarray(out["input_ids"], dtype=np.int32), np.asarray(out["assistant_masks"], dtype=bool)
@@ -176,7 +183,8 @@ class ChatEncoder:
         return Tokens(hide(ids, mask)[: self.seq_len], "truncated to train.seq_len" if long else "")
 
     def fingerprint(self):
-        parts = [self.tokenizer.backend_tokenizer.to_str(), self.template, self.bos, self.tokenizer.special_tokens_map]
+        parts = [self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.special_tokens_map, self.bos]
+        parts += [self.template, self.tokenizer.chat_template]
         return digest(*parts, self.data.overlong, self.data.unrendered, self.seq_len, transformers.__version__)
 
     def adapt(self, tokenizer):
@@ -186,44 +194,38 @@ class ChatEncoder:
             tokenizer.chat_template = MARKS.sub(lambda mark: mark[1] + plain[mark[2]] + mark[3], self.template)
 
 
-@contextmanager
-def time_limit(seconds: float):
-    """A TimeoutError in the main thread where a template does not end: Jinja limits one loop alone."""
-    if current_thread() is main_thread():  # where signals are handled
-        signal.signal(signal.SIGVTALRM, stop_template)
-        # and again after that: Jinja swallows an error while it computes constants
-        signal.setitimer(signal.ITIMER_VIRTUAL, seconds, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-
-
 def stop_template(number: int, frame):
     raise TimeoutError("the chat template does not end")
 
 
 def marked(value, place: str, places: dict[str, str]):
-    """A copy with a word of its own, noted in `places`, in each text; templates drop ids and types."""
+    """A copy with a word, noted in `places`, in each text, and beside each </think>."""
     if isinstance(value, list):
         return [marked(inner, place, places) for inner in value]
     if isinstance(value, dict):
-        return {k: inner if k in ("id", "type") else marked(inner, place, places) for k, inner in value.items()}
-    if not isinstance(value, str) or not value.rpartition("</think>")[2].strip():
+        is_call = {"function", "arguments"} & value.keys()  # whose id and type templates drop
+        texts = [key for key in value if not is_call or key not in ("id", "type")]
+        return value | {key: marked(value[key], place, places) for key in texts}
+    if not isinstance(value, str):
         return value
-    word = WORD.format(len(places))
-    places[word] = place
-    end = len(value.rstrip())
-    # before the last word: templates trim, and look at how a text begins and ends
-    at = value.rfind(" ", value.rfind("</think>") + 1, end) + 1 or end
-    return value[:at] + word + value[at:]
+    pieces = re.split("(</?think>)", value)
+    for i in range(0, len(pieces), 2):
+        if pieces[i].strip():
+            word = WORD.format(len(places))
+            places[word] = place
+            end = len(pieces[i].rstrip())
+            # before the last word: templates trim, and look at how a text begins and ends
+            at = pieces[i].rfind(" ", 0, end) + 1 or end
+            pieces[i] = pieces[i][:at] + word + pieces[i][at:]
+    return "".join(pieces)
 
 
 def recognise(columns: list[str], source: Source) -> tuple[str, list[str]]:
-    """The format of such rows, and the columns that it knows."""
+    """The format of such rows, of those that `fields` names if it can, and its columns."""
     if "rejected" in columns and not source.fields:
         raise ConfigError(f"data.sources {source.path} holds preference pairs: see examples/dpo.py")
-    for row_format, (required, optional) in FORMATS.items():
+    named = set(source.fields)
+    for row_format, (required, optional) in sorted(FORMATS.items(), key=lambda form: named.isdisjoint(form[1][0])):
         if set(required) <= set(columns):
             return row_format, required + optional
     raise ConfigError(f"data.sources {source.path} has {', '.join(columns)}: no format. Formats: {', '.join(FORMATS)}")
@@ -249,7 +251,10 @@ def read_ids(row: dict, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
 def read_messages(row: dict, row_format: str, roles: dict[str, str]) -> list[dict]:
     """A row as OpenAI's messages: text in one piece, arguments as objects, and `train`, a bool."""
     system = as_turns(row.get("system") or [], "system")
-    if row_format == "prompt and completion":  # each of them text or messages; the completion alone is trained
+    if row_format == "prompt and completion":  # the completion alone is trained
+        if TURNS.match(str(row["prompt"])):
+            turns = [name for name in ("prompt", "completion") if TURNS.match(str(row.get(name)))]
+            row = row | {name: json.loads(row[name]) for name in turns}
         asked = [turn | {"train": False} for turn in as_turns(row["prompt"], "user")]
         turns = asked + as_turns(row.get("completion", ""), "assistant")
     elif row_format == "instruction and output":
@@ -261,20 +266,19 @@ def read_messages(row: dict, row_format: str, roles: dict[str, str]) -> list[dic
             turns += as_turns(pair[0], "user") + as_turns(pair[1], "assistant")
     else:
         turns = as_turns(decoded(row[row_format]), "user")
+    if not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError("a turn is no object")
     return [read_turn(turn, roles) for turn in system + turns]
 
 
 def as_turns(said: str | list[dict], role: str) -> list[dict]:
-    if str(said).startswith('[{"'):
-        said = decoded(said)
     return said if isinstance(said, list) else [{"role": role, "content": said}]
 
 
 def read_turn(turn: dict, roles: dict[str, str]) -> dict:
     """A turn in OpenAI's, ShareGPT's or a source's words, as OpenAI's message."""
     turn = {name: value for name, value in turn.items() if value is not None}
-    if turn.get("tool_calls") == []:
-        del turn["tool_calls"]  # some templates look for the key alone
+    calls = decoded(turn.pop("tool_calls", "")) or []  # none: some templates look for the key alone
     speaker = str(turn.pop("from", turn.get("role")))
     turn["role"] = ROLES.get(roles.get(speaker, speaker).lower())
     if turn["role"] is None:
@@ -282,28 +286,37 @@ def read_turn(turn: dict, roles: dict[str, str]) -> dict:
     flags = {str(turn.pop(name)).lower() for name in FLAGS if name in turn}
     if not flags <= YES | NO:
         raise ValueError(f"a turn is trained or not: true or false (or 1, 0), not {', '.join(flags)}")
-    content = turn.pop("value", turn.get("content", ""))
+    name = next((name for name in SAID if name in turn), "content")
+    content = turn.pop(name, "")
     if turn["role"] == "call":
-        calls = decoded(content)
-        calls = calls if isinstance(calls, list) else [calls]
+        said = np.atleast_1d(decoded(content)).tolist()
+        calls = [{"type": "function", "function": call} for call in said]
         turn["role"] = "assistant"
-        turn["tool_calls"] = [{"type": "function", "function": call} for call in calls]
         content = ""
-    texts = {"text": [], "reasoning": [turn.pop(name) for name in REASONING if name in turn]}
-    parts = content if isinstance(content, list) else [{"text": content}]
+    parts = [{"type": "reasoning", "text": turn.pop(name)} for name in REASONING if name in turn]
+    parts += content if isinstance(content, list) else [{"text": content}]
+    texts = {"text": [], "reasoning": []}
     for part in parts:
-        kind = str(part.get("type", "text"))
-        text = part.get("text", part.get("value"))
+        kind = re.sub("^(input|output)_", "", str(part.get("type", "text"))).replace("thinking", "reasoning")
+        text = part.get("text", part.get("value", part.get("thinking")))
         if kind not in texts or not isinstance(text, str):
-            raise ValueError(f"content has a part {kind}, {type(text).__name__}: text and reasoning alone are read")
+            raise ValueError(f"content has a part {kind}, {type(text).__name__}: text and reasoning are read")
         texts[kind].append(text)
     turn["content"] = "".join(texts["text"])
-    thoughts = dict.fromkeys(filter(None, texts["reasoning"]))  # some rows have the same under two names
+    thoughts = dict.fromkeys(filter(None, texts["reasoning"]))  # some have the same under two names
     if thoughts:  # under each name, since templates differ in which they read
         turn |= dict.fromkeys(REASONING, "\n".join(thoughts))
-    for call in turn.get("tool_calls", []):
+    for call in calls:
         function = call.get("function", call)
-        function["arguments"] = decoded(function.get("arguments") or "{}")  # as text they would be quoted twice
+        for name in ("parameters", "input"):
+            if name in function and function.get("arguments") is None:
+                function["arguments"] = function.pop(name)
+        given = {key for key, value in function.items() if value is not None}
+        if not given <= {"name", "arguments", "id", "type", "index"}:
+            raise ValueError(f"a call has {', '.join(function)}: name and arguments are read")
+        function["arguments"] = decoded(function.get("arguments") or "{}")  # text would be quoted twice
+    if calls:
+        turn["tool_calls"] = calls
     turn["train"] = turn["role"] == "assistant" and flags <= YES
     return turn
 
@@ -317,19 +330,19 @@ def says_something(message: dict) -> bool:
     return any(str(message[key]).strip() for key in TEXTS if key in message)
 
 
-def training_template(tokenizer, given: str | None) -> str:
+def training_template(tokenizer, given: str | None, render) -> str:
     """The user's template, the tokenizer's, or lacuna's of the same text; LookupError without marks."""
     shipped = {file.stem: file.read_text() for file in sorted(Path(__file__).parent.glob("templates/*.jinja"))}
     if given is not None:
         if "{" not in given and given not in shipped and not Path(given).is_file():
             raise ConfigError(f"data.chat_template {given}: no file, no Jinja, none of {', '.join(shipped)}")
-        return given if "{" in given else shipped.get(given) or Path(given).read_text()
+        return given if "{" in given else shipped.get(given) or Path(given).read_text("utf-8-sig")
     if tokenizer.chat_template:
         own = tokenizer.get_chat_template()
-        # two answers: some templates drop what was thought before the first; each row is compared, too: `left_out`
-        write = functools.partial(tokenizer.apply_chat_template, 2 * PROBE, tokenize=False)
-        for template in [own, *shipped.values()]:
-            if MARKS.search(template) and write(chat_template=template) == write(chat_template=own):
+        # two answers: some drop what was thought before the first; rows are compared, too: `left_out`
+        text = render(2 * PROBE, own, [], tokenize=False)
+        for template in filter(MARKS.search, [own, *shipped.values()]):
+            if render(2 * PROBE, template, [], tokenize=False) == text:
                 return template
     cure = f"set data.chat_template to one of {', '.join(shipped)}, or to a file, and {CURE}"
     raise LookupError(f"{tokenizer.name_or_path} has no chat template with marks: {cure}")

@@ -19,7 +19,7 @@ from lacuna.data.batch import PackedBatch, Row, assemble, collate
 from lacuna.data.pack import best_fit, split_documents
 from lacuna.data.sources import Cursor, Document, MapSource, StreamSource
 
-MAP_WINDOW = 131_072  # documents packed together, where they are indices: fill .999 in 0.2 to 0.4 s
+MAP_WINDOW = 131_072  # documents packed together: fill .999 in 0.2 to 0.4 s
 STREAM_WINDOW = (8, 512)  # rows of a stream's first and largest window: starts at once, then fill .997
 MOST_STREAMS = 64  # of data that streams: one a shard, or fewer
 PREFETCH = 3  # micro-batches made ahead
@@ -147,7 +147,7 @@ class Loader:
 
     def __init__(self, config: Config, dataset: RowDataset, device, training: bool = True):
         self.device = device
-        self.state = dataset.state  # after the last row that was handed out: others are made ahead
+        self.state = dataset.state  # after the last row handed out
         size = config.train.micro_batch_size
         self.accumulation = dataset.batch_rows // (size * dataset.ranks) if training else 1
         self.made = make_batches(dataset, size)  # run by the thread

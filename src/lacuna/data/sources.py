@@ -1,9 +1,12 @@
 """Datasets, map-style or streaming: `read` yields documents, `load` one's token ids."""
 
+import csv
+import io
 import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from glob import escape, glob
 from itertools import chain, count, filterfalse
 from pathlib import Path
@@ -12,6 +15,7 @@ from typing import NamedTuple
 import aiohttp
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from filelock import FileLock
 
@@ -19,21 +23,21 @@ from lacuna.config import AGAIN, ConfigError, Source, blame, log
 from lacuna.data.tokenize import digest
 
 READ_CHUNK = 128  # documents tokenised in one call: enough for the tokenizer to use every core
-# JSON is read as text, for Python to parse: Arrow would give all rows one type, make dates of texts, and lose nulls.
+# JSON is text, for Python to parse: Arrow would give all rows one type, make dates of texts, lose nulls.
 ROW = "a row's JSON"
 JSON = {"path": "text", "features": datasets.Features({ROW: datasets.Value("string")})}
 READERS = {
     ".parquet": {"path": "parquet", "batch_size": 1000},  # else 0 of an empty file
     ".arrow": {"path": "arrow"},  # as save_to_disk writes
-    ".csv": {"path": "csv", "na_filter": False},  # NA and None are words
-    ".txt": {"path": "text", "sample_by": "document"},
+    ".csv": JSON | {"sample_by": "document"},  # pandas guesses types, and an index
+    ".txt": {"path": "text", "sample_by": "document", "encoding": "utf-8-sig"},
     ".json": JSON | {"sample_by": "document"},
     ".jsonl": JSON,
     ".ndjson": JSON,
 }
 COPIES = re.compile(r"/cache-\w+\.arrow$")  # what datasets itself puts beside its .arrow files
 CACHED = datasets.Features({"ids": datasets.List(datasets.Value("int32")), "note": datasets.Value("string")})
-# Where a connection breaks, datasets tries again 8 times, 5 s apart (its own: 20), and silence is at most 10 s (300).
+# A broken connection is tried again 8 times, 5 s apart (datasets: 20), silence is at most 10 s (300).
 datasets.config.STREAMING_READ_MAX_RETRIES = 8
 datasets.config.STREAMING_OPEN_MAX_RETRIES = 8
 SILENCE = {"client_kwargs": {"timeout": aiohttp.ClientTimeout(sock_connect=10, sock_read=10)}}
@@ -96,8 +100,13 @@ def tokenise(source: Source, encoder, cache: str) -> datasets.Dataset:
         return {"ids": [tokens.ids for tokens in documents], "note": [tokens.note for tokens in documents]}
 
     options = {"batched": True, "with_indices": True, "remove_columns": dataset.column_names, "features": CACHED}
+    make = partial(dataset.map, encode, cache_file_name=str(file), new_fingerprint=name, **options)
     with FileLock(file.with_suffix(".lock")):  # one rank makes it, the others wait here and read it
-        tokens = dataset.map(encode, cache_file_name=str(file), new_fingerprint=name, **options)
+        try:
+            tokens = make()
+        except (OSError, pa.ArrowInvalid):  # it is damaged, or the disk full
+            file.unlink(missing_ok=True)
+            tokens = make()
     warn(source.path, tokens["note"][:])
     return tokens
 
@@ -155,6 +164,17 @@ def split_json(file: dict[str, list]) -> dict[str, list]:
     return {ROW: list(rows)}
 
 
+def split_csv(file: dict[str, list]) -> dict[str, list]:
+    """A file of CSV, whole, as its rows' JSON: each cell is text."""
+    csv.field_size_limit(2**31)
+    text = io.StringIO(file[ROW][0].removeprefix("\ufeff"), newline="")
+    rows = list(csv.DictReader(text, strict=True))
+    long = [number for number, row in enumerate(rows) if None in row]
+    if long:
+        raise ValueError(f"row {long[0]} has more cells than the header")
+    return {ROW: list(map(json.dumps, rows))}
+
+
 def as_rows(batch: dict[str, list], source: Source, numbers: Sequence[int]) -> tuple:
     """What an encoder takes: rows under lacuna's names, of columns or of JSON."""
     if ROW not in batch:
@@ -186,7 +206,7 @@ def open_dataset(source: Source, encoder) -> datasets.Dataset | datasets.Iterabl
     """A source's dataset, with the columns that are read."""
     remote = {"storage_options": {"http": SILENCE, "https": SILENCE}}
     options = source.model_dump(include={"split", "streaming"}) | (remote if source.streaming else {})
-    try:
+    with blame(f"data.sources path {source.path}, split {source.split}"):
         files = find_files(source)
         if files["path"] == "parquet" and not source.fields:
             # the schema first, so that only the columns that are needed are read from disk or network
@@ -195,7 +215,8 @@ def open_dataset(source: Source, encoder) -> datasets.Dataset | datasets.Iterabl
             return datasets.load_dataset(**files, **options, columns=columns)
         dataset = datasets.load_dataset(**files, **options)
         if "features" in files and "sample_by" in files:
-            dataset = dataset.map(split_json, batched=True, batch_size=1)
+            kind = ending(next(chain(*files["data_files"].values())))
+            dataset = dataset.map({".csv": split_csv}.get(kind, split_json), batched=True, batch_size=1)
         names = dataset.column_names
         if names in (None, [ROW]):
             rows, *_ = as_rows(next(dataset.iter(100)), Source(path=source.path), range(100))
@@ -205,11 +226,6 @@ def open_dataset(source: Source, encoder) -> datasets.Dataset | datasets.Iterabl
         read = encoder.columns(list(rename(dict.fromkeys(names), source.fields)), source)
         columns = [source.fields.get(name, name) for name in read]
         return dataset if "features" in files else dataset.select_columns(columns)
-    except ConfigError:
-        raise
-    except Exception as error:
-        cause = str(error.__cause__ or error)[:300] or "there is no data in it"
-        raise ConfigError(f"data.sources path {source.path}, split {source.split}: {cause}") from None
 
 
 def find_files(source: Source) -> dict:
@@ -219,13 +235,18 @@ def find_files(source: Source) -> dict:
     splits = {"train": [escape(source.path) if path.is_file() else source.path]}
     if path.is_dir():
         splits = find_splits(path, source, files)
-    reader = READERS.get(min(map(ending, chain(*splits.values()))))  # .json before .jsonl: it reads lines, too
-    if reader is None:  # on the Hub, or of a kind that datasets alone knows
+    kind = min(map(ending, chain(*splits.values())))  # .json before .jsonl: it reads lines, too
+    reader = READERS.get(kind)
+    if reader is None and path.is_file():
+        raise ConfigError(f"data.sources: {path} is none of {', '.join(READERS)}")
+    if reader is None:  # of a kind that datasets alone knows
         return files
     if not path.is_dir() and (source.name or source.data_files):
         raise ConfigError(f"data.sources: {source.path} is a file: remove name and data_files")
     if "features" in reader and source.streaming and "://" in source.path:
-        reader = {"path": "json"}  # of a text, datasets would lose some where a connection breaks
+        if kind == ".csv":
+            raise ConfigError(f"data.sources {source.path}: CSV does not stream: streaming = false")
+        reader = {"path": "json"}  # of a text, datasets may lose some
     return reader | {"data_files": splits}
 
 
