@@ -204,15 +204,15 @@ def on_host(name: str, interface: str, first: str):
             raise OSError(ctypes.get_errno(), "setns")
 
 
-def late_copy(seconds: float):
-    """A thread that gets no turn: training is far into the next step before anything is copied."""
+def late_write(seconds: float):
+    """A thread that gets no turn: training is far into the next step before anything is written."""
     from lacuna.checkpoint import Checkpoints
 
-    def copy(*arguments, real=Checkpoints.copy):
+    def write(*arguments, real=Checkpoints.write_safetensors):
         time.sleep(seconds)
         return real(*arguments)
 
-    Checkpoints.copy = copy
+    Checkpoints.write_safetensors = write
 
 
 def slow_evaluation(seconds: float, marker: str, after: int):

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import threading
 from pathlib import Path
 
 import pytest
@@ -18,10 +17,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lacuna import train as train_module
-from lacuna.checkpoint import FREE, Checkpoints, HostMemory, export, find_checkpoint, flat
+from lacuna.checkpoint import FREE, Checkpoints, export, find_checkpoint, flat
 from lacuna.config import ConfigError, Preempted, load_config
 from lacuna.metrics import Report
-from lacuna.parallel import Ranks
 from lacuna.train import run
 from lacuna.weights import weight_folder
 
@@ -107,14 +105,14 @@ def test_a_checkpoint_is_plain_safetensors_with_weights_and_both_moments_of_ever
         assert got == sorted(both[which].double().sum().item() for both in kept[0].moments.values()) and any(got)
 
 
-def test_training_that_runs_ahead_of_the_copy_does_not_get_into_a_checkpoint(options, monkeypatch):
+def test_training_that_runs_ahead_of_the_writing_does_not_get_into_a_checkpoint(options, monkeypatch):
     """What step 2 has saved is what a run of the same schedule that ended after step 2 had."""
     import time
 
-    real = Checkpoints.copy
+    real = Checkpoints.write_safetensors
     argv = options(checkpoint__keep=9)
     prompt = run(load_config(None, [*argv, "--name", "prompt"]))
-    monkeypatch.setattr(Checkpoints, "copy", lambda self, shares: time.sleep(0.3) or real(self, shares))
+    monkeypatch.setattr(Checkpoints, "write_safetensors", lambda self, file: time.sleep(0.3) or real(self, file))
     late = run(load_config(None, [*argv, "--name", "late"]))
     for step in (2, 4, 6):
         a, b = (load_file(f / "checkpoints" / f"step_{step}" / "rank_00000.safetensors") for f in (prompt, late))
@@ -375,15 +373,21 @@ def test_a_damaged_checkpoint_is_refused_and_without_it_the_run_goes_on_from_the
     assert checkpoints(tmp_path / "run") == [4, 5]
 
 
-def test_a_checkpoint_of_before_goes_on_though_a_source_has_a_new_key_and_it_has_no_fingerprints(saved, tmp_path):
+def test_a_folder_that_does_not_hold_the_step_it_names_is_refused(saved, tmp_path):
+    """Else the run would end with its weights, and remove those that it has trained, whose number is lower."""
+    words, folder = saved
+    shutil.copytree(folder, tmp_path / "run")
+    shutil.copytree(folder / "checkpoints" / "step_2", tmp_path / "run" / "checkpoints" / "step_40")
+    with pytest.raises(ConfigError, match="step_40 holds step_2: rename it"):
+        run(load_config(None, [*words, "--out", str(tmp_path)]))
+    assert checkpoints(tmp_path / "run") == [2, 4, 40]
+
+
+def test_a_checkpoint_without_fingerprints_as_they_were_before_goes_on(saved, tmp_path):
     words, folder = saved
     shutil.copytree(folder, tmp_path / "run")
     for checkpoint in (tmp_path / "run" / "checkpoints").iterdir():
         (checkpoint / "fingerprints.json").unlink()
-        state = json.loads((checkpoint / "state.json").read_text())
-        for source in state["config"]["data"]["sources"]:
-            del source["roles"]
-        (checkpoint / "state.json").write_text(json.dumps(state))
     words = words[:-4]  # as it was run
     run(load_config(None, [*words, "--out", str(tmp_path)]))
     assert "Going on after step 4" in (tmp_path / "run" / "log.txt").read_text()
@@ -459,28 +463,6 @@ def test_a_checkpoint_of_another_format_is_refused_with_what_to_do(options, stop
         (newest / "state.json").write_text(json.dumps(kept | other))
         with pytest.raises(ConfigError, match=f"{newest} .*another version of lacuna.*model.name"):
             run(load_config(None, options()))
-
-
-def test_the_thread_that_saves_has_a_stream_on_the_ranks_own_gpu(options, monkeypatch, tmp_path):
-    """On the stream of training, a copy would wait for the next step."""
-    seen = []
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: device)
-    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: seen.append((threading.get_ident(), stream)))
-    second = torch.device("cuda", 1)
-    model = AutoModelForCausalLM.from_config(model_config("llama"))
-    model.config.dtype = torch.float32
-    tokenizer = AutoTokenizer.from_pretrained(EXAMPLES / "tiny")
-    checkpoints = Checkpoints(load_config(None, options()), Ranks(0, 1, second, None), tmp_path, {}, model, tokenizer)
-    assert [(checkpoints.thread.submit(threading.get_ident).result(), second)] == seen
-
-
-@pytest.mark.parametrize("sizes", [[], [0], [1], [5000, 1, 1024], [70_000, 3]])
-def test_host_memory_has_room_of_its_own_for_every_tensor(sizes):
-    places = HostMemory(sizes, torch.device("cpu")).places
-    assert [place.numel() for place in places] == sizes
-    for number, place in enumerate(places):
-        place.fill_(number)
-    assert all((place == number).all() for number, place in enumerate(places))  # none lies in another
 
 
 # ---- what else it is good for: a warm start, an export
@@ -586,11 +568,11 @@ def test_a_bfloat16_run_exports_bfloat16_and_its_checkpoint_keeps_float32(option
 def test_pinned_host_memory_is_given_back_with_the_run(options, monkeypatch):
     places = []
 
-    def noting(self, *arguments, real=HostMemory.__init__):
+    def noting(self, *arguments, real=Checkpoints.__init__):
         real(self, *arguments)
         places.extend((place.data_ptr(), place.is_pinned()) for place in self.places)
 
-    monkeypatch.setattr(HostMemory, "__init__", noting)
+    monkeypatch.setattr(Checkpoints, "__init__", noting)
     run(load_config(None, options()))
     gc.collect()
     assert len(places) > 30 and all(pinned for _, pinned in places)

@@ -209,7 +209,35 @@ def test_all_special_ids_are_those_of_another_tokenizer_and_the_old_ones_are_wor
         assert ids == [ids[0]] * 3 and ids[0] is not None, kind
     row = [[old.pad_token_id, 5, old.pad_token_id, 7]]
     trainee(pack([row], 4))[0].backward()
-    assert model.get_input_embeddings().padding_idx == tokenizer.pad_token_id
+    assert model.get_input_embeddings().weight.grad[old.pad_token_id].norm() > 0
+
+
+def test_what_ends_a_turn_learns_though_the_model_pads_with_it(tmp_path, tokenizer):
+    """As SmolLM2 does. In torch an embedding gives the row of its padding_idx no gradient; here nothing is padded."""
+    config = model_config("llama")
+    config.pad_token_id = config.eos_token_id = 0
+    config.tie_word_embeddings = False
+    config.save_pretrained(tmp_path)
+    trainee = build(tmp_path, "--model.from_scratch", "true", tokenizer=tokenizer)
+    embedding = trainee.model.get_input_embeddings().weight
+    ids = [5, 0, 6, 7]
+    trainee(pack([[ids]], 4))[0].backward()
+    plain = AutoModelForCausalLM.from_config(trainee.model.config, attn_implementation="eager")
+    plain.load_state_dict(trainee.model.state_dict())
+    inputs = embedding[ids][None].detach().requires_grad_()  # [1, 4, H]: looked up by hand
+    logits = plain(inputs_embeds=inputs, use_cache=False).logits[0, :-1]
+    torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="sum").backward()
+    torch.testing.assert_close(embedding.grad[0], inputs.grad[0, 1], rtol=1e-4, atol=1e-6)
+
+
+def test_from_scratch_the_row_that_a_model_pads_with_is_drawn_as_others_are(tmp_path, tokenizer):
+    """It may begin documents: zeros would go through every norm, with a gradient thousands of times the others'."""
+    config = model_config("llama")
+    config.pad_token_id = config.bos_token_id = 1
+    config.save_pretrained(tmp_path)
+    trainee = build(tmp_path, "--model.from_scratch", "true", tokenizer=tokenizer)
+    norms = trainee.model.get_input_embeddings().weight.norm(dim=1)
+    assert 0.5 < norms[1] / norms.mean() < 2
 
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3", "mistral"])

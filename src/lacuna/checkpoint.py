@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from lacuna.config import Config, ConfigError, LoraConfig, Source, blame, log
+from lacuna.config import Config, ConfigError, LoraConfig, blame, log
 from lacuna.data.loader import merge_states
 from lacuna.lora import merge, write_adapter
 from lacuna.parallel import Ranks, local
@@ -61,19 +61,20 @@ def in_order(checkpoints: Path) -> list[Path]:
     return sorted(found, key=lambda checkpoint: int(checkpoint.name[5:]))
 
 
-def refuse_another(checkpoint: Path | None, state: dict, config: Config):
-    """ConfigError where a run that goes on from there would be another one."""
+def refuse_another(checkpoint: Path | None, state: dict, config: Config) -> str:
+    """ConfigError where the run from there would be another one; what differs, if it is to."""
     if state.get("format") != FORMAT:
         raise ConfigError(f"{checkpoint} is of another version of lacuna: begin a run with it as model.name")
-    for source in state["config"].get("data", {}).get("sources", []):  # new keys get their defaults
-        source |= Source(**source).model_dump(mode="json")
+    if checkpoint and checkpoint.name[5:].isdecimal() and checkpoint.name != f"step_{state['step']}":
+        raise ConfigError(f"{checkpoint} holds step_{state['step']}: rename it")
     old = flat(state["config"])
     new = flat(config.model_dump(mode="json"))
     keys = [key for key in sorted(old.keys() & new.keys()) if old[key] != new[key] and not key.startswith(FREE)]
-    changed = [f"{key} (was {old[key]!r})" for key in keys]
+    changed = ", ".join(f"{key} (was {old[key]!r})" for key in keys)
     if changed and not config.checkpoint.resume_changed:
         cure = "change it back, set another name, or checkpoint.resume_changed = true"
-        raise ConfigError(f"{checkpoint} cannot go on with another {', '.join(changed)}: {cure}")
+        raise ConfigError(f"{checkpoint} cannot go on with another {changed}: {cure}")
+    return changed
 
 
 def flat(config: dict) -> dict:
@@ -84,21 +85,8 @@ def flat(config: dict) -> dict:
     return keys
 
 
-class HostMemory:
-    """Room on the host for tensors, pinned for a GPU: else copies take ten times as long."""
-
-    def __init__(self, sizes: list[int], device: torch.device):
-        memory = torch.zeros(sum(sizes))  # float32
-        self.places = memory.split(sizes)  # flat
-        # `pin_memory` would round up to a power of two. While the driver pins 20 GB, launches wait for .8 s, once
-        if device.type == "cuda" and memory.nbytes:
-            torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
-            # else, in a process that lives on, copies from what is put there next would read the old memory
-            weakref.finalize(self, torch.cuda.cudart().cudaHostUnregister, memory.data_ptr()).atexit = False
-
-
 class Checkpoints:
-    """Saves in a thread: training waits only where it would change what is not copied yet."""
+    """Saves: training waits for a copy to the host; a thread writes it."""
 
     def __init__(self, config: Config, ranks: Ranks, folder: Path, tensors: dict, model, tokenizer):
         self.config = config
@@ -122,37 +110,26 @@ class Checkpoints:
             with blame("model.name: its config, generation config or tokenizer"), TemporaryDirectory() as place:
                 for content in self.small_files:
                     content.save_pretrained(place)
+        sizes = [local(tensor).numel() for tensor in self.tensors.values()]
+        memory = torch.zeros(sum(sizes))  # float32
+        self.places = memory.split(sizes)  # flat
+        if ranks.device.type == "cuda" and memory.nbytes:
+            # else copies take ten times as long; `pin_memory` rounds up to a power of two
+            torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
+            # else, in a process that lives on, copies from what is there next would read this
+            weakref.finalize(self, torch.cuda.cudart().cudaHostUnregister, memory.data_ptr()).atexit = False
         self.thread = ThreadPoolExecutor(max_workers=1)
-        if ranks.device.type == "cuda":
-            # a thread has a current stream and a current GPU of its own: this sets both
-            self.thread.submit(torch.cuda.set_stream, torch.cuda.Stream(ranks.device))
-        self.memory = None  # Future of HostMemory
-        # Futures of the last save: the host has this rank's share, so parameters may change; the checkpoint is whole
-        self.copied = self.written = self.thread.submit(lambda: None)  # no save yet
-        # a group for this thread alone: two threads that share one could meet in different orders on different ranks
+        self.written = self.thread.submit(lambda: None)  # Future of the last save, here of none
+        # for this thread alone: two that share a group could meet in other orders on other ranks
         timeout = timedelta(seconds=config.dist.timeout)
         self.group = dist.new_group(backend="gloo", timeout=timeout) if ranks.mesh is not None else None
-
-    def after_step(self):
-        """Says that a save has failed; after the first step, begins to allocate."""
-        if self.memory is None:  # not earlier: beside compilation, 20 GB (1.7B) cost 2 s
-            sizes = [local(tensor).numel() for tensor in self.tensors.values()]
-            self.memory = self.thread.submit(HostMemory, sizes, self.ranks.device)
-        if self.written.done():
-            self.written.result()
 
     def save(self, step: int, facts: dict, data: dict):
         """Begin to save the run after `step`; facts: counters, data: this rank's Loader.state."""
         self.written.result()
-        # taken here, since FSDP2 may give a parameter other memory at its first use
-        shares = [local(tensor).detach() for tensor in self.tensors.values()]
-        self.copied = self.thread.submit(self.copy, shares)
+        for place, tensor in zip(self.places, self.tensors.values(), strict=True):
+            place.copy_(local(tensor).detach().flatten())
         self.written = self.thread.submit(self.write, step, facts, data)
-
-    def copy(self, shares: list[torch.Tensor]):
-        """Copy this rank's shares to the host, beside the next step."""
-        for place, share in zip(self.memory.result().places, shares, strict=True):
-            place.copy_(share.flatten())
 
     def write(self, step: int, facts: dict, data: dict):
         """Write this rank's file; once all have, rank 0 the others. The oldest checkpoint goes."""
@@ -161,7 +138,6 @@ class Checkpoints:
         outcome = {"data": data, "error": ""}
         try:
             with blame(f"no checkpoint of step {step}"):
-                self.copied.result()
                 path.mkdir(parents=True, exist_ok=True)
                 self.write_safetensors(file)
                 outcome["fingerprints"] = seal([file])
@@ -189,15 +165,15 @@ class Checkpoints:
             path = path.rename(self.folder / f"step_{step}")
         log.info("step %d: checkpoint in %s", step, path)
         for old in in_order(self.folder)[: -self.config.checkpoint.keep]:
-            # gone at once, whatever happens while it is deleted; what stays is removed when the run starts again
+            # gone at once; what stays of it is removed when the run starts again
             shutil.rmtree(old.rename(old.with_name(f".old_{old.name}")), ignore_errors=True)
 
     def write_safetensors(self, file: Path):
         """One file of float32 tensors, with the offsets of sharded ones in the whole."""
-        # torch's own writer holds the interpreter's lock, up to 3 s a GB on a CPU, in which training stands still
+        # torch's own writer holds the interpreter's lock: training would stand still, up to 3 s a GB
         shares = {}
         offsets = {}
-        for (name, tensor), place in zip(self.tensors.items(), self.memory.result().places, strict=True):
+        for (name, tensor), place in zip(self.tensors.items(), self.places, strict=True):
             shares[name] = place.view(local(tensor).shape)
             if isinstance(tensor, DTensor):
                 _, begin = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
@@ -216,7 +192,7 @@ def match_eos(config: Config, model: PreTrainedModel, tokenizer):
     try:
         generation.validate(strict=True)
     except ValueError as error:
-        log.info("The generation_config is left out, since transformers refuses it: %s", error)
+        log.info("generation_config is left out, since transformers refuses it: %s", error)
         generation = GenerationConfig(bos_token_id=tokenizer.bos_token_id)
     ends = np.atleast_1d(generation.eos_token_id).tolist()
     if config.model.tokenizer:  # another tokenizer: its ids mean other words
@@ -245,10 +221,9 @@ def export(checkpoint: Path, out: Path, dtype: str | None = None):
         base = config["model"]["name"]
         check_base(base, state)
         load_weights(model, weight_folder(base))
-        adapters = {}
-        for name, parts in stored_parts(checkpoint).items():
-            if not name.startswith("optimizer."):
-                adapters[name] = torch.cat([part.values for part in parts])
+        stored = stored_parts(checkpoint)
+        names = [name for name in stored if not name.startswith("optimizer.")]
+        adapters = {name: torch.cat(stored[name]) for name in names}
         merge(held(model), adapters, lora)
         if held(model).keys() <= stored_parts(weight_folder(base)).keys():
             write_adapter(adapters, lora, base, out / "adapter")

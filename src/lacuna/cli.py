@@ -1,6 +1,5 @@
 """The `lacuna` command. No torch before it is needed: `--help` answers in under a second."""
 
-import gc
 import os
 import sys
 from argparse import ArgumentParser
@@ -60,10 +59,7 @@ def parse(task: str, words: list[str]) -> Config:
 def train(config: Config):
     launch()
     preemption = Preemption()  # before the imports, which take seconds
-    run = import_module("lacuna.train").run
-    gc.freeze()  # else the collector searches all that is imported, for .5 s
-    run(config, preemption)
-    gc.unfreeze()  # else extensions report all of it as leaked at exit
+    import_module("lacuna.train").run(config, preemption)
 
 
 @blame("lacuna export")
@@ -86,7 +82,7 @@ def leave(status: int, sentence: str = ""):
             log.debug(sentence)
             sys.stderr.write(COLOUR.format(31, f"{name}: {sentence}") + "\n")
         sys.stdout.flush()
-    # gloo's threads, or a loader's that waits for a file, outlive the interpreter: 1 run in 20 aborted at exit
+    # threads of gloo, or a loader's, may outlive the interpreter: 1 run in 20 aborted at exit
     if status or rank:
         os._exit(status)
     sys.exit(0)

@@ -39,7 +39,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
         if ranks.rank == 0:
             lock.acquire(timeout=60)  # a run that is just ending may still hold it
         checkpoint, state = find_checkpoint(config, folder, ranks.rank)
-        refuse_another(checkpoint, state, config)
+        changed = refuse_another(checkpoint, state, config)
     tokenizer = load_tokenizer(config.model)
     recipe = {"make_encoder": make_encoder, "make_objective": lambda *_: None}
     if config.task.endswith(".py"):
@@ -76,14 +76,15 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
     with blame(f"out: {folder}/metrics.jsonl, or the state.json of {checkpoint}"):
         if checkpoint:
             read_tensors(tensors if config.lora.rank else optimizer.tensors(parameters), checkpoint)
-            log.info("Going on after step %d, from %s", state["step"], checkpoint)
+            log.info("Going on after step %d, from %s; changed: %s", state["step"], checkpoint, changed or None)
         checkpoints = Checkpoints(config, ranks, folder, tensors, model, tokenizer)
         report = Report(config, ranks, folder, steps, model, state)
         if ranks.rank == 0:
             # to repeat the run: not before it can begin, or a failed start would change a finished run's
-            (folder / "config.toml").write_text(tomli_w.dumps(config.model_dump(exclude_none=True)))
-    count = f"{model.num_parameters(only_trainable=True):,} of {model.num_parameters():,} parameters"
-    log.info("model   %s: %s trained, hf/ in %s", config.model.name, count, model.config.dtype)
+            kept = config.model_dump(exclude_none=True, exclude={"checkpoint": {"resume_changed"}})
+            (folder / "config.toml").write_text(tomli_w.dumps(kept))
+    count = f"{model.num_parameters(only_trainable=True):,} of {model.num_parameters():,}"
+    log.info("model   %s: trains %s, hf/ in %s", config.model.name, count, model.config.dtype)
     log.info("device  %d x %s: %s, %s attention", ranks.world, report.device, trainee.dtype, trainee.backend)
     length = f"{steps} steps of {config.train.global_batch_size} rows x {config.train.seq_len} tokens"
     log.info("length  %s, lr %g, %s", length, config.optim.lr, config.optim.schedule)
@@ -111,7 +112,6 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
         sums = sum_over_ranks([part | {"stop_asked": preemption.asked} for part in parts], ranks.device) | sums
         failed |= ~(norm + sums["loss"]).isfinite()
         lr = learning_rate(config.optim, step - 1, steps)
-        checkpoints.copied.result()  # the last save's, before parameters change
         optimizer.step(lr, (config.train.max_grad_norm / (norm + 1e-6)).clamp(max=1).float(), failed)
         trainee.zero_grad()
 
@@ -126,13 +126,14 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
             if evaluating or saving or report.stop_asked:
                 report.flush()  # what is saved is finite, and computed
         except FloatingPointError:
-            checkpoints.written.result()  # the last good checkpoint may be half written
+            checkpoints.written.result()  # the last good one may be half written
             raise
         if evaluating and not report.stop_asked:
             report.write({"step": step, **evaluate(trainee, config, held_out, ranks, tokenizer)})
 
         # 5. Save, when it is time or a signal asked to stop.
-        checkpoints.after_step()
+        if checkpoints.written.done():
+            checkpoints.written.result()  # it may have failed
         if saving or report.stop_asked:
             checkpoints.save(step, report.totals | fixed, loader.state)
         preemption.can_save = True
@@ -195,7 +196,7 @@ def evaluate(trainee: Trainee, config: Config, dataset: RowDataset, ranks: Ranks
     parts = []
     trainee.eval()
     rows = dataset.count_rows() if dataset.map_style else config.eval.rows
-    # every rank takes as many rows, empty ones where it has no data left: else the others would wait for ever
+    # every rank takes as many rows, empty ones at the end: else the others would wait for ever
     batches = math.ceil(rows / (config.train.micro_batch_size * ranks.world))
     for _ in trange(batches, ncols=72, desc="evaluating", leave=False, disable=ranks.rank > 0 or None):
         [batch] = loader.step()

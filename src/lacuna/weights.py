@@ -6,7 +6,6 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,13 +25,6 @@ WHOLE = "model.safetensors"
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INDEX = "model.safetensors.index.json"  # of a model that is stored in several files
 TEXT = re.compile(r"^(model\.)?language_model\.")  # the text part of models that see or hear
-
-
-class Part(NamedTuple):
-    """Rows of a tensor, in one file; a scalar is one row."""
-
-    first: int  # number of its first row in the whole tensor
-    values: torch.Tensor  # mapped from the file: read from disk when it is used
 
 
 def weight_folder(name: str) -> Path:
@@ -92,8 +84,8 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / WHOLE]
 
 
-def stored_parts(folder: Path) -> dict[str, list[Part]]:
-    """The parts of each tensor, in order. ConfigError where rows are missing, or there twice."""
+def stored_parts(folder: Path) -> dict[str, list[torch.Tensor]]:
+    """Rows of each tensor, a part a file. ConfigError where some are missing or doubled."""
     stored = {}
     for file in weight_files(folder):
         with blame(f"{file} is no whole safetensors file; of git-lfs, `git lfs pull` brings it"):
@@ -103,10 +95,10 @@ def stored_parts(folder: Path) -> dict[str, list[Part]]:
                 values = torch.atleast_1d(content.get_tensor(name))
                 [first, *_] = places.get(name, {}).get("saved_offsets") or [0]
                 parts = stored.setdefault(name, [])
-                rows = sum(len(part.values) for part in parts)
-                if first != rows or (parts and values.shape[1:] != parts[0].values.shape[1:]):
+                rows = sum(map(len, parts))
+                if first != rows or (parts and values.shape[1:] != parts[0].shape[1:]):
                     raise ConfigError(f"{file}: {name} begins at {first}, not {rows}: a file is lost or doubled")
-                parts.append(Part(first, values))
+                parts.append(values)
     return stored
 
 
@@ -118,24 +110,26 @@ def read_tensors(tensors: dict[str, torch.Tensor], folder: Path):
 
 
 @torch.no_grad()
-def fill(tensor: torch.Tensor, parts: list[Part], where: str):
+def fill(tensor: torch.Tensor, parts: list[torch.Tensor], where: str):
     """Copy this rank's rows of a tensor out of its parts."""
     wanted = list(tensor.shape) or [1]
-    rows = sum(len(part.values) for part in parts)
-    found = [rows, *parts[0].values.shape[1:]] if parts else "missing"
+    rows = sum(map(len, parts))
+    found = [rows, *parts[0].shape[1:]] if parts else "missing"
     if found != wanted:
         raise ConfigError(f"{where} is {found}, and should be {wanted}")
-    if tensor.is_floating_point() and parts[0].values.dtype not in FLOATS:
-        raise ConfigError(f"{where} is {parts[0].values.dtype}: lacuna reads no quantized weights")
+    if tensor.is_floating_point() and parts[0].dtype not in FLOATS:
+        raise ConfigError(f"{where} is {parts[0].dtype}: lacuna reads no quantized weights")
     share = torch.atleast_1d(local(tensor))
     first = 0
     if isinstance(tensor, DTensor):  # FSDP shards rows
         _, [first, *_] = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    at = -first  # where a part begins, counted from the share's first row
     for part in parts:
-        begin = max(first, part.first)
-        end = min(first + len(share), part.first + len(part.values))
+        begin = max(0, at)
+        end = min(len(share), at + len(part))
         if begin < end:
-            share[begin - first : end - first] = part.values[begin - part.first : end - part.first]
+            share[begin:end] = part[begin - at : end - at]
+        at += len(part)
 
 
 def held(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -156,14 +150,14 @@ def in_memory(model: PreTrainedModel, stored: dict, places: dict) -> dict[str, W
         new, pattern = rename_source_key(TEXT.sub("", name), renamings, converters, model.base_model_prefix, places)
         new = model.all_tied_weights_keys.get(new, new)
         parts = stored.pop(name)
-        if new in stored and not torch.equal(parts[0].values, stored[new][0].values):
+        if new in stored and not torch.equal(parts[0], stored[new][0]):
             raise ConfigError(f"{name} differs from {new}: a head needs model.overrides.tie_word_embeddings = false")
         if pattern is None:
             stored[new] = parts
             continue
         if new not in made:
             made[new] = copy.deepcopy(next(rule for rule in converters if pattern in rule.source_patterns))
-        made[new].add_tensor(new, name, pattern, parts[0].values)
+        made[new].add_tensor(new, name, pattern, parts[0])
     return made
 
 
@@ -189,5 +183,5 @@ def load_weights(model: PreTrainedModel, folder: Path):
             tensor.data = tensor.data.float()
         if name in made:  # one layer's at a time: all at once would be a second model in memory
             converted = made.pop(name).convert(name, model=model, config=model.config)
-            stored[name] = [Part(0, converted[name])]
+            stored[name] = [converted[name]]
         fill(tensor, stored.pop(name), f"{folder} does not fit: {name}")
