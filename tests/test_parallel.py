@@ -32,3 +32,8 @@ def test_figures_are_added_by_name_exactly_and_tensors_with_numbers():
     sums = sum_over_ranks(parts, torch.device("cpu"))
     assert {name: figure.item() for name, figure in sums.items()} == {"checksum": sum(checksums), "loss": 1.5, "bad": 3}
     assert {figure.dtype for figure in sums.values()} == {torch.float64}
+
+
+def test_a_figure_that_only_some_micro_batches_have_is_added_too():
+    sums = sum_over_ranks([{"loss": 1, "reward": 2.0}, {"loss": 3}], torch.device("cpu"))
+    assert {name: figure.item() for name, figure in sums.items()} == {"loss": 4, "reward": 2}

@@ -8,6 +8,7 @@ transformers calls `packed_attention` in place of its own, with what `boundaries
 """
 
 import os
+import warnings
 from importlib.util import find_spec
 
 import torch
@@ -20,6 +21,7 @@ from lacuna.data.batch import PackedBatch
 
 # FlashAttention-4 compiles itself for seconds: keep the result (in /tmp; its .._CACHE_DIR names another place).
 os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+warnings.filterwarnings("ignore", module="cutlass")
 
 
 def choose_backend(asked: str | None, device: torch.device, dtype: torch.dtype) -> str:
@@ -82,7 +84,7 @@ def packed_attention(module, query, key, value, attention_mask=None, *, backend=
     return out[None], None  # [1, T, heads, D]
 
 
-# FlashAttention-4 is written in CuTe DSL, which torch.compile cannot trace: two opaque operators keep the graph whole.
+# torch.compile cannot trace FlashAttention-4: two opaque operators keep the graph whole.
 LIMITS = "Tensor cu_seqlens, int max_seqlen, float scale, int left"
 FORWARD = f"(Tensor q, Tensor k, Tensor v, {LIMITS}) -> (Tensor, Tensor)"
 BACKWARD = f"(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {LIMITS}) -> (Tensor, Tensor, Tensor)"
@@ -106,9 +108,7 @@ def fa4_backward(grad, q, k, v, out, lse, *limits):
 def fa4_options(cu_seqlens, max_seqlen, scale, left) -> dict:
     options = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens, "softmax_scale": scale}
     options |= {"max_seqlen_q": max_seqlen, "max_seqlen_k": max_seqlen}
-    if left < 0:
-        return options | {"causal": True}
-    return options | {"window_size_left": left, "window_size_right": 0}
+    return options | {"window_size_left": None if left < 0 else left, "window_size_right": 0}
 
 
 @fa4.register_fake

@@ -20,7 +20,7 @@ from lacuna.config import COLOUR, Config, log
 from lacuna.model import experts
 from lacuna.parallel import Ranks
 
-# Dense bf16 peaks, FLOP/s, from the vendors' datasheets; the first name that the device's name contains counts.
+# Dense bf16 peaks, FLOP/s, from datasheets; the first name that is in the device's counts.
 PEAKS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10": 125e12, "4090": 165e12}
 
 

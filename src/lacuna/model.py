@@ -23,7 +23,7 @@ from lacuna.data.batch import PackedBatch
 from lacuna.lora import add_adapters
 from lacuna.loss import head_loss
 from lacuna.parallel import Ranks, shard_model
-from lacuna.weights import Part, fill, held, load_weights, weight_folder
+from lacuna.weights import fill, held, load_weights, weight_folder
 
 # Dear to recompute: matrix products and attention. Everything else is cheap.
 SAVED_OPS = [
@@ -122,6 +122,7 @@ def build_model(config: Config, ranks: Ranks, tokenizer, checkpoint: Path | None
     model.tie_weights(recompute_mapping=False)  # to_empty gives each module a tensor of its own
     for parameter in model.parameters():
         parameter._is_hf_initialized = True  # `initialise` puts others in their place, which are not
+    model.get_input_embeddings().padding_idx = None  # nothing is padded: all ids learn
     initialise(model, config.seed, set(held(model).values()) if folder else set())
     if folder:
         load_weights(model, folder)
@@ -153,7 +154,6 @@ def empty_model(config: ModelConfig, tokenizer, held_in, dtype: torch.dtype) -> 
         if {"num_hidden_layers", "sliding_window", "use_sliding_window", "max_window_layers"} & config.overrides.keys():
             fields.pop("layer_types", None)  # which layers have a window
         hf_config = type(hf_config).from_dict(fields | copy.deepcopy(config.overrides))
-    # before the model is built: the row of an old padding_idx would have no gradient
     if config.tokenizer:
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(hf_config, key, getattr(tokenizer, key))
@@ -201,8 +201,6 @@ def refuse_unfit(model: PreTrainedModel, layers: list[nn.Module], seq_len: int, 
     for problem, there in problems.items():
         if there:
             raise ConfigError(f"{type(model).__name__} {problem}")
-    if experts(model):
-        log.info("experts: no balancing loss, no LoRA")
 
 
 def experts(model: nn.Module) -> list[nn.Module]:
@@ -248,4 +246,4 @@ def initialise(model: PreTrainedModel, seed: int, done: set[Tensor]):
             raise ConfigError(f"{type(model).__name__} does not say how to initialise {name}")
         module._parameters.update(mine)
         for key, parameter in mine.items():  # every rank has made the same whole: it takes its rows
-            fill(parameter, [Part(0, torch.atleast_1d(whole[key]))], name)
+            fill(parameter, [torch.atleast_1d(whole[key])], name)

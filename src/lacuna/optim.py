@@ -42,7 +42,7 @@ class AdamW:
         now["step_size"] = now["lr"] / (1 - beta1**self.count)  # corrects the first moment's bias
         now["root"] = (1 - beta2**self.count).sqrt()  # and this the second moment's
         for group in self.groups:
-            group = [p for p in group if p.grad is not None]  # what took no part in the loss stays as it is
+            group = [p for p in group if p.grad is not None]  # others took no part in the loss
             tensors = [tuple(map(local, (p, p.grad, *self.moments[p]))) for p in group]
             decays = [self.decays[p] for p in group]
             # given an empty list, dynamo would never compile this function again: 130 ms a step

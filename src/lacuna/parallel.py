@@ -1,5 +1,6 @@
 """Ranks, meshes, sharding, and the collectives of a step."""
 
+import itertools
 import os
 from datetime import timedelta
 from typing import NamedTuple
@@ -11,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from lacuna.config import ConfigError, DistConfig, TrainConfig, log
+from lacuna.config import ConfigError, DistConfig, TrainConfig
 
 
 class Ranks(NamedTuple):
@@ -51,8 +52,6 @@ def shard_model(trainee: nn.Module, ranks: Ranks):
     memory = torch.cuda.mem_get_info(ranks.device)[1] if ranks.device.type == "cuda" else 0
     size = sum(p.numel() for p in trainee.parameters()) * trainee.dtype.itemsize
     whole = {p for p in trainee.parameters() if not p.requires_grad and size < memory / 5}
-    if whole:
-        log.info("The frozen weights, below a fifth of the GPU, are whole on every rank")
     mesh = ranks.mesh if ranks.mesh["dp_replicate"].size() > 1 else ranks.mesh["dp_shard"]
     precision = MixedPrecisionPolicy(param_dtype=trainee.dtype, reduce_dtype=torch.float32)
     # A large model's layers are freed again after their forward. One that takes less than a twentieth of the GPU stays
@@ -72,10 +71,10 @@ def local(tensor: Tensor) -> Tensor:
 def sum_over_ranks(parts: list[dict], device: torch.device) -> dict[str, Tensor]:
     """Figures by name, numbers or scalar tensors, added over parts and ranks at once: float64."""
     totals = {}
-    for part in parts:
-        totals = {name: totals.get(name, 0) + figure for name, figure in part.items()}
+    for name, figure in itertools.chain(*(part.items() for part in parts)):
+        totals[name] = totals.get(name, 0) + figure
     zero = torch.zeros((), dtype=torch.float64, device=device)
-    # to make a tensor of a number would wait for the device: it is copied from the host; adding one does not wait
+    # a tensor made of a number would be copied from the host, and wait; adding one does not
     vector = torch.stack([zero + figure for figure in totals.values()])
     if dist.is_initialized():
         dist.all_reduce(vector)
@@ -84,7 +83,7 @@ def sum_over_ranks(parts: list[dict], device: torch.device) -> dict[str, Tensor]
 
 def gradient_norm(parameters: list, mesh: DeviceMesh | None) -> Tensor:
     """The global L2 norm of gradients, sharded or not; nothing waits."""
-    # float64: in float32 a CPU's norm of a million values is off by 1e-5, and an H200 reads both at the same speed
+    # float64: in float32 a CPU's norm of a million values is off by 1e-5; an H200 is as fast
     grads = [local(p.grad) for p in parameters if p.grad is not None]  # None: took no part
     square = torch.stack(torch._foreach_norm(grads, 2, torch.float64)).square().sum()
     if mesh is not None:
