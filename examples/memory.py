@@ -147,8 +147,14 @@ def kept(trainee: Trainee, rows: int, seq_len: int) -> list[int]:
 
 def main(options, words: list[str]):
     config = parse(options.task, words)
-    if config.model.dtype == "float32" or config.model.attention == "sdpa" or config.train.compile is False:
-        raise ConfigError('only compiled runs in bfloat16 are estimated, and no model.attention = "sdpa"')
+    unlike = {
+        'model.dtype = "float32"': config.model.dtype == "float32",
+        'model.attention = "sdpa"': config.model.attention == "sdpa",
+        "train.compile = false": config.train.compile is False,
+    }
+    for key, there in unlike.items():
+        if there:
+            raise ConfigError(f"only compiled runs in bfloat16 on a GPU are estimated: leave out {key}")
     with blame(f"cannot be estimated: model.name {config.model.name}, model.patch {config.model.patch}"):
         gpus = options.gpus or config.dist.dp_replicate * (config.dist.dp_shard or 1)
         estimate = Estimate(config, gpus, options.gib * GIB)

@@ -164,10 +164,10 @@ def test_a_key_outside_its_section_is_found(load):
     assert refusal(load, "seq_len = 64\n" + BASE) == "unknown key seq_len: did you mean train.seq_len?"
 
 
-def test_a_key_like_no_other_leads_to_the_list_of_keys(load):
+def test_a_key_like_no_other_leads_to_what_other_trainers_call_them(load):
     for message in (refusal(load, "qqqqq = 1\n" + BASE), refusal(load, BASE, "--qqqqq", "1")):
         assert "unknown key qqqqq" in message
-        assert "--help" in message
+        assert "docs/coming-from.md" in message
 
 
 def test_abbreviated_options_are_not_guessed(load):
@@ -347,9 +347,9 @@ def test_a_config_of_a_run_of_before_says_of_each_line_what_to_do(load):
         [line] = [line for line in lines if line.startswith(f"{key}: ")]
         assert line.endswith("not 'auto'")
     for key in ("train.on_nonfinite", "train.max_skipped", "dist.max_restarts", "dist.reshard_after_forward", "slurm"):
-        assert f"unknown key {key}: take it out, or see `lacuna pt --help`" in lines
+        assert f"unknown key {key}: take it out, or see docs/coming-from.md" in lines
     assert any(line.startswith("unknown key model.kernels: ") for line in lines)
-    assert "unknown key model.kernel_mapping: take it out, or see `lacuna pt --help`" in lines
+    assert "unknown key model.kernel_mapping: take it out, or see docs/coming-from.md" in lines
     assert "train.activation_checkpointing: Input should be 'none', 'full' or 'selective', not 2" in lines
     assert len(lines) == 11
 

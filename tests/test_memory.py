@@ -82,8 +82,8 @@ def test_the_command_prints_kinds_and_the_largest_micro_batch(monkeypatch, capsy
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--train.compile", "false"], "only compiled runs in bfloat16 are estimated"),
-        (["--model.dtype", "float32"], "only compiled runs in bfloat16 are estimated"),
+        (["--train.compile", "false"], "only compiled runs in bfloat16 on a GPU are estimated"),
+        (["--model.dtype", "float32"], "only compiled runs in bfloat16 on a GPU are estimated"),
         (
             ["--model.name", "benchmarks/qwen3_5", "--model.patch", "examples/hybrid.py:on_each_document"],
             "cannot be estimated: model.name benchmarks/qwen3_5, model.patch examples/hybrid.py",

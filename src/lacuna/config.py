@@ -19,12 +19,13 @@ log = logging.getLogger("lacuna")
 # ANSI's: red is 31, yellow 33; none in a pipe, or under NO_COLOR (no-color.org)
 COLOUR = "\033[{}m{}\033[m" if sys.stderr and sys.stderr.isatty() and not os.environ.get("NO_COLOR") else "{1}"
 AGAIN = "the same command goes on from the last checkpoint"
-# by what an error says or is: some libraries pass on only the system's words, and no errno
+# by what an error says or is: some libraries pass on no errno
 CURES = {
     "No space left on|Disk quota exceeded": f". The disk is full: make room, and {AGAIN}",
     "Read-only file|Permission denied|Operation not permitted": ". Change who may, or name another place",
     "OutOfMemory": ". Lower train.micro_batch_size: see examples/memory.py",
     "torch._dynamo|torch._inductor": ". Set train.compile = false: it runs, or says why",
+    "StopIteration|corresponds to no data": " there is no data, or no such file",
     "KeyError.*lacuna": ": attention that cannot be replaced",
     "gloo|torch.distributed.Dist": f". Another rank has ended: see what it says; {AGAIN}",
 }
@@ -49,6 +50,8 @@ def blame(where: str):
         raise  # these have their sentence, or only end the run
     except BaseException as error:  # tokenizers, written in Rust, panics with one
         log.debug("%s", where, exc_info=True)  # to log.txt, where a run has one by now
+        if type(error).__name__ == "DatasetGenerationError":  # says nothing
+            error = error.__cause__ or error
         text = " ".join(str(error).split())[:300]
         cures = [cure for sign, cure in CURES.items() if re.search(sign, f"{type(error)} {error}")]
         raise ConfigError("".join([f"{where}: {type(error).__name__}: {text}", *cures[:1]])) from error
@@ -175,7 +178,6 @@ def refuse_contradictions(config: Config):
     held_out = config.eval.sources
     fraction = config.eval.fraction
     rows = train.micro_batch_size * (int(os.environ.get("WORLD_SIZE", 1)) or 1)
-    uneven = train.global_batch_size % rows
     is_recipe = config.task.endswith(".py")
     weighted = [source for source in data if source.weight]
     unweighted = [source for source in data if not source.weight]
@@ -187,9 +189,10 @@ def refuse_contradictions(config: Config):
         "data.sources: a mixture that streams needs weights": streams and len(unweighted) > 1,
         "give exactly one of train.steps and train.epochs": bool(train.steps) == bool(train.epochs),
         "train.epochs of a stream, or with weights: set train.steps, or streaming = false": train.epochs and mixed,
-        f"train.global_batch_size is no multiple of micro_batch_size x ranks, {rows}": uneven,
+        f"train.global_batch_size is no multiple of micro_batch_size x ranks, {rows}": train.global_batch_size % rows,
         "lora.rank adapts a model: not from_scratch": config.lora.rank and config.model.from_scratch,
         "recipe: these keys are for lacuna RECIPE.py": config.recipe and not is_recipe,
+        "model.overrides: no null": None in config.model.overrides.values(),
         "optim.lr: a recipe has no default: give one": is_recipe and not optim.lr,
         "data.chat_template is for lacuna sft": config.task == "pt" and config.data.chat_template,
         'optim.decay_steps needs optim.schedule = "wsd"': optim.decay_steps and optim.schedule != "wsd",
@@ -257,4 +260,4 @@ def sentence(problem: dict) -> str:
     near += difflib.get_close_matches(wrong, known, 1, cutoff=0.65)
     if near and near[0] != wrong:
         return f"unknown key {wrong}: did you mean {near[0]}?"
-    return f"unknown key {wrong}: take it out, or see `lacuna pt --help`"
+    return f"unknown key {wrong}: take it out, or see docs/coming-from.md"
