@@ -234,12 +234,20 @@ def as_completions(row: dict, roles: dict[str, str]) -> list[dict]:
     """
     prompt = next((row[name] for name in PROMPTS if row.get(name)), None)
     answers = [[row[name]] if isinstance(row[name], dict) else row[name] for name in ANSWERS]
-    if (prompt is None or isinstance(prompt, list)) and all(TURNS.match(str(answer)) for answer in answers):
-        answers = list(map(json.loads, answers))
+    if all(TURNS.match(str(answer)) for answer in answers):
+        parsed = list(map(json.loads, answers))
+        # beside a prompt that is text, an answer that is JSON is text, too
+        if not isinstance(prompt, str) or read_turn(dict(parsed[0][0]), roles)["role"] != "assistant":
+            answers = parsed
     texts = all(isinstance(answer, str) for answer in answers)
     if not texts:
         answers = [as_turns(answer, "assistant") for answer in answers]
-    whole = not texts and read_turn(answers[0][0], roles)["role"] != "assistant"
+    begins = [] if texts else [read_turn(dict(answer[0]), roles)["role"] for answer in answers]
+    whole = bool(begins) and begins[0] != "assistant"
+    if "assistant" in begins and whole:
+        raise ValueError("of chosen and rejected, one is a whole conversation, and the other an answer")
+    if isinstance(prompt, list) and not whole and said(prompt, roles)[-1][0] == "assistant":
+        raise ValueError("the prompt ends with an answer already: let it end with the question")
     if prompt is None or whole:
         same = itertools.takewhile(lambda both: both[0] == both[1], zip(*answers, strict=False))
         common = len(list(same))
@@ -247,7 +255,7 @@ def as_completions(row: dict, roles: dict[str, str]) -> list[dict]:
             common = max(0, *(answers[0].rfind(space, 0, common) for space in " \n\t"))
         if isinstance(prompt, list) and said(prompt, roles) != said(answers[0][: len(prompt)], roles):
             raise ValueError("chosen and rejected are whole conversations, which do not begin with the prompt")
-        if texts and not (answers[0][:common] or set(PROMPTS) & row.keys()):
+        if not (whole or answers[0][:common] or set(PROMPTS) & row.keys()):
             raise ValueError(f"there is none of {', '.join(PROMPTS)}, and both answers begin with nothing in common")
         prompt = answers[0][:common]
         answers = [answer[common:] for answer in answers]

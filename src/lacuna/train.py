@@ -76,7 +76,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
     with blame(f"out: {folder}/metrics.jsonl, or the state.json of {checkpoint}"):
         if checkpoint:
             read_tensors(tensors if config.lora.rank else optimizer.tensors(parameters), checkpoint)
-            log.info("Going on after step %d, from %s; changed: %s", state["step"], checkpoint, changed or None)
+            log.info("Going on after step %d, from %s; changed: %s", state["step"], checkpoint, changed or "nothing")
         checkpoints = Checkpoints(config, ranks, folder, tensors, model, tokenizer)
         report = Report(config, ranks, folder, steps, model, state)
         if ranks.rank == 0:

@@ -251,7 +251,8 @@ def test_a_prompt_with_a_system_turn_is_a_chat(tokenizer, encoder):
     chat = {"messages": [{"role": role, "content": content} for role, content in turns]}
     row = {"prompt": "Q", "completion": "A", "system": "S"}
     assert encoded(encoder, row) == encoded(encoder, chat)
-    assert encoded(encoder, row | {"system": ""}) == encoded(encoder, {"prompt": "Q", "completion": "A"})
+    # of a source with such a column every row is a chat, or two rows of one file would be of two kinds
+    assert encoded(encoder, row | {"system": ""}) == encoded(encoder, {"messages": chat["messages"][1:]})
 
 
 def test_of_prompt_and_completion_the_completion_alone_is_trained(tokenizer, encoder):
@@ -1045,3 +1046,37 @@ def test_arguments_under_two_names_are_refused(qwen):
 def test_only_what_an_answer_thought_may_go_not_what_it_said_before(qwen):
     chat = say("user: a", "assistant: Sure.<think>t</think> yes", "user: c", "assistant: d")
     refused(lambda: documents(make(qwen), {"messages": chat}), "row 41", "message 1 (assistant), content")
+
+
+def test_rows_of_another_format_or_with_a_null_in_its_place_say_what_is_missing(encoder):
+    """Two formats in one file, and a question that is null."""
+    refused(lambda: documents(encoder, {"messages": LONG}, {"prompt": "a", "completion": "b"}), "row 42", "no messages")
+    refused(lambda: documents(encoder, {"instruction": None, "output": "b"}), "row 41", "no instruction", "one format")
+
+
+@pytest.mark.parametrize(
+    "text", ['[{"content": "a", "id": 1}]\nSum up', '[{"role": "user"}] <- mend', '[{"value": 1}]']
+)
+def test_a_prompt_that_only_begins_like_messages_is_text(tokenizer, encoder, text):
+    ids, _ = encoded(encoder, {"prompt": text, "completion": " ok"})
+    assert tokenizer.decode(ids) == text + " ok<|im_end|>"
+
+
+@pytest.mark.parametrize("first", [{"name": None}, {"text": "q"}])
+def test_a_prompt_of_messages_in_json_may_begin_with_any_key(encoder, first):
+    turn = first | {"role": "user"} | ({} if "text" in first else {"content": "q"})
+    row = {"prompt": json.dumps([turn]), "completion": json.dumps(say("assistant: a"))}
+    assert encoded(encoder, row) == encoded(encoder, {"messages": say("user: q", "assistant: a")})
+
+
+def test_of_several_names_for_what_a_turn_says_content_counts_if_it_says_something(encoder):
+    want = encoded(encoder, {"messages": say("user: q", "assistant: hello")})
+    for answer in ({"content": "hello", "value": "positive"}, {"content": "", "text": "hello"}, {"value": "hello"}):
+        row = {"messages": [*say("user: q"), {"role": "assistant", **answer}]}
+        assert encoded(encoder, row) == want
+
+
+@pytest.mark.parametrize("key", ["function_calls", "functions", "function_call"])
+def test_an_empty_answer_with_an_empty_list_of_calls_is_empty(encoder, key):
+    row = {"messages": say("user: q", "assistant: ", **{key: []})}
+    assert documents(encoder, row)[0][2] == "dropped: an empty answer"

@@ -274,6 +274,14 @@ def test_csv_whose_rows_do_not_fit_its_header_is_refused_with_the_file(tmp_path,
         read_texts(tmp_path, tokenizer, path=tmp_path / "a.csv")
 
 
+def test_files_of_two_kinds_under_data_files_are_each_read_as_what_they_are(tmp_path):
+    (tmp_path / "a.csv").write_text("text\n one \n")
+    (tmp_path / "b.jsonl").write_text('{"text": "two"}\n{"text": "three"}\n')
+    (tmp_path / "c.json").write_text('[{"text": "four"}]')
+    rows = read(tmp_path, data_files=["a.csv", "b.jsonl", "c.json"])
+    assert sorted(row["text"] for row in rows) == [" one ", "four", "three", "two"]
+
+
 def test_a_text_file_of_windows_has_no_bom_in_it(tmp_path, tokenizer):
     (tmp_path / "a.txt").write_text("A text.", "utf-8-sig")
     assert read_texts(tmp_path, tokenizer, path=tmp_path / "a.txt") == ["A text."]

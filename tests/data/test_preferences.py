@@ -388,6 +388,22 @@ def test_a_question_under_another_name_is_not_lost(tokenizer, encoder):
     assert encoded(encoder, row) == chats(tokenizer, TALK, GOOD, BAD)
     encoder.columns(["chosen", "rejected"], Source(path="x"))
     refused(lambda: documents(encoder, {"chosen": "Rome", "rejected": "Paris"}), "row 41", "nothing in common")
+    for row in ({"chosen": GOOD, "rejected": BAD}, {"prompt": None, "chosen": GOOD[0], "rejected": BAD[0]}):
+        refused(lambda row=row: documents(encoder, row), "row 41", "nothing in common")
+
+
+def test_whole_conversations_as_json_beside_their_question_are_conversations(tokenizer, encoder):
+    """As UltraFeedback is where its turns are written as text."""
+    prompt = say("user: Q?")
+    row = {"prompt": "Q?", "chosen": json.dumps(prompt + GOOD), "rejected": json.dumps(prompt + BAD)}
+    assert encoded(encoder, row) == chats(tokenizer, prompt, GOOD, BAD)
+
+
+def test_a_prompt_that_holds_the_answer_already_is_refused(encoder):
+    row = {"messages": ASKED + GOOD, "chosen": GOOD[0], "rejected": BAD[0]}
+    refused(lambda: documents(encoder, row), "row 41", "ends with an answer already")
+    row = {"prompt": ASKED, "chosen": ASKED + GOOD, "rejected": BAD}
+    refused(lambda: documents(encoder, row), "row 41", "one is a whole conversation")
 
 
 def test_a_prompt_in_other_words_than_the_conversations_is_the_same(tokenizer, encoder):

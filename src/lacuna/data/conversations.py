@@ -32,9 +32,9 @@ ROLES |= dict.fromkeys(["function_call", "tool_call"], "call")
 FLAGS = ["train", "training", "trainable", "loss", "weight"]
 YES = {"true", "1", "1.0"}
 NO = {"false", "0", "0.0"}
-SAID = ["value", "content", "text", "parts"]  # the first is read
+SAID = ["content", "value", "text", "parts"]  # the first that is not empty is read
 REASONING = ["reasoning_content", "reasoning", "thinking"]
-TURNS = re.compile(r'\s*\[\s*\{\s*"(role|from|content|value)":')  # in JSON
+TURNS = re.compile(r'\s*\[\s*\{.*"(role|from)"\s*:.*\}\s*\]\s*\Z', re.DOTALL)  # in JSON
 TEXTS = ["content", "reasoning_content", "tool_calls", "function_call", "function_calls", "functions", "tools"]
 MARKS = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
 CURE = "put {% generation %} before and {% endgeneration %} after what the assistant writes, its stop token included"
@@ -94,11 +94,15 @@ class ChatEncoder:
         return documents
 
     def document(self, row: dict, row_format: str, source: Source) -> Tokens:
+        first = FORMATS[row_format][0][0]
+        if first not in row:
+            raise ValueError(f"no {first}: rows of a source have one format")
         if row_format == "token ids":
             return self.fit(*read_ids(row, len(self.tokenizer)))
         messages = read_messages(row, row_format, source.roles)
         template = self.template
-        if [row.get("prompt"), row.get("completion")] == [message["content"] for message in messages]:
+        texts = [message["content"] for message in messages]
+        if row_format == "prompt and completion" and texts == [*row.values()]:
             template = PLAIN
             messages[0]["content"] = self.bos + row["prompt"].removeprefix(self.bos)
             messages[1]["content"] = row["completion"].removesuffix(self.tokenizer.eos_token)
@@ -286,7 +290,7 @@ def read_turn(turn: dict, roles: dict[str, str]) -> dict:
     flags = {str(turn.pop(name)).lower() for name in FLAGS if name in turn}
     if not flags <= YES | NO:
         raise ValueError(f"a turn is trained or not: true or false (or 1, 0), not {', '.join(flags)}")
-    name = next((name for name in SAID if name in turn), "content")
+    name = next((name for name in SAID if turn.get(name)), "content")
     content = turn.pop(name, "")
     if turn["role"] == "call":
         said = np.atleast_1d(decoded(content)).tolist()
@@ -327,7 +331,7 @@ def decoded(value):
 
 
 def says_something(message: dict) -> bool:
-    return any(str(message[key]).strip() for key in TEXTS if key in message)
+    return any(str(message[key]).strip() for key in TEXTS if message.get(key))
 
 
 def training_template(tokenizer, given: str | None, render) -> str:

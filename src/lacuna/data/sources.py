@@ -15,7 +15,6 @@ from typing import NamedTuple
 import aiohttp
 import datasets
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 from filelock import FileLock
 
@@ -104,7 +103,7 @@ def tokenise(source: Source, encoder, cache: str) -> datasets.Dataset:
     with FileLock(file.with_suffix(".lock")):  # one rank makes it, the others wait here and read it
         try:
             tokens = make()
-        except (OSError, pa.ArrowInvalid):  # it is damaged, or the disk full
+        except (OSError, ValueError):  # it is damaged, or the disk full
             file.unlink(missing_ok=True)
             tokens = make()
     warn(source.path, tokens["note"][:])
@@ -157,18 +156,16 @@ class StreamSource:
         return key
 
 
-def split_json(file: dict[str, list]) -> dict[str, list]:
-    """A file of JSON, whole, as its rows' JSON: of a list, or as the lines are."""
-    text = file[ROW][0].removeprefix("\ufeff").strip()
-    rows = map(json.dumps, json.loads(text)) if text.startswith("[") else filter(str.strip, text.split("\n"))
-    return {ROW: list(rows)}
-
-
-def split_csv(file: dict[str, list]) -> dict[str, list]:
-    """A file of CSV, whole, as its rows' JSON: each cell is text."""
+def split_file(file: dict[str, list]) -> dict[str, list]:
+    """A file of JSON or CSV, whole, as its rows' JSON: of a list, of lines, or of cells, each of them text."""
+    text = file[ROW][0].removeprefix("\ufeff")
+    first = text.lstrip()[:1]
+    if first == "[":
+        return {ROW: list(map(json.dumps, json.loads(text)))}
+    if first == "{":
+        return {ROW: list(filter(str.strip, text.split("\n")))}
     csv.field_size_limit(2**31)
-    text = io.StringIO(file[ROW][0].removeprefix("\ufeff"), newline="")
-    rows = list(csv.DictReader(text, strict=True))
+    rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
     long = [number for number, row in enumerate(rows) if None in row]
     if long:
         raise ValueError(f"row {long[0]} has more cells than the header")
@@ -215,8 +212,7 @@ def open_dataset(source: Source, encoder) -> datasets.Dataset | datasets.Iterabl
             return datasets.load_dataset(**files, **options, columns=columns)
         dataset = datasets.load_dataset(**files, **options)
         if "features" in files and "sample_by" in files:
-            kind = ending(next(chain(*files["data_files"].values())))
-            dataset = dataset.map({".csv": split_csv}.get(kind, split_json), batched=True, batch_size=1)
+            dataset = dataset.map(split_file, batched=True, batch_size=1)
         names = dataset.column_names
         if names in (None, [ROW]):
             rows, *_ = as_rows(next(dataset.iter(100)), Source(path=source.path), range(100))
