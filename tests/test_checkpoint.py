@@ -381,6 +381,11 @@ def test_a_folder_that_does_not_hold_the_step_it_names_is_refused(saved, tmp_pat
     with pytest.raises(ConfigError, match="step_40 holds step_2: rename it"):
         run(load_config(None, [*words, "--out", str(tmp_path)]))
     assert checkpoints(tmp_path / "run") == [2, 4, 40]
+    for name in ("best", "epoch10", "step_4_best"):  # whoever names one by hand may call it as he likes
+        shutil.copytree(folder / "checkpoints" / "step_4", tmp_path / "kept" / name)
+        resumed = ["--checkpoint.resume", str(tmp_path / "kept" / name), "--out", str(tmp_path), "--name", name]
+        run(load_config(None, [*words, *resumed]))
+        assert "Going on after step 4" in (tmp_path / name / "log.txt").read_text()
 
 
 def test_a_checkpoint_without_fingerprints_as_they_were_before_goes_on(saved, tmp_path):

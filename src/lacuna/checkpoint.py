@@ -65,7 +65,7 @@ def refuse_another(checkpoint: Path | None, state: dict, config: Config) -> str:
     """ConfigError where the run from there would be another one; what differs, if it is to."""
     if state.get("format") != FORMAT:
         raise ConfigError(f"{checkpoint} is of another version of lacuna: begin a run with it as model.name")
-    if checkpoint and checkpoint.name[5:].isdecimal() and checkpoint.name != f"step_{state['step']}":
+    if checkpoint and checkpoint in in_order(checkpoint.parent) and checkpoint.name != f"step_{state['step']}":
         raise ConfigError(f"{checkpoint} holds step_{state['step']}: rename it")
     old = flat(state["config"])
     new = flat(config.model_dump(mode="json"))
