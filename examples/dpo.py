@@ -234,7 +234,7 @@ def as_completions(row: dict, roles: dict[str, str]) -> list[dict]:
     """
     prompt = next((row[name] for name in PROMPTS if row.get(name)), None)
     answers = [[row[name]] if isinstance(row[name], dict) else row[name] for name in ANSWERS]
-    if all(TURNS.match(str(answer)) for answer in answers):
+    if all(isinstance(answer, str) and TURNS.match(answer) for answer in answers):
         parsed = list(map(json.loads, answers))
         # beside a prompt that is text, an answer that is JSON is text, too
         if not isinstance(prompt, str) or read_turn(dict(parsed[0][0]), roles)["role"] != "assistant":

@@ -21,7 +21,7 @@ from lacuna.data.batch import PackedBatch
 
 # FlashAttention-4 compiles itself for seconds: keep the result (in /tmp; its .._CACHE_DIR names another place).
 os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
-warnings.filterwarnings("ignore", module="cutlass")
+warnings.filterwarnings("ignore", module="cutlass")  # FlashAttention-4's, about itself
 
 
 def choose_backend(asked: str | None, device: torch.device, dtype: torch.dtype) -> str:

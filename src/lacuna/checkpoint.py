@@ -116,7 +116,7 @@ class Checkpoints:
         if ranks.device.type == "cuda" and memory.nbytes:
             # else copies take ten times as long; `pin_memory` rounds up to a power of two
             torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
-            # else, in a process that lives on, copies from what is there next would read this
+            # else, in a process that lives on, copies from what is there next would read the old memory
             weakref.finalize(self, torch.cuda.cudart().cudaHostUnregister, memory.data_ptr()).atexit = False
         self.thread = ThreadPoolExecutor(max_workers=1)
         self.written = self.thread.submit(lambda: None)  # Future of the last save, here of none

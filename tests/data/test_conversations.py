@@ -1080,3 +1080,14 @@ def test_of_several_names_for_what_a_turn_says_content_counts_if_it_says_somethi
 def test_an_empty_answer_with_an_empty_list_of_calls_is_empty(encoder, key):
     row = {"messages": say("user: q", "assistant: ", **{key: []})}
     assert documents(encoder, row)[0][2] == "dropped: an empty answer"
+
+
+def test_turns_that_speak_of_turns_in_json_are_turns(encoder):
+    """What a list of turns says may look like JSON of turns, and so may an answer."""
+    asked = say('user: What is [{"role": "user"}]?')
+    answer = say('assistant: A list: [{"role": "user"}]')
+    row = {"prompt": asked, "completion": answer}
+    want = {"messages": [asked[0] | {"train": False}, *answer]}
+    assert encoded(encoder, row) == encoded(encoder, want)
+    as_json = row | {"prompt": json.dumps(asked)}
+    assert encoded(encoder, as_json) == encoded(encoder, want)

@@ -399,6 +399,14 @@ def test_whole_conversations_as_json_beside_their_question_are_conversations(tok
     assert encoded(encoder, row) == chats(tokenizer, prompt, GOOD, BAD)
 
 
+def test_answers_that_speak_of_turns_in_json_are_turns(tokenizer, encoder):
+    chosen = say('assistant: It is [{"role": "user"}]')
+    row = {"prompt": ASKED, "chosen": chosen, "rejected": say('assistant: It is "role": []')}
+    assert encoded(encoder, row) == chats(tokenizer, ASKED, row["chosen"], row["rejected"])
+    row["rejected"] = chosen
+    assert documents(encoder, row)[0].note == "dropped: both answers are the same"
+
+
 def test_a_prompt_that_holds_the_answer_already_is_refused(encoder):
     row = {"messages": ASKED + GOOD, "chosen": GOOD[0], "rejected": BAD[0]}
     refused(lambda: documents(encoder, row), "row 41", "ends with an answer already")

@@ -61,7 +61,6 @@ class ChatEncoder:
         self.seq_len = config.train.seq_len
         self.unread = set()  # keys of messages, each with its source, that were told
         self.bos = tokenizer.bos_token if added_bos(tokenizer) else ""
-        signal.signal(signal.SIGVTALRM, stop_template)
         try:
             self.template = training_template(self.tokenizer, self.data.chat_template, self.render)
             with blame("data.chat_template"):
@@ -102,11 +101,11 @@ class ChatEncoder:
         messages = read_messages(row, row_format, source.roles)
         template = self.template
         texts = [message["content"] for message in messages]
-        if row_format == "prompt and completion" and texts == [*row.values()]:
+        if row == dict(zip(["prompt", "completion"], texts, strict=False)):
             template = PLAIN
             messages[0]["content"] = self.bos + row["prompt"].removeprefix(self.bos)
             messages[1]["content"] = row["completion"].removesuffix(self.tokenizer.eos_token)
-        wanted = [i for i, message in enumerate(messages) if message.pop("train")]
+        wanted = [i for i, message in enumerate(messages) if message.pop("train")]  # templates do not see it
         trained = [i for i in wanted if says_something(messages[i])]
         if not trained:
             return Tokens(note="dropped: an empty answer" if wanted else "dropped: without a trained token")
@@ -168,6 +167,7 @@ class ChatEncoder:
         seconds = TEMPLATE_SECONDS + len(str(messages)) // 10**5
         with RENDERING:
             if current_thread() is main_thread():  # in a stream it would count training's, too
+                signal.signal(signal.SIGVTALRM, stop_template)
                 signal.setitimer(signal.ITIMER_VIRTUAL, seconds, seconds)  # Jinja may swallow the first
             try:
                 out = self.tokenizer.apply_chat_template(messages, tools or None, chat_template=template, **options)
@@ -256,9 +256,9 @@ def read_messages(row: dict, row_format: str, roles: dict[str, str]) -> list[dic
     """A row as OpenAI's messages: text in one piece, arguments as objects, and `train`, a bool."""
     system = as_turns(row.get("system") or [], "system")
     if row_format == "prompt and completion":  # the completion alone is trained
-        if TURNS.match(str(row["prompt"])):
+        if isinstance(row["prompt"], str) and TURNS.match(row["prompt"]):
             turns = [name for name in ("prompt", "completion") if TURNS.match(str(row.get(name)))]
-            row = row | {name: json.loads(row[name]) for name in turns}
+            row = row | {name: decoded(row[name]) for name in turns}
         asked = [turn | {"train": False} for turn in as_turns(row["prompt"], "user")]
         turns = asked + as_turns(row.get("completion", ""), "assistant")
     elif row_format == "instruction and output":
@@ -271,7 +271,7 @@ def read_messages(row: dict, row_format: str, roles: dict[str, str]) -> list[dic
     else:
         turns = as_turns(decoded(row[row_format]), "user")
     if not all(isinstance(turn, dict) for turn in turns):
-        raise ValueError("a turn is no object")
+        raise ValueError("a turn is no object with role and content")
     return [read_turn(turn, roles) for turn in system + turns]
 
 

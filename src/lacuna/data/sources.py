@@ -241,7 +241,7 @@ def find_files(source: Source) -> dict:
         raise ConfigError(f"data.sources: {source.path} is a file: remove name and data_files")
     if "features" in reader and source.streaming and "://" in source.path:
         if kind == ".csv":
-            raise ConfigError(f"data.sources {source.path}: CSV does not stream: streaming = false")
+            raise ConfigError(f"data.sources {source.path}: CSV does not stream from a server: streaming = false")
         reader = {"path": "json"}  # of a text, datasets may lose some
     return reader | {"data_files": splits}
 
