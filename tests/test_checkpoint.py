@@ -378,7 +378,7 @@ def test_a_folder_that_does_not_hold_the_step_it_names_is_refused(saved, tmp_pat
     words, folder = saved
     shutil.copytree(folder, tmp_path / "run")
     shutil.copytree(folder / "checkpoints" / "step_2", tmp_path / "run" / "checkpoints" / "step_40")
-    with pytest.raises(ConfigError, match="step_40 holds step_2: rename it"):
+    with pytest.raises(ConfigError, match="step_40 holds step_2: rename it, or take it away"):
         run(load_config(None, [*words, "--out", str(tmp_path)]))
     assert checkpoints(tmp_path / "run") == [2, 4, 40]
     for name in ("best", "epoch10", "step_4_best"):  # whoever names one by hand may call it as he likes

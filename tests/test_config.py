@@ -576,3 +576,9 @@ def test_a_gpu_that_is_too_small_is_a_sentence_with_its_cure():
     sentence = r"^here: OutOfMemoryError: .* 2 GiB\.\. Lower train\.micro_batch_size: see examples/memory\.py$"
     with pytest.raises(ConfigError, match=sentence), blame("here"):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+
+def test_a_null_among_overrides_is_refused_before_anything_is_loaded(load):
+    """TOML has none, so config.toml could not repeat the run."""
+    message = refusal(load, BASE, "--model.overrides", '{"rope_scaling": null}')
+    assert message == "model.overrides: no null: change its config.json"

@@ -66,7 +66,7 @@ def refuse_another(checkpoint: Path | None, state: dict, config: Config) -> str:
     if state.get("format") != FORMAT:
         raise ConfigError(f"{checkpoint} is of another version of lacuna: begin a run with it as model.name")
     if checkpoint and checkpoint in in_order(checkpoint.parent) and checkpoint.name != f"step_{state['step']}":
-        raise ConfigError(f"{checkpoint} holds step_{state['step']}: rename it")
+        raise ConfigError(f"{checkpoint} holds step_{state['step']}: rename it, or take it away")
     old = flat(state["config"])
     new = flat(config.model_dump(mode="json"))
     keys = [key for key in sorted(old.keys() & new.keys()) if old[key] != new[key] and not key.startswith(FREE)]

@@ -50,7 +50,7 @@ def blame(where: str):
         raise  # these have their sentence, or only end the run
     except BaseException as error:  # tokenizers, written in Rust, panics with one
         log.debug("%s", where, exc_info=True)  # to log.txt, where a run has one by now
-        if type(error).__name__ == "DatasetGenerationError":  # says nothing
+        if type(error).__name__ == "DatasetGenerationError":
             error = error.__cause__ or error
         text = " ".join(str(error).split())[:300]
         cures = [cure for sign, cure in CURES.items() if re.search(sign, f"{type(error)} {error}")]
@@ -192,7 +192,7 @@ def refuse_contradictions(config: Config):
         f"train.global_batch_size is no multiple of micro_batch_size x ranks, {rows}": train.global_batch_size % rows,
         "lora.rank adapts a model: not from_scratch": config.lora.rank and config.model.from_scratch,
         "recipe: these keys are for lacuna RECIPE.py": config.recipe and not is_recipe,
-        "model.overrides: no null": None in config.model.overrides.values(),
+        "model.overrides: no null: change its config.json": None in config.model.overrides.values(),
         "optim.lr: a recipe has no default: give one": is_recipe and not optim.lr,
         "data.chat_template is for lacuna sft": config.task == "pt" and config.data.chat_template,
         'optim.decay_steps needs optim.schedule = "wsd"': optim.decay_steps and optim.schedule != "wsd",

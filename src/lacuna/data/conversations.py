@@ -32,7 +32,7 @@ ROLES |= dict.fromkeys(["function_call", "tool_call"], "call")
 FLAGS = ["train", "training", "trainable", "loss", "weight"]
 YES = {"true", "1", "1.0"}
 NO = {"false", "0", "0.0"}
-SAID = ["content", "value", "text", "parts"]  # the first that is not empty is read
+SAID = ["content", "value", "text", "parts"]  # the first that says something
 REASONING = ["reasoning_content", "reasoning", "thinking"]
 TURNS = re.compile(r'\s*\[\s*\{.*"(role|from)"\s*:.*\}\s*\]\s*\Z', re.DOTALL)  # in JSON
 TEXTS = ["content", "reasoning_content", "tool_calls", "function_call", "function_calls", "functions", "tools"]
@@ -73,7 +73,7 @@ class ChatEncoder:
         except (LookupError, jinja2.TemplateError) as error:  # rows of token ids need none
             self.template = None
             self.problem = error
-        self.eos = TextEncoder(self.tokenizer).eos  # or its error
+        self.eos = TextEncoder(self.tokenizer).eos
 
     def columns(self, columns, source):
         row_format, known = recognise(columns, source)
