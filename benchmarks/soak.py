@@ -126,7 +126,7 @@ def content(file: Path):
     data = file.read_bytes()
     if file.name == "state.json":
         return {**json.loads(data), "config": None}
-    if file.name == "fingerprints.json":  # of what may differ so, too; all must be what was written
+    if file.name == "seals.json":  # of what may differ so, too; all must be what was written
         refuse_damaged(file.parent)
         return set(json.loads(data))
     if file.suffix == ".safetensors":

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lacuna.config import Config, ConfigError, Source, blame, log
 from lacuna.data.batch import IGNORE, SECOND, PackedBatch, Tokens, reveal
-from lacuna.data.conversations import TURNS, ChatEncoder, as_turns, read_turn
+from lacuna.data.conversations import TEXTS, TURNS, ChatEncoder, as_turns, read_turn
 from lacuna.data.tokenize import digest
 from lacuna.lora import LoRALinear
 from lacuna.model import Trainee, build_model
@@ -181,7 +181,7 @@ class PairEncoder:
             raise ConfigError('data.overlong: a pair is not cut: "drop" it')
         read_keys(config)  # refused before data is read
         self.chats = ChatEncoder(tokenizer, config)
-        self.questions = []  # columns that may be a prompt, where none is
+        self.questions = {}  # of each source: columns that may be a prompt, where none is
         self.eos = self.chats.eos
         self.adapt = self.chats.adapt
 
@@ -189,8 +189,8 @@ class PairEncoder:
         if not set(ANSWERS) <= set(columns):
             raise ConfigError(f"data.sources {source.path} has {', '.join(columns)}: of a pair, {ANSWERS} are needed")
         read = [name for name in columns if name in ANSWERS + PROMPTS + ["system", "tools"]]
-        # answers that are whole conversations need none of these
-        self.questions = [] if set(PROMPTS) & set(columns) else [name for name in QUESTIONS if name in columns]
+        if not set(PROMPTS) & set(columns):  # answers that are whole conversations need none of these
+            self.questions[source.path] = [name for name in QUESTIONS if name in columns]
         unread = ", ".join(sorted(set(columns) - set(read))) or "nothing"
         log.info("%s: preference pairs; not read: %s", source.path, unread)
         return read
@@ -204,9 +204,10 @@ class PairEncoder:
         return documents
 
     def document(self, row: dict, source: Source) -> Tokens:
-        if self.questions and isinstance(row["chosen"], str) and not TURNS.match(row["chosen"]):
-            cure = f'fields = {{prompt = "{self.questions[0]}"}} makes one of it (join several columns first)'
-            raise ValueError(f"there is no prompt beside {', '.join(self.questions)}: {cure}")
+        questions = self.questions.get(source.path)
+        if questions and isinstance(row["chosen"], str) and not TURNS.match(row["chosen"]):
+            cure = f'fields = {{prompt = "{questions[0]}"}} makes one of it (join several columns first)'
+            raise ValueError(f"there is no prompt beside {', '.join(questions)}: {cure}")
         answers = as_completions(row, source.roles)
         chosen, rejected = [self.chats.document(answer, "prompt and completion", source) for answer in answers]
         if chosen.note or rejected.note:
@@ -246,15 +247,18 @@ def as_completions(row: dict, roles: dict[str, str]) -> list[dict]:
     whole = bool(begins) and begins[0] != "assistant"
     if "assistant" in begins and whole:
         raise ValueError("of chosen and rejected, one is a whole conversation, and the other an answer")
-    if isinstance(prompt, list) and not whole and said(prompt, roles)[-1][0] == "assistant":
+    if isinstance(prompt, list) and not whole and said(prompt, roles)[-1]["role"] == "assistant":
         raise ValueError("the prompt ends with an answer already: let it end with the question")
     if prompt is None or whole:
-        same = itertools.takewhile(lambda both: both[0] == both[1], zip(*answers, strict=False))
+        compared = answers if texts else [said(answer, roles) for answer in answers]
+        same = itertools.takewhile(lambda both: both[0] == both[1], zip(*compared, strict=False))
         common = len(list(same))
         if texts:  # the word in which they part belongs to both answers, with the space before it
             common = max(0, *(answers[0].rfind(space, 0, common) for space in " \n\t"))
         if isinstance(prompt, list) and said(prompt, roles) != said(answers[0][: len(prompt)], roles):
             raise ValueError("chosen and rejected are whole conversations, which do not begin with the prompt")
+        if isinstance(prompt, str) and not any(prompt.strip() in turn["content"] for turn in compared[0][:common]):
+            raise ValueError("chosen and rejected are whole conversations, and no turn before they part has the prompt")
         if not (whole or answers[0][:common] or set(PROMPTS) & row.keys()):
             raise ValueError(f"there is none of {', '.join(PROMPTS)}, and both answers begin with nothing in common")
         prompt = answers[0][:common]
@@ -263,7 +267,7 @@ def as_completions(row: dict, roles: dict[str, str]) -> list[dict]:
     return [rest | {"prompt": prompt, "completion": answer} for answer in answers]
 
 
-def said(turns: list[dict], roles: dict[str, str]) -> list[tuple[str, str]]:
-    """Who says what, in whichever words it is written."""
+def said(turns: list[dict], roles: dict[str, str]) -> list[dict]:
+    """Who says what, in whichever words it is written; without what nobody says, such as an id or a time."""
     messages = [read_turn(dict(turn), roles) for turn in turns]
-    return [(message["role"], message["content"]) for message in messages]
+    return [{key: message[key] for key in ("role", *TEXTS) if key in message} for message in messages]

@@ -156,7 +156,7 @@ def main(options, words: list[str]):
         if there:
             raise ConfigError(f"only compiled runs in bfloat16 on a GPU are estimated: leave out {key}")
     with blame(f"cannot be estimated: model.name {config.model.name}, model.patch {config.model.patch}"):
-        gpus = options.gpus or config.dist.dp_replicate * (config.dist.dp_shard or 1)
+        gpus = options.gpus or config.dist.dp_replicate
         estimate = Estimate(config, gpus, options.gib * GIB)
     kinds = estimate.at_peak(config.train.micro_batch_size)
     for kind, size in (kinds | {"peak": sum(kinds.values())}).items():
@@ -171,7 +171,7 @@ if __name__ == "__main__":
     parser = ArgumentParser(description="A GPU's memory in a run, by kind, and the largest micro-batch that fits.")
     parser.add_argument("task", help="pt, sft or a recipe; then its config and keys, as for lacuna")
     parser.add_argument("--gib", type=float, default=80, help="memory of a GPU")
-    parser.add_argument("--gpus", type=int, help="how many train together; default: as dist says, or 1")
+    parser.add_argument("--gpus", type=int, help="how many train together; default: dist.dp_replicate")
     logging.disable()
     try:
         main(*parser.parse_known_args())

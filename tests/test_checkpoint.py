@@ -330,7 +330,7 @@ DAMAGES = [
     *(("state.json", damage) for damage in (Path.unlink, cut, change, empty)),
     *(("config.json", damage) for damage in (Path.unlink, cut)),
     ("tokenizer.json", cut),
-    ("fingerprints.json", cut),
+    ("seals.json", cut),
     ("generation_config.json", change),
 ]
 
@@ -392,7 +392,7 @@ def test_a_checkpoint_without_fingerprints_as_they_were_before_goes_on(saved, tm
     words, folder = saved
     shutil.copytree(folder, tmp_path / "run")
     for checkpoint in (tmp_path / "run" / "checkpoints").iterdir():
-        (checkpoint / "fingerprints.json").unlink()
+        (checkpoint / "seals.json").unlink()
     words = words[:-4]  # as it was run
     run(load_config(None, [*words, "--out", str(tmp_path)]))
     assert "Going on after step 4" in (tmp_path / "run" / "log.txt").read_text()
@@ -438,7 +438,7 @@ def test_a_file_where_checkpoints_should_be_is_known_before_the_first_step(saved
 
 
 def test_a_config_that_transformers_refuses_to_write_is_known_before_the_first_step(options, tmp_path):
-    with pytest.raises(ConfigError, match=r"model\.name: its config.*output_attentions"):
+    with pytest.raises(ConfigError, match=r"model\.name's config.*output_attentions"):
         run(load_config(None, options(model__overrides='{"output_attentions": true}')))
     assert not (tmp_path / "runs" / "run" / "metrics.jsonl").exists()
 
@@ -464,7 +464,7 @@ def test_a_checkpoint_of_another_format_is_refused_with_what_to_do(options, stop
     state = json.loads((newest / "state.json").read_text())
     for other in ({}, {"format": 1}):  # the first ones had no number
         kept = {key: value for key, value in state.items() if key != "format"}
-        (newest / "fingerprints.json").unlink(missing_ok=True)
+        (newest / "seals.json").unlink(missing_ok=True)
         (newest / "state.json").write_text(json.dumps(kept | other))
         with pytest.raises(ConfigError, match=f"{newest} .*another version of lacuna.*model.name"):
             run(load_config(None, options()))

@@ -134,7 +134,7 @@ def test_on_1_2_4_and_1_ranks_with_other_batches_and_meshes_it_reads_the_same_ro
         (2, 6, signal.SIGTERM, ("--dist.dp_replicate", "2")),
         (2, 9, signal.SIGTERM, ()),
         (4, 12, signal.SIGTERM, ("--train.micro_batch_size", "1")),
-        (4, 15, signal.SIGTERM, ("--dist.dp_replicate", "2", "--dist.dp_shard", "2")),
+        (4, 15, signal.SIGTERM, ("--dist.dp_replicate", "2")),
         (1, None, None, ("--train.micro_batch_size", "8")),
     ]
     for ranks, step, number, more in stages:

@@ -65,7 +65,7 @@ def packed_attention(module, query, key, value, attention_mask=None, *, backend=
     left = -1 if window is None or window >= max_seqlen else window - 1
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
     if backend == "sdpa":
-        mask = options["document_mask"]  # [B, 1, S, S]
+        mask = options["document_mask"]
         if left >= 0:
             mask = mask & torch.ones_like(mask[0, 0]).triu(-left)
         rows = (mask.shape[0], mask.shape[-1])

@@ -36,7 +36,7 @@ def find_checkpoint(config: Config, folder: Path, rank: int) -> tuple[Path | Non
     """What this run goes on from, and its state, on all ranks. What a killed save left is removed."""
     found = [None, {"format": FORMAT, "config": {}, "step": 0, "tokens": 0, "trained_tokens": 0, "data": None}]
     if rank == 0:
-        for leftover in (folder / "checkpoints").glob(".*step_*"):
+        for leftover in [*folder.glob("checkpoints/.step_*"), *folder.glob("checkpoints/.old_step_*")]:
             shutil.rmtree(leftover)
         [newest] = in_order(folder / "checkpoints")[-1:] or [config.checkpoint.resume]
         if newest:
@@ -107,7 +107,7 @@ class Checkpoints:
             free = shutil.disk_usage(self.folder).free / 2**30
             if free < needed:
                 raise ConfigError(f"out: {self.folder} has {free:.3f} GiB of space and needs {needed:.3f}: make room")
-            with blame("model.name: its config, generation config or tokenizer"), TemporaryDirectory() as place:
+            with blame("TMPDIR, or model.name's config, generation config, tokenizer"), TemporaryDirectory() as place:
                 for content in self.small_files:
                     content.save_pretrained(place)
         sizes = [local(tensor).numel() for tensor in self.tensors.values()]
@@ -187,7 +187,7 @@ def match_eos(config: Config, model: PreTrainedModel, tokenizer):
     model.config.architectures = [type(model).__name__]
     model.config.eos_token_id = eos
     generation = model.generation_config  # which transformers made from the model's config
-    with suppress(OSError):  # the folder may have none
+    with blame("generation_config.json"), suppress(OSError):
         generation = GenerationConfig.from_pretrained(config.model.name)
     try:
         generation.validate(strict=True)
@@ -200,7 +200,7 @@ def match_eos(config: Config, model: PreTrainedModel, tokenizer):
         generation.pad_token_id = tokenizer.pad_token_id
         ends = []
     others = [end for end in ends if end not in (eos, None)]
-    generation.eos_token_id = [eos, *others] if others else eos
+    generation.eos_token_id = [eos, *others]
     model.generation_config = generation
 
 
@@ -222,8 +222,7 @@ def export(checkpoint: Path, out: Path, dtype: str | None = None):
         check_base(base, state)
         load_weights(model, weight_folder(base))
         stored = stored_parts(checkpoint)
-        names = [name for name in stored if not name.startswith("optimizer.")]
-        adapters = {name: torch.cat(stored[name]) for name in names}
+        adapters = {name: torch.cat(parts) for name, parts in stored.items() if not name.startswith("optimizer.")}
         merge(held(model), adapters, lora)
         if held(model).keys() <= stored_parts(weight_folder(base)).keys():
             write_adapter(adapters, lora, base, out / "adapter")

@@ -32,7 +32,11 @@ def main():
         elif command == "export":
             export(words)
         else:
-            train(parse(command, words))
+            config = parse(command, words)
+            with blame("log.txt says where (if no step was done, see model.overrides)"):
+                launch()
+                preemption = Preemption()  # before the imports, which take seconds
+                import_module("lacuna.train").run(config, preemption)
         leave(0)
     except Preempted as error:
         leave(REQUEUE, str(error))
@@ -46,20 +50,14 @@ def parse(task: str, words: list[str]) -> Config:
     """A run's config; exits if the words ask for help."""
     if task not in ("pt", "sft") and not task.endswith(".py"):
         raise ConfigError(f"unknown command {' '.join([task, *words])}\n{USAGE}")
-    if words and not words[0].startswith("-"):
-        return load_config(words[0], words[1:], task)
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one GPU is enough for the examples
     path = f"configs/{Path(task).stem}.toml"
-    if not (Path(path).exists() or {"-h", "--help"} & set(words)):
-        raise ConfigError(f"no config given, and no {path} here: name one, or run in a clone of lacuna")
+    if words and not words[0].startswith("-"):
+        path, *words = words
+    else:
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one GPU is enough for the examples
+    if not (Path(path).is_file() or {"-h", "--help"} & set(words)):  # a pipe may never end
+        raise ConfigError(f"no config {path} here: name one, or run in a clone of lacuna")
     return load_config(path, words, task)
-
-
-@blame("log.txt says where (if no step was done, see model.overrides)")
-def train(config: Config):
-    launch()
-    preemption = Preemption()  # before the imports, which take seconds
-    import_module("lacuna.train").run(config, preemption)
 
 
 @blame("lacuna export")
@@ -89,10 +87,15 @@ def leave(status: int, sentence: str = ""):
 
 
 def launch():
-    """Set this process's share of the cores; alone with several GPUs, become torchrun."""
+    """Take this process's share of the cores; alone with several GPUs, become torchrun."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(glob("/dev/nvidia[0-9]*")))
     gpus = len(visible.replace(",", " ").split())
-    set_threads(int(os.environ.get("LOCAL_WORLD_SIZE", max(1, gpus))))
+    # cores that this process may use over processes; torchrun's own default is 1
+    threads = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", max(1, gpus)))
+    if "OMP_NUM_THREADS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
+        os.environ["OMP_NUM_THREADS"] = str(max(1, threads))
+    os.environ.setdefault("RAYON_NUM_THREADS", str(max(1, threads)))
+    os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")  # no requests for local files
     if "RANK" in os.environ:
         return
     if "SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_NTASKS", "1") != "1":
@@ -108,7 +111,6 @@ def become_torchrun(gpus: int):
     from torch.distributed.run import main as torchrun
 
     options = f"--standalone --nproc-per-node {gpus} --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
-    os.environ["PYTHONSAFEPATH"] = "1"  # import nothing from here
     try:
         torchrun([*options.split(), "-m", "lacuna", *sys.argv[1:]])
     except SignalException as error:
@@ -117,12 +119,3 @@ def become_torchrun(gpus: int):
         saved = all(rank.exitcode == REQUEUE for rank in error.failures.values())
         leave(REQUEUE if saved else 1, "a rank has ended before the run has, as it says above")
     leave(0)
-
-
-def set_threads(processes: int):
-    """OMP_NUM_THREADS = cores this process may use / processes; torchrun's own default is 1."""
-    threads = str(max(1, len(os.sched_getaffinity(0)) // processes))
-    if "OMP_NUM_THREADS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
-        os.environ["OMP_NUM_THREADS"] = threads
-    os.environ.setdefault("RAYON_NUM_THREADS", threads)  # the tokenizers' threads
-    os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")  # no requests for local files

@@ -27,7 +27,7 @@ CURES = {
     "torch._dynamo|torch._inductor": ". Set train.compile = false: it runs, or says why",
     "StopIteration|corresponds to no data": " there is no data, or no such file",
     "KeyError.*lacuna": ": attention that cannot be replaced",
-    "gloo|torch.distributed.Dist": f". Another rank has ended: see what it says; {AGAIN}",
+    r"\[.*gloo|Gloo|torch.distributed.Dist": f". Another rank has ended: see what it says; {AGAIN}",
 }
 
 OneOrSeveral = BeforeValidator(lambda value: [value] if isinstance(value, str | dict) else value)
@@ -131,7 +131,6 @@ class LoraConfig(Section):
 
 class DistConfig(Section):
     dp_replicate: int = key(1, "copies of the sharded model (HSDP)", ge=1)
-    dp_shard: int | None = key(None, "ranks that share a copy (FSDP2); default: all left", ge=1)
     timeout: int = key(600, "seconds until a collective that hangs ends the run", ge=10, le=10**6)
 
 
@@ -198,7 +197,7 @@ def refuse_contradictions(config: Config):
         'optim.decay_steps needs optim.schedule = "wsd"': optim.decay_steps and optim.schedule != "wsd",
         "eval.sources have no weight: all data counts": any(source.weight for source in held_out),
         "eval.sources: what streams must stand alone": len(held_out) > 1 and any(s.streaming for s in held_out),
-        "give eval.sources or eval.fraction, not both": fraction and held_out,
+        "give eval.sources ([] for none) or eval.fraction, not both": fraction and held_out,
         "eval.fraction: data streams or has weights: name eval.sources": fraction and mixed,
         "eval.every needs eval.sources or eval.fraction": config.eval.every and not (held_out or fraction),
     }

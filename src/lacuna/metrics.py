@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from datetime import timedelta
 from pathlib import Path
+from textwrap import fill
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +62,6 @@ class Report:
         self.file = open_metrics(folder, state["step"]) if ranks.rank == 0 else None
         self.paces = []  # seconds a step, of each line
         self.in_steps = 0.0  # seconds
-        self.told = []  # names of a recipe's figures
         self.interval = Counter()  # sums since the last line
         self.since = self.now()
 
@@ -89,8 +89,8 @@ class Report:
             number = facts["step"]
             self.stop_asked |= sums["stop_asked"] > 0
             if not math.isfinite(sums["loss"] + sums["grad_norm"]):
-                what = f"loss {sums['loss']:g}, gradient norm {sums['grad_norm']:g}: not finite"
-                raise FloatingPointError(f"step {number}: {what}; it updated nothing. Lower optim.lr, or see the data")
+                what = f"loss {sums['loss']:g}, gradient norm {sums['grad_norm']:g}: not finite; it updated nothing"
+                raise FloatingPointError(f"step {number}: {what}. Lower optim.lr, or see data, weights, overrides")
             for key in self.totals:
                 self.totals[key] += int(sums[key])
             self.interval.update(sums | {"steps": 1, "data_seconds": facts["data_seconds"]})
@@ -116,14 +116,14 @@ class Report:
         metrics |= {"step_seconds": seconds / count, "data_seconds": interval["data_seconds"] / count}
         peak = torch.cuda.max_memory_allocated(self.ranks.device) / 2**30 if self.on_gpu else None
         metrics |= {"peak_memory_gib": peak, "batch_checksum": f"{int(sums['checksum']):016x}"}
-        own = {name: interval[name] / max(interval["units"], 1) for name in facts["figures"]}  # a recipe's
+        own = {name: interval[name] / max(interval["units"], 1) for name in facts["figures"]}
         self.paces.append(seconds / count)
         left = timedelta(seconds=round((self.steps - facts["step"]) * statistics.median_low(self.paces)))
         words = [f"loss {loss:.4f}", f"norm {sums['grad_norm']:.2f}", f"{speed:,.0f} tok/s"]
         if mfu:
             words.append(f"mfu {mfu:.0%}")
-        log.info("  ".join([f"step {facts['step']}/{self.steps}", *words, str(left)]))
-        self.told = facts["figures"]
+        words += [str(left), *(f"{name.replace('_', ' ')} {value:.5g}" for name, value in own.items())]
+        log.info(fill("  ".join([f"step {facts['step']}/{self.steps}", *words]), 70))
         self.write(metrics | own)
 
     def close(self, folder: Path, seconds: float):
@@ -142,10 +142,9 @@ class Report:
         """Add a line, and tell of it in words; a new interval begins."""
         if self.file:
             self.file.write(json.dumps(metrics) + "\n")
-        told = [name for name in metrics if name in self.told or name.startswith("eval_")]
-        words = [f"{name.replace('_', ' ')} {metrics[name]:.5g}" for name in told]
+        words = [f"{key.replace('_', ' ')} {metrics[key]:.5g}" for key in metrics if key.startswith("eval_")]
         if words:
-            log.info("step %d: %s", metrics["step"], ", ".join(words))
+            log.info(fill(f"step {metrics['step']}: {', '.join(words)}", 70))
         self.interval = Counter()
         self.since = self.now()
 
@@ -165,7 +164,7 @@ def open_metrics(folder: Path, step: int):
 def start_logging(folder: Path, rank: int):
     """Rank 0 logs to stderr and log.txt; others warnings to stderr, tracebacks to log.txt."""
     log.setLevel(logging.DEBUG)
-    logging.raiseExceptions = False  # about a full disk: writing metrics.jsonl ends the run then
+    logging.raiseExceptions = False  # a full disk ends the run at metrics.jsonl
     log.propagate = False  # to the root logger: lines would stand twice
     folder.mkdir(parents=True, exist_ok=True)
     layout = logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")

@@ -26,15 +26,12 @@ from lacuna.parallel import Ranks, shard_model
 from lacuna.weights import fill, held, load_weights, weight_folder
 
 # Dear to recompute: matrix products and attention. Everything else is cheap.
-SAVED_OPS = [
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten._grouped_mm.default,
-    torch.ops.aten._scaled_mm.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.lacuna.fa4.default,
-    torch.ops.torch_attn._varlen_attn.default,
-]
+aten = torch.ops.aten
+SAVED_OPS = [aten.mm.default, aten.addmm.default]
+SAVED_OPS += [aten._grouped_mm.default, aten._scaled_mm.default]
+SAVED_OPS += [torch.ops.lacuna.fa4.default]
+SAVED_OPS += [torch.ops.torch_attn._varlen_attn.default]
+SAVED_OPS += [aten._scaled_dot_product_flash_attention_for_cpu.default]
 
 
 class Trainee(nn.Module):
@@ -152,7 +149,7 @@ def empty_model(config: ModelConfig, tokenizer, held_in, dtype: torch.dtype) -> 
         fields, _ = hf_config.get_config_dict(config.name)
         fields = fields.get("text_config", fields)
         if {"num_hidden_layers", "sliding_window", "use_sliding_window", "max_window_layers"} & config.overrides.keys():
-            fields.pop("layer_types", None)  # which layers have a window
+            fields.pop("layer_types", None)
         hf_config = type(hf_config).from_dict(fields | copy.deepcopy(config.overrides))
     if config.tokenizer:
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -160,12 +157,14 @@ def empty_model(config: ModelConfig, tokenizer, held_in, dtype: torch.dtype) -> 
     # before the model is built: transformers would fetch and run a kernel that a config names as its attention
     hf_config._attn_implementation = "lacuna"
     stored = whole.dtype or hf_config.dtype or dtype
+    if len(tokenizer) > hf_config.vocab_size:
+        raise ConfigError(f"vocab_size {hf_config.vocab_size}, {len(tokenizer)} tokens: see model.tokenizer, overrides")
+    if getattr(hf_config, "num_hidden_layers", 0) > 10_000:
+        raise ConfigError("model.overrides: num_hidden_layers is above 10,000")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf_config, dtype=held_in)
     # what goes out has the dtype of what came in, unless model.dtype says otherwise
     model.config.dtype = dtype if config.dtype or config.from_scratch else stored
-    if len(tokenizer) > hf_config.vocab_size:
-        raise ConfigError(f"the model knows {hf_config.vocab_size} of {len(tokenizer)} tokens: set model.tokenizer")
     return model
 
 

@@ -39,8 +39,8 @@ class AdamW:
         self.count += ~failed
         # what changes from step to step is a tensor: so nothing is compiled again, and nothing waits
         now = {"lr": torch.full_like(self.count, lr), "scale": scale, "failed": failed}
-        now["step_size"] = now["lr"] / (1 - beta1**self.count)  # corrects the first moment's bias
-        now["root"] = (1 - beta2**self.count).sqrt()  # and this the second moment's
+        now["step_size"] = now["lr"] / (1 - beta1**self.count)  # the first moment's bias
+        now["root"] = (1 - beta2**self.count).sqrt()
         for group in self.groups:
             group = [p for p in group if p.grad is not None]  # others took no part in the loss
             tensors = [tuple(map(local, (p, p.grad, *self.moments[p]))) for p in group]

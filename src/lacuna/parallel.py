@@ -27,10 +27,9 @@ def start(config: DistConfig, train: TrainConfig) -> Ranks:
     """Join the ranks that torchrun or configs/slurm.sh describe, in a mesh; or a ConfigError."""
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
-    shard = config.dp_shard or max(1, world // config.dp_replicate)
-    if config.dp_replicate * shard != world or rank not in range(world):
-        size = f"{config.dp_replicate} x {shard}"
-        raise ConfigError(f"dist.dp_replicate x dist.dp_shard, {size}: WORLD_SIZE is {world}, RANK {rank}")
+    shard, rest = divmod(world, config.dp_replicate)
+    if rest or rank not in range(world):
+        raise ConfigError(f"WORLD_SIZE {world}, RANK {rank}: dist.dp_replicate is {config.dp_replicate}")
     device = torch.device("cpu")
     if torch.cuda.is_available():  # with srun --gpus-per-task, a task sees one
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())

@@ -6,8 +6,10 @@ import time
 from contextlib import suppress
 from threading import Thread
 
-REPEAT_SECONDS = 2  # Slurm signals torchrun and its ranks, and torchrun passes it on
-REQUEUE = 75  # exit status: start me again, I go on (EX_TEMPFAIL of sysexits.h)
+from lacuna.config import log
+
+REPEAT_SECONDS = 2  # Slurm signals torchrun and its ranks; so does torchrun
+REQUEUE = 75  # exit status: start me again (EX_TEMPFAIL)
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
@@ -36,7 +38,8 @@ class Preemption:
             # without a launcher, only a hand on the keyboard says it twice
             again = self.asked and number == signal.SIGINT and "RANK" not in os.environ
             if again or not self.can_save or time.monotonic() > first + REPEAT_SECONDS:
-                with suppress(OSError):  # the terminal may be gone
+                with suppress(OSError):
                     os.write(2, f"\nlacuna: ended at once by signal {number}; run it again to go on\n".encode())
                 os._exit(REQUEUE)
+            log.info("saving after this step; a second one ends the run without a save")
             self.asked = True

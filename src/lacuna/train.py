@@ -55,7 +55,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
             change = f"the data of {checkpoint} was {state['inventory']}, now {dataset.inventory}"
             raise ConfigError(f"data.sources: {change}: bring it back, or checkpoint.resume_changed = true")
         fixed = {"inventory": dataset.inventory}  # a run that goes on must find the same
-        steps = config.train.steps or math.ceil(dataset.count_rows() / config.train.global_batch_size)
+        steps = config.train.steps or state["step"] + math.ceil(dataset.count_rows() / config.train.global_batch_size)
         loader = Loader(config, dataset, ranks.device)
     if config.optim.warmup_steps >= steps:
         raise ConfigError(f"optim.warmup_steps must be below the {steps} steps")
@@ -63,7 +63,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
     # Model, optimizer, checkpoints, and where the run reports to.
     with blame(f"model.name {config.model.name} with model.overrides {config.model.overrides}"):
         if not config.model.from_scratch and (config.lora.rank or config.task.endswith(".py")):
-            fixed["base"] = check_base(config.model.name, state)
+            fixed["base_weights"] = check_base(config.model.name, state)
         trainee = build_model(config, ranks, tokenizer, checkpoint)
         with blame(f"the recipe {config.task}"):
             trainee.objective = recipe["make_objective"](config, ranks, tokenizer)
@@ -133,7 +133,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
 
         # 5. Save, when it is time or a signal asked to stop.
         if checkpoints.written.done():
-            checkpoints.written.result()  # it may have failed
+            checkpoints.written.result()
         if saving or report.stop_asked:
             checkpoints.save(step, report.totals | fixed, loader.state)
         preemption.can_save = True

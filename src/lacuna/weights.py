@@ -20,7 +20,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from lacuna.config import ConfigError, blame, log
 from lacuna.parallel import local
 
-SEALS = "fingerprints.json"  # size and fingerprint of each other file of a checkpoint
+SEALS = "seals.json"  # size and fingerprint of each other file of a checkpoint
 WHOLE = "model.safetensors"
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INDEX = "model.safetensors.index.json"  # of a model that is stored in several files
@@ -31,7 +31,7 @@ def weight_folder(name: str) -> Path:
     """The folder of a model, by its path or its name on the Hub."""
     folder = Path(name)
     if not folder.is_dir():
-        folder = Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
+        folder = Path(snapshot_download(name, allow_patterns=["model*.safetensors", "*.json"]))
     return refuse_damaged(folder)
 
 
@@ -51,7 +51,7 @@ def refuse_damaged(folder: Path) -> Path:
 def fingerprint(files: list[Path]) -> str:
     """Tells files apart by 2**18 bytes of each: all of 16 GB would take 10 s."""
     stored = [np.memmap(file, mode="r") for file in files if file.stat().st_size]
-    samples = [content[:: 1 + len(content) // 2**18].tobytes() for content in stored]
+    samples = [content[:: len(content) // 2**18 | 1].tobytes() for content in stored]  # odd: every byte of a float
     return hashlib.sha256(b"".join(samples)).hexdigest()[:16]
 
 
@@ -66,13 +66,13 @@ def seal(files: list[Path]) -> dict[str, list]:
 def check_base(name: str, state: dict) -> str:
     """The fingerprint of a run's first weights; ConfigError where its state has another."""
     found = fingerprint(weight_files(weight_folder(name)))
-    if state.get("base", found) != found:
+    if state.get("base_weights", found) != found:
         raise ConfigError(f"model.name {name} has other weights than when this run began")
     return found
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that count: a checkpoint's, or as transformers finds them."""
+    """The safetensors files that count: a checkpoint's, those of an index, or the one."""
     index = folder / INDEX
     if (folder / "state.json").exists():
         return sorted(folder.glob("rank_*.safetensors"))
@@ -126,9 +126,8 @@ def fill(tensor: torch.Tensor, parts: list[torch.Tensor], where: str):
     at = -first  # where a part begins, counted from the share's first row
     for part in parts:
         begin = max(0, at)
-        end = min(len(share), at + len(part))
-        if begin < end:
-            share[begin:end] = part[begin - at : end - at]
+        end = max(begin, min(len(share), at + len(part)))
+        share[begin:end] = part[begin - at : end - at]
         at += len(part)
 
 
@@ -181,7 +180,7 @@ def load_weights(model: PreTrainedModel, folder: Path):
     for name, tensor in places.items():
         if any(re.search(pattern, name) for pattern in kept) and not isinstance(tensor, DTensor):
             tensor.data = tensor.data.float()
-        if name in made:  # one layer's at a time: all at once would be a second model in memory
+        if name in made:  # one at a time: all would be a second model in memory
             converted = made.pop(name).convert(name, model=model, config=model.config)
             stored[name] = [converted[name]]
         fill(tensor, stored.pop(name), f"{folder} does not fit: {name}")

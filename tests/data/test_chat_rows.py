@@ -248,7 +248,7 @@ def test_a_row_is_shown_in_colour_on_a_terminal(shown, capsys, monkeypatch):
 
 def test_the_command_shows_a_row_with_ids(shown, tokenizer, capsys, monkeypatch):
     monkeypatch.setenv("TERM", "dumb")
-    words = ["--data.sources", json.dumps([{"path": str(shown[0])}]), "--train.steps", "1"]
+    words = ["--data.sources", json.dumps([{"path": str(shown[0])}]), "--train.steps", "1", "--optim.warmup_steps", "0"]
     monkeypatch.chdir(REPO)
     monkeypatch.setattr(sys, "argv", ["explain.py", "--rows", "1", "--ids", "sft", *words, *shown[1]])
     runpy.run_path("examples/explain.py", run_name="__main__")

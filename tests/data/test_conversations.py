@@ -148,32 +148,14 @@ def test_the_five_formats_give_the_same_ids_and_masks(tokenizer, encoder):
         assert encoded(encoder, row) == expected(tokenizer, chatml(turns)), row
 
 
-def test_keys_of_messages_that_nothing_reads_are_told_once_a_source(tokenizer, tmp_path):
-    template = (REPO / "src/lacuna/data/templates/chatml.jinja").read_text()
-    template += "{% for turn in messages %}{{ turn.mood }}{% endfor %}"
-    (tmp_path / "moody.jinja").write_text(template)
-    chats = make(tokenizer, "--data.chat_template", str(tmp_path / "moody.jinja"))
-    turns = [message | {"mood": "", "score": 5, "weight": 1, "id": "x"} for message in SHORT]
+def test_keys_of_messages_that_are_not_read_are_told_once_a_source(encoder):
+    turns = [message | {"mood": "", "score": 5, "weight": 1, "name": "Bob"} for message in SHORT]
     with lacuna_log() as messages:
         for path in ("a.jsonl", "a.jsonl", "b.jsonl"):
-            chats.documents(copy.deepcopy([{"messages": turns}] * 2), Source(path=path), range(2))
-    told = sorted(message for message in messages if "nothing reads" in message)
+            encoder.documents(copy.deepcopy([{"messages": turns}] * 2), Source(path=path), range(2))
+    told = sorted(message for message in messages if "messages have" in message)
     assert told == [
-        f"{path}.jsonl: messages have '{key}', which nothing reads" for path in "ab" for key in ("id", "score")
-    ]
-
-
-@pytest.mark.parametrize(
-    "use",
-    ["{{ m['mood'] }}", "{{ m[ 'mood' ] }}", "{{ m | attr('mood') }}", "{{ m.get('mood') }}", "{{ 'mood' in m }}"],
-)
-def test_no_key_that_a_template_reads_is_told_however_it_is_written(tokenizer, use):
-    chats = make(tokenizer, "--data.chat_template", MINE.replace("{{ m.role }}", "{{ m.role }}" + use, 1))
-    turns = [message | {"mood": "calm", "moods": "many"} for message in SHORT]
-    with lacuna_log() as messages:
-        documents(chats, {"messages": turns})
-    assert [message for message in messages if "nothing reads" in message] == [
-        "some.jsonl: messages have 'moods', which nothing reads"
+        f"{path}.jsonl: messages have '{key}', which lacuna does not read" for path in "ab" for key in ("name", "score")
     ]
 
 
@@ -779,7 +761,7 @@ def test_parts_that_are_no_text_are_refused(encoder, kind):
 
 def test_preference_pairs_are_refused_by_name(encoder, tokenizer):
     for columns in (["prompt", "chosen", "rejected"], ["chosen", "rejected", "messages"]):
-        refused(lambda columns=columns: encoder.columns(columns, Source(path="x")), "preference pairs")
+        refused(lambda columns=columns: encoder.columns(columns, Source(path="x")), "preferences")
 
 
 def test_lacunas_template_is_compared_on_the_datas_own_rows(tokenizer):
@@ -1091,3 +1073,101 @@ def test_turns_that_speak_of_turns_in_json_are_turns(encoder):
     assert encoded(encoder, row) == encoded(encoder, want)
     as_json = row | {"prompt": json.dumps(asked)}
     assert encoded(encoder, as_json) == encoded(encoder, want)
+
+
+LLAMA = (Path(__file__).parent / "originals/llama3.1.jinja").read_text()
+
+
+@pytest.mark.parametrize("template", [QWEN3, LLAMA])
+def test_calls_are_read_with_function_around_name_and_arguments_or_without(tokenizer, template):
+    tokenizer.chat_template = template
+    tokenizer.add_tokens(["<|eot_id|>"], special_tokens=True)
+    encoder = make(tokenizer)
+    call = {"name": "weather", "arguments": {"city": "Köln"}}
+    wanted = encoded(encoder, {"messages": ASKED + say("assistant: ", tool_calls=[{"function": call}])})
+    for written in ([call], json.dumps([call])):
+        assert encoded(encoder, {"messages": ASKED + say("assistant: ", tool_calls=written)}) == wanted, written
+
+
+@pytest.mark.parametrize("tools", [json.dumps([TOOL]), [json.dumps(TOOL)]])
+def test_tools_are_json_or_text_each_or_all(qwen, tools):
+    encoder = make(qwen)
+    assert encoded(encoder, {"messages": SHORT, "tools": tools}) == encoded(encoder, {"messages": SHORT, "tools": [TOOL]})
+
+
+def test_thoughts_in_the_content_and_beside_it_are_refused(qwen):
+    """Qwen3's template would write both: the same thought would be trained twice."""
+    row = {"messages": say("user: 1+1?") + say("assistant: <think>one</think>2", reasoning_content="one")}
+    refused(lambda: documents(make(qwen), row), "row 41", "take one out")
+
+
+def test_parts_may_be_texts_alone(encoder):
+    row = {"messages": [{"role": "user", "parts": ["1+", "1?"]}, *say("assistant: 2")]}
+    assert encoded(encoder, row) == encoded(encoder, {"messages": say("user: 1+1?", "assistant: 2")})
+
+
+def test_text_without_bytes_is_refused_by_what_is_wrong_with_it(encoder):
+    refused(lambda: documents(encoder, {"messages": say("user: a", "assistant: \ud83d")}), "row 41", "surrogates")
+
+
+PARTS = [
+    [{"text": "secret", "thought": True}, {"text": "Answer"}],  # Gemini's thoughts
+    [{"text": "see", "image": "a.png"}],
+    [{"type": "text", "text": "see", "value": "lost"}],
+    [{"type": "tool_use", "name": "f", "input": {"a": 1}}],
+    [{"type": "text", "text": None}],
+    [7],
+]
+
+
+@pytest.mark.parametrize("parts", PARTS)
+def test_a_part_that_says_more_than_a_text_is_refused(encoder, parts):
+    row = {"messages": [*say("user: a"), {"role": "assistant", "content": parts}]}
+    refused(lambda: documents(encoder, row), "row 41", "a part", "text and reasoning are read")
+
+
+def test_what_a_part_says_to_a_server_and_nulls_are_no_text(encoder):
+    part = {"type": "text", "text": "a", "image_url": None, "cache_control": {"type": "ephemeral"}}
+    row = {"messages": [{"role": "user", "content": [part]}, *say("assistant: b")]}
+    assert encoded(encoder, row) == encoded(encoder, {"messages": say("user: a", "assistant: b")})
+
+
+def test_a_thought_that_comes_twice_in_parts_is_thought_twice(qwen):
+    thoughts = ["Wait.", "No.", "Wait."]
+    parts = [{"type": "thinking", "thinking": thought} for thought in thoughts] + [{"type": "text", "text": "A"}]
+    row = {"messages": [*say("user: Q"), {"role": "assistant", "content": parts}]}
+    wanted = {"messages": say("user: Q") + say("assistant: A", reasoning_content="\n".join(thoughts))}
+    assert encoded(make(qwen), row) == encoded(make(qwen), wanted)
+
+
+def test_arguments_beside_the_function_are_refused(qwen):
+    call = {"function": {"name": "add"}, "arguments": {"a": 1, "b": 2}}
+    row = {"messages": ASKED + say("assistant: ", tool_calls=[call])}
+    refused(lambda: documents(make(qwen), row), "row 41", "a call has function, arguments, name")
+
+
+@pytest.mark.parametrize("value", [1, 2.5, True])
+def test_arguments_that_are_numbers_are_missed_as_texts_are(tokenizer, value):
+    names = "{% for call in m.tool_calls or [] %}{{ call.function.name }}{% endfor %}"
+    encoder = make(tokenizer, "--data.chat_template", MINE.replace("{{ m.content }}", "{{ m.content }}" + names))
+    row = {"messages": ASKED + say("assistant: ", tool_calls=[{"function": {"name": "f", "arguments": {"a": value}}}])}
+    refused(lambda: documents(encoder, row), "row 41", "leaves out", "tool_calls")
+
+
+def test_an_empty_word_beside_the_one_that_says_something_is_not_told(encoder):
+    said = [{"from": "system", "value": ""}, {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    with lacuna_log() as messages:
+        documents(encoder, {"conversations": said})
+    assert messages == []
+
+
+def test_an_answer_that_is_a_number_is_no_text(encoder):
+    said = [{"from": "human", "value": "a"}, {"from": "gpt", "value": 0}]
+    refused(lambda: documents(encoder, {"conversations": said}), "row 41", "text and reasoning are read")
+
+
+def test_answers_with_a_label_are_refused_as_preferences(encoder):
+    """KTO's rows: half of them say what should not be said."""
+    refused(lambda: encoder.columns(["prompt", "completion", "label"], Source(path="x")), "x", "preferences")
+    named = Source(path="x", fields={"prompt": "prompt"})
+    assert encoder.columns(["prompt", "completion", "label"], named) == ["prompt", "completion"]

@@ -144,7 +144,11 @@ CONVERSATIONS = {
     "TRL, implicit, an earlier turn": ({"chosen": TALK + GOOD, "rejected": TALK + BAD}, TALK),
     "a null prompt": ({"prompt": None, "chosen": ASKED + GOOD, "rejected": ASKED + BAD}, ASKED),
     "the prompt in it and beside it": ({"prompt": ASKED, "chosen": ASKED + GOOD, "rejected": ASKED + BAD}, ASKED),
-    "another prompt beside it": ({"prompt": "ignored", "chosen": TALK + GOOD, "rejected": TALK + BAD}, TALK),
+    "its question beside it": ({"prompt": TALK[-1]["content"], "chosen": TALK + GOOD, "rejected": TALK + BAD}, TALK),
+    "an id and a time in each turn": (
+        {"chosen": [m | {"id": i} for i, m in enumerate(TALK + GOOD)], "rejected": TALK + BAD},
+        TALK,
+    ),
     "a text and lists of one": ({"prompt": "Who?", "chosen": GOOD, "rejected": BAD}, say("user: Who?")),
     "a text and dicts": ({"prompt": "Who?", "chosen": GOOD[0], "rejected": BAD[0]}, say("user: Who?")),
     "messages and dicts": ({"prompt": TALK, "chosen": GOOD[0], "rejected": BAD[0]}, TALK),
@@ -379,17 +383,37 @@ def test_rows_without_both_answers_are_refused_and_their_columns_named(encoder):
 def test_a_question_under_another_name_is_not_lost(tokenizer, encoder):
     """As Intel's orca_dpo_pairs and LLaMA-Factory's alpaca pairs have it."""
     for columns in (["system", "question", "chosen", "rejected"], ["instruction", "input", "chosen", "rejected"]):
-        encoder.columns(columns, Source(path="x"))
+        encoder.columns(columns, Source(path="some.jsonl"))
         name = next(column for column in columns if column in ("question", "instruction"))
         row = {"chosen": "It is Rome", "rejected": "It is Paris"}
         refused(lambda row=row: documents(encoder, row), "row 41", f'fields = {{prompt = "{name}"}}')
-    encoder.columns(["question", "chosen", "rejected"], Source(path="x"))  # whole conversations need none
+    encoder.columns(["question", "chosen", "rejected"], Source(path="some.jsonl"))  # whole conversations need none
     row = {"chosen": TALK + GOOD, "rejected": TALK + BAD}
     assert encoded(encoder, row) == chats(tokenizer, TALK, GOOD, BAD)
-    encoder.columns(["chosen", "rejected"], Source(path="x"))
+    encoder.columns(["chosen", "rejected"], Source(path="some.jsonl"))
     refused(lambda: documents(encoder, {"chosen": "Rome", "rejected": "Paris"}), "row 41", "nothing in common")
     for row in ({"chosen": GOOD, "rejected": BAD}, {"prompt": None, "chosen": GOOD[0], "rejected": BAD[0]}):
         refused(lambda row=row: documents(encoder, row), "row 41", "nothing in common")
+
+
+def test_of_a_mixture_each_source_has_questions_of_its_own(encoder):
+    """Where data streams, all sources are opened before the first row."""
+    encoder.columns(["question", "chosen", "rejected"], Source(path="some.jsonl"))
+    encoder.columns(["prompt", "chosen", "rejected"], Source(path="other.jsonl"))
+    row = {"question": "Q", "chosen": "The answer is good", "rejected": "The answer is bad"}
+    refused(lambda: documents(encoder, row), "row 41", 'fields = {prompt = "question"}')
+    rows = [{"prompt": "P", "chosen": "yes", "rejected": "no"}]
+    assert encoder.documents(rows, Source(path="other.jsonl"), [0])[0].note == ""
+
+
+def test_whole_conversations_without_the_prompt_beside_them_are_refused(encoder):
+    row = {"prompt": "In another context.", "chosen": TALK + GOOD, "rejected": TALK + BAD}
+    refused(lambda: documents(encoder, row), "row 41", "no turn before they part has the prompt")
+    call = {"function": {"name": "f", "arguments": {"a": 1}}}
+    asked = [*say("user: Q?"), *say("assistant: ", tool_calls=[call]), *say("tool: 1")]
+    other = [*say("user: Q?"), *say("assistant: ", tool_calls=[{"function": {"name": "g"}}]), *say("tool: 1")]
+    row = {"prompt": other, "chosen": asked + GOOD, "rejected": asked + BAD}
+    refused(lambda: documents(encoder, row), "row 41", "do not begin with the prompt")
 
 
 def test_whole_conversations_as_json_beside_their_question_are_conversations(tokenizer, encoder):
@@ -440,10 +464,10 @@ def test_answers_that_are_json_are_text(tokenizer, encoder):
 
 def test_sft_and_pt_refuse_pairs_by_name(tokenizer):
     columns = ["prompt", "chosen", "rejected"]
-    refused(lambda: make_other(tokenizer, "sft").columns(columns, Source(path="x")), "x", "preference pairs")
+    refused(lambda: make_other(tokenizer, "sft").columns(columns, Source(path="x")), "x", "preferences")
     refused(lambda: make_other(tokenizer, "pt").columns(columns, Source(path="x")), "x", *columns)
     # a column `messages` does not make a conversation of a pair
-    refused(lambda: make_other(tokenizer, "sft").columns([*columns, "messages"], Source(path="x")), "preference pairs")
+    refused(lambda: make_other(tokenizer, "sft").columns([*columns, "messages"], Source(path="x")), "preferences")
 
 
 def test_rows_of_no_shape_name_their_number(encoder):

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 IGNORE = -100  # a label that trains nothing, as in torch and transformers
-SECOND = 2**30  # added to ids of the second of two documents that stay side by side, as one
+SECOND = 2**30  # added to the ids of the second of a pair of documents
 
 
 class Tokens(NamedTuple):
@@ -35,7 +35,7 @@ class Row(NamedTuple):
     starts: np.ndarray  # int64 [documents]: where each document (or what is left over) begins
     tokens: int  # slots that hold a document's token
     pairs: int  # documents with a second one
-    checksum: int  # crc32 of ids and labels, begun at the row's place in the global batch
+    checksum: int  # crc32 of its place in the global batch, ids and labels
     epoch: float = 0.0
     state: dict | None = None  # the RowDataset's, after this row
 

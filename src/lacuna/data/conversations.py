@@ -33,6 +33,7 @@ FLAGS = ["train", "training", "trainable", "loss", "weight"]
 YES = {"true", "1", "1.0"}
 NO = {"false", "0", "0.0"}
 SAID = ["content", "value", "text", "parts"]  # the first that says something
+UNSAID = {"type", "cache_control", "annotations", "signature"}  # keys of a part
 REASONING = ["reasoning_content", "reasoning", "thinking"]
 TURNS = re.compile(r'\s*\[\s*\{.*"(role|from)"\s*:.*\}\s*\]\s*\Z', re.DOTALL)  # in JSON
 TEXTS = ["content", "reasoning_content", "tool_calls", "function_call", "function_calls", "functions", "tools"]
@@ -43,7 +44,7 @@ PROBE = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "yes
 PLAIN = "{{ messages[0].content }}{% generation %}{{ messages[1].content }}{{ eos_token }}{% endgeneration %}"
 TEMPLATE_SECONDS = 5  # of processor time; one more for each 100 kB
 WORD = "Zq{}xK"  # letters and digits: JSON and HTML leave them as they are
-RENDERING = Lock()  # transformers keeps the mask that it is making in the template: one at a time
+RENDERING = Lock()  # transformers keeps the mask it is making in the template
 
 
 def make_encoder(config: Config, tokenizer) -> "ChatEncoder | TextEncoder":
@@ -110,9 +111,8 @@ class ChatEncoder:
         if not trained:
             return Tokens(note="dropped: an empty answer" if wanted else "dropped: without a trained token")
         for key in set().union(*messages) - {"role", "tool_call_id", *REASONING, *TEXTS}:
-            use = rf"[.'\"]{re.escape(key)}\b"  # message.key, message['key'], message.get("key")
-            if (source.path, key) not in self.unread and not re.search(use, template or ""):
-                log.warning("%s: messages have %r, which nothing reads", source.path, key)
+            if (source.path, key) not in self.unread:
+                log.warning("%s: messages have %r, which lacuna does not read", source.path, key)
                 self.unread.add((source.path, key))
         tools = [decoded(tool) for tool in decoded(row.get("tools")) or []]
         left_out = self.left_out(messages, template, tools, trained[-1])
@@ -144,7 +144,7 @@ class ChatEncoder:
                     message[key] = marked(message[key], f"message {number} ({message['role']}), {key}", places)
             if "reasoning_content" in message:
                 message |= dict.fromkeys(REASONING, message["reasoning_content"])
-            if number < question and message["role"] == "assistant":  # its thoughts may go
+            if number < question and message["role"] == "assistant":
                 before, _, _ = message["content"].rpartition("</think>")
                 thoughts = before.rpartition("<think>")[2] + message.get("reasoning_content", "")
                 places |= dict.fromkeys(re.findall(WORD.format(r"\d+"), thoughts))
@@ -210,9 +210,9 @@ def marked(value, place: str, places: dict[str, str]):
         is_call = {"function", "arguments"} & value.keys()  # whose id and type templates drop
         texts = [key for key in value if not is_call or key not in ("id", "type")]
         return value | {key: marked(value[key], place, places) for key in texts}
-    if not isinstance(value, str):
+    if value is None:
         return value
-    pieces = re.split("(</?think>)", value)
+    pieces = re.split("(</?think>)", str(value))
     for i in range(0, len(pieces), 2):
         if pieces[i].strip():
             word = WORD.format(len(places))
@@ -226,8 +226,8 @@ def marked(value, place: str, places: dict[str, str]):
 
 def recognise(columns: list[str], source: Source) -> tuple[str, list[str]]:
     """The format of such rows, of those that `fields` names if it can, and its columns."""
-    if "rejected" in columns and not source.fields:
-        raise ConfigError(f"data.sources {source.path} holds preference pairs: see examples/dpo.py")
+    if ("rejected" in columns or {"completion", "label"} <= set(columns)) and not source.fields:
+        raise ConfigError(f"data.sources {source.path} holds preferences: see examples/dpo.py")
     named = set(source.fields)
     for row_format, (required, optional) in sorted(FORMATS.items(), key=lambda form: named.isdisjoint(form[1][0])):
         if set(required) <= set(columns):
@@ -255,7 +255,7 @@ def read_ids(row: dict, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
 def read_messages(row: dict, row_format: str, roles: dict[str, str]) -> list[dict]:
     """A row as OpenAI's messages: text in one piece, arguments as objects, and `train`, a bool."""
     system = as_turns(row.get("system") or [], "system")
-    if row_format == "prompt and completion":  # the completion alone is trained
+    if row_format == "prompt and completion":
         if isinstance(row["prompt"], str) and TURNS.match(row["prompt"]):
             turns = [name for name in ("prompt", "completion") if TURNS.match(str(row.get(name)))]
             row = row | {name: decoded(row[name]) for name in turns}
@@ -281,43 +281,48 @@ def as_turns(said: str | list[dict], role: str) -> list[dict]:
 
 def read_turn(turn: dict, roles: dict[str, str]) -> dict:
     """A turn in OpenAI's, ShareGPT's or a source's words, as OpenAI's message."""
-    turn = {name: value for name, value in turn.items() if value is not None}
-    calls = decoded(turn.pop("tool_calls", "")) or []  # none: some templates look for the key alone
+    flags = {str(turn[name]).lower() for name in FLAGS if turn.get(name) is not None}
+    turn = {name: value for name, value in turn.items() if value not in (None, "", []) and name not in FLAGS}
+    calls = decoded(turn.pop("tool_calls", "[]"))  # none: some templates look for the key alone
     speaker = str(turn.pop("from", turn.get("role")))
     turn["role"] = ROLES.get(roles.get(speaker, speaker).lower())
     if turn["role"] is None:
         raise ValueError(f"a turn of {speaker!r}, none of {', '.join(ROLES)}: data.sources have roles = {roles}")
-    flags = {str(turn.pop(name)).lower() for name in FLAGS if name in turn}
     if not flags <= YES | NO:
         raise ValueError(f"a turn is trained or not: true or false (or 1, 0), not {', '.join(flags)}")
-    name = next((name for name in SAID if turn.get(name)), "content")
+    name = next((name for name in SAID if name in turn), "content")
     content = turn.pop(name, "")
     if turn["role"] == "call":
-        said = np.atleast_1d(decoded(content)).tolist()
-        calls = [{"type": "function", "function": call} for call in said]
+        calls = [*calls, *np.atleast_1d(decoded(content or "[]")).tolist()]
         turn["role"] = "assistant"
         content = ""
-    parts = [{"type": "reasoning", "text": turn.pop(name)} for name in REASONING if name in turn]
-    parts += content if isinstance(content, list) else [{"text": content}]
+    thoughts = dict.fromkeys(turn.pop(name) for name in REASONING if name in turn)
+    parts = [{"type": "reasoning", "text": thought} for thought in thoughts]
+    parts += content if isinstance(content, list) else [content]
     texts = {"text": [], "reasoning": []}
     for part in parts:
+        if not isinstance(part, dict):
+            part = {"text": part}
         kind = re.sub("^(input|output)_", "", str(part.get("type", "text"))).replace("thinking", "reasoning")
-        text = part.get("text", part.get("value", part.get("thinking")))
-        if kind not in texts or not isinstance(text, str):
-            raise ValueError(f"content has a part {kind}, {type(text).__name__}: text and reasoning are read")
-        texts[kind].append(text)
-    turn["content"] = "".join(texts["text"])
-    thoughts = dict.fromkeys(filter(None, texts["reasoning"]))  # some have the same under two names
-    if thoughts:  # under each name, since templates differ in which they read
-        turn |= dict.fromkeys(REASONING, "\n".join(thoughts))
+        said = {name for name, value in part.items() if value is not None} - UNSAID
+        text = [part[name] for name in said & {"text", "value", "thinking"}]
+        if kind not in texts or len(said) > 1 or list(map(type, text)) != [str]:
+            raise ValueError(f"a part {kind} of {', '.join(said)}: text and reasoning are read")
+        texts[kind] += text
+    turn["content"] = "".join(texts["text"]).encode().decode()  # half a surrogate pair has no bytes
+    if texts["reasoning"] and "</think>" in turn["content"]:
+        raise ValueError("it thinks in content and beside it: take one out")
+    if texts["reasoning"]:  # under each name, since templates differ in which they read
+        turn |= dict.fromkeys(REASONING, "\n".join(texts["reasoning"]))
+    calls = [call if "function" in call else {"type": "function", "function": call} for call in calls]
     for call in calls:
-        function = call.get("function", call)
+        function = call["function"]
         for name in ("parameters", "input"):
             if name in function and function.get("arguments") is None:
                 function["arguments"] = function.pop(name)
         given = {key for key, value in function.items() if value is not None}
-        if not given <= {"name", "arguments", "id", "type", "index"}:
-            raise ValueError(f"a call has {', '.join(function)}: name and arguments are read")
+        if not given <= {"name", "arguments", "id", "type", "index"} or "arguments" in call:
+            raise ValueError(f"a call has {', '.join([*call, *function])}: name and arguments are read")
         function["arguments"] = decoded(function.get("arguments") or "{}")  # text would be quoted twice
     if calls:
         turn["tool_calls"] = calls

@@ -75,8 +75,9 @@ class RowDataset:
         self.num_streams = 1 if self.map_style else min(MOST_STREAMS, *most)
 
     def count_rows(self) -> int:
-        """Rows of all epochs of map-style data, at most `limit`, from the lengths alone."""
-        return sum(1 for _ in itertools.takewhile(lambda plan: plan.row < self.limit, self.plan_stream(0)))
+        """Rows that are left of map-style data's epochs, at most `limit`; no token is read."""
+        rows = itertools.takewhile(lambda plan: plan.row < self.limit, self.plan_stream(0))
+        return sum(1 for _ in rows) - self.state["rows"]
 
     def __iter__(self) -> Iterator[Row]:
         states = self.state["streams"]
@@ -150,7 +151,7 @@ class Loader:
         self.state = dataset.state  # after the last row handed out
         size = config.train.micro_batch_size
         self.accumulation = dataset.batch_rows // (size * dataset.ranks) if training else 1
-        self.made = make_batches(dataset, size)  # run by the thread
+        self.made = make_batches(dataset, size)
         self.thread = ThreadPoolExecutor(max_workers=1)
         self.ready = deque(self.thread.submit(next, self.made) for _ in range(PREFETCH))
 
@@ -177,5 +178,5 @@ def make_batches(dataset: RowDataset, size: int) -> Iterator[tuple[PackedBatch, 
 def merge_states(states: list[dict]) -> dict:
     """One state of all ranks': of each stream the latest window, in which a reader skips ahead."""
     streams = itertools.chain(*(state["streams"].items() for state in states))
-    latest = dict(sorted(streams, key=lambda stream: stream[1]["row"]))  # the latest one stays
+    latest = dict(sorted(streams, key=lambda stream: stream[1]["row"]))
     return {"rows": states[0]["rows"], "streams": latest}

@@ -27,7 +27,7 @@ ROW = "a row's JSON"
 JSON = {"path": "text", "features": datasets.Features({ROW: datasets.Value("string")})}
 READERS = {
     ".parquet": {"path": "parquet", "batch_size": 1000},  # else 0 of an empty file
-    ".arrow": {"path": "arrow"},  # as save_to_disk writes
+    ".arrow": {"path": "arrow"},  # save_to_disk's
     ".csv": JSON | {"sample_by": "document"},  # pandas guesses types, and an index
     ".txt": {"path": "text", "sample_by": "document", "encoding": "utf-8-sig"},
     ".json": JSON | {"sample_by": "document"},
@@ -46,7 +46,7 @@ class Cursor(NamedTuple):
     """A place in a source, before a document; `_asdict` makes JSON of it."""
 
     epoch: int = 0
-    taken: int = 0  # documents before it: of its epoch if data is map-style, of its chunk if it streams
+    taken: int = 0  # documents before it in its epoch, or of a stream in its chunk
     shard: int = 0  # of a stream: shards of the epoch before its own
     row: int = 0  # rows of the shard before its chunk
     chunk: dict | None = None  # the dataset's own state where its chunk begins; None: the shard's
@@ -72,7 +72,7 @@ class MapSource:
         self.documents = np.random.default_rng(seed).permutation(documents)[begin:end]
         self.most_streams = len(self.documents)
         if not self.most_streams:
-            raise ConfigError(f"data.sources: no document is left of {', '.join(s.path for s in sources)}")
+            raise ConfigError(f"data.sources, eval.sources: no document left of {', '.join(s.path for s in sources)}")
         self.inventory = f"{len(self.documents)} documents of {self.lengths[self.documents].sum()} tokens"
 
     def read(self, stream: int, num_streams: int, cursor: Cursor) -> Iterator[Document]:
@@ -157,7 +157,7 @@ class StreamSource:
 
 
 def split_file(file: dict[str, list]) -> dict[str, list]:
-    """A file of JSON or CSV, whole, as its rows' JSON: of a list, of lines, or of cells, each of them text."""
+    """A file of JSON or CSV as its rows' JSON: of a list, of lines, or of cells, which are text."""
     text = file[ROW][0].removeprefix("\ufeff")
     first = text.lstrip()[:1]
     if first == "[":
