@@ -101,6 +101,7 @@ def read_keys(config: Config) -> Keys:
 
 def frozen_copy(config: Config, ranks, tokenizer):
     """-log p of the labels by the model that training began with: in the dtype of computation, sharded as it is."""
+    log.info("reference: the same model as it is now, frozen")
     copy = build_model(config, ranks, tokenizer, frozen=True)
     copy.eval()
     copy.objective = lambda copy, batch: copy.head(batch)()[1]  # inside its forward, as FSDP wants it

@@ -9,6 +9,7 @@ import sys
 from argparse import ArgumentParser
 from itertools import groupby, islice, pairwise
 
+import datasets
 from rich.console import Console
 from rich.text import Text
 
@@ -27,6 +28,8 @@ def explain(config: Config, show: int = 2, show_ids: bool = False):
     log.setLevel(logging.INFO)
     log.addHandler(logging.StreamHandler())
     console = Console(highlight=False)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     tokenizer = load_tokenizer(config.model)
     recipe = runpy.run_path(config.task) if config.task.endswith(".py") else {}
     encoder = recipe.get("make_encoder", make_encoder)(config, tokenizer)

@@ -188,9 +188,12 @@ def test_what_a_killed_save_left_is_never_taken_and_is_removed_but_nothing_else_
     state = json.loads((folder / "checkpoints" / "step_3" / "state.json").read_text())
     (half / "state.json").write_text(json.dumps(state | {"step": 5}))
     (half / "rank_00000.safetensors").write_bytes(b"half")
-    (folder / "checkpoints" / ".nfs0001").write_text("a file of somebody else")
+    others = [folder / "checkpoints" / name for name in (".nfs0001", "._step_3", ".best_step_3/state.json")]
+    for other in others:
+        other.parent.mkdir(exist_ok=True)
+        other.write_text("somebody else's, as macOS, NFS and people put them there")
     run(load_config(None, options()))
-    assert not half.exists() and (folder / "checkpoints" / ".nfs0001").exists()
+    assert not half.exists() and all(other.exists() for other in others)
     assert losses(folder) == losses(run(load_config(None, options(name="straight"))))
 
 
@@ -270,6 +273,20 @@ def test_resume_changed_goes_on_all_the_same(options, stop_after):
     straight = losses(run(load_config(None, options(name="straight"))))
     assert losses(folder)[:5] == straight[:5] and losses(folder)[5] != straight[5]
     assert [m["lr"] for m in train_lines(folder)][3] > 2 * [m["lr"] for m in train_lines(folder)][4]
+
+
+@pytest.mark.parametrize("batch", ["2", "4", "8"])
+def test_an_epoch_that_goes_on_with_another_batch_ends_where_the_data_does(batch, options, stop_after):
+    words = options()
+    words[words.index("--train.steps")] = "--train.epochs"
+    words[words.index("--train.epochs") + 1] = "1"
+    straight = train_lines(run(load_config(None, [*words, "--name", "straight"])))
+    folder = stop_after(len(straight) // 2, words)
+    more = ["--train.global_batch_size", batch, "--train.micro_batch_size", "2", "--checkpoint.resume_changed", "true"]
+    run(load_config(None, [*words, *more]))
+    lines = train_lines(folder)
+    assert lines[-1]["tokens"] == straight[-1]["tokens"]
+    assert min(line["packing_efficiency"] for line in lines) > 0, "a step without a token"
 
 
 def test_what_may_change_does_not_refuse_and_changes_no_row(options, stop_after, tmp_path):

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 import count_lines
 from lacuna import cli
-from lacuna.config import ConfigError
+from lacuna.config import ConfigError, blame
 
 VARIABLES = [
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID", "CUDA_VISIBLE_DEVICES"),
@@ -335,3 +335,20 @@ def test_chat_runs_no_kernel_and_no_code_that_a_models_config_names(model_folder
     with pytest.raises(SystemExit, match="contains custom code"):
         chat(str(folder))
     assert not (folder / "pwned").exists()
+
+
+def test_a_pipe_is_no_config(tmp_path):
+    """Nobody may ever write to it; and of several ranks only one could read it."""
+    os.mkfifo(tmp_path / "pipe.toml")
+    with pytest.raises(ConfigError, match=r"no config .*pipe\.toml"):
+        cli.parse("pt", [str(tmp_path / "pipe.toml")])
+
+
+def test_a_path_with_a_librarys_name_is_not_blamed_on_it(tmp_path):
+    """The cures are chosen by what an error says; what it says may hold a path."""
+    for cause in (FileNotFoundError("no file gloomhaven.jsonl"), ValueError("igloo.parquet")):
+        with pytest.raises(ConfigError) as caught, blame("data.sources"):
+            raise cause
+        assert "rank" not in str(caught.value)
+    with pytest.raises(ConfigError, match="Another rank has ended"), blame("it"):
+        raise RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:525] Read timeout [127.0.0.1]:7")

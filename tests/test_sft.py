@@ -3,6 +3,7 @@
 import io
 import json
 import runpy
+import shutil
 import sys
 
 import pytest
@@ -225,6 +226,19 @@ def test_chat_talks_to_a_run_until_an_empty_line_or_ctrl_c(model_folder, chats, 
 
     monkeypatch.setattr("builtins.input", interrupt)
     chat(path)
+
+
+def test_a_model_of_text_goes_on_with_a_text_and_is_not_asked(model_folder, tmp_path, capsys, chat):
+    text = EXAMPLES / "moby_dick" / "heldout.jsonl"
+    argv = options(model_folder("llama"), text, tmp_path, "--train.steps", "1")
+    path = run(load_config(None, argv, "pt"))
+    capsys.readouterr()
+    chat(path, typed="Call me\n\n")
+    said = capsys.readouterr().out
+    assert said.count("text: ") == 2 and "you: " not in said
+    shutil.rmtree(path / "hf")
+    with pytest.raises(SystemExit, match=r"is not over, .* lacuna export \S+step_1 FOLDER"):
+        chat(path)
 
 
 def test_chat_says_in_a_sentence_what_it_cannot_talk_to(tmp_path, chat):

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from lacuna.checkpoint import export, match_eos
 from lacuna.config import ConfigError, load_config
 from lacuna.train import run
-from lacuna.weights import read_tensors, seal, weight_folder
+from lacuna.weights import fingerprint, read_tensors, seal, weight_folder
 
 assert texts  # a fixture
 
@@ -280,3 +280,16 @@ def test_a_checkpoint_without_one_of_its_files_is_refused_everywhere(gone, tmp_p
         export(tmp_path, tmp_path / "out")
     with pytest.raises(ConfigError, match=f"rank_{gone:05}.safetensors is missing"):
         weight_folder(str(tmp_path))
+
+
+@pytest.mark.parametrize("size", range(1, 9))
+def test_weights_of_bfloat16_held_in_float32_are_told_apart(size, tmp_path):
+    """Half of the bytes of such a file are 0: a sample must not consist of these."""
+    for name in ("one", "two"):
+        save_file({"w": torch.randn(size * 2**16).bfloat16().float()}, tmp_path / f"{name}.safetensors")
+    assert fingerprint([tmp_path / "one.safetensors"]) != fingerprint([tmp_path / "two.safetensors"])
+
+
+def test_a_model_of_more_layers_than_can_be_made_is_refused(tiny):
+    with pytest.raises(ConfigError, match="num_hidden_layers"):
+        build(tiny, "--model.from_scratch", "true", "--model.overrides", '{"num_hidden_layers": 10000000}')

@@ -79,7 +79,7 @@ def packed_attention(module, query, key, value, attention_mask=None, *, backend=
         out, _ = fa4(q, k, v, cu_seqlens, max_seqlen, scale, left)
     else:
         v = F.pad(v, (0, q.shape[-1] - v.shape[-1]))  # DeepSeek's values are narrower
-        limits = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)  # of queries, of keys
+        limits = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
         out = varlen_attn(q, k, v, *limits, scale=scale, window_size=(left, 0))[..., : value.shape[-1]]
     return out[None], None  # [1, T, heads, D]
 
@@ -124,7 +124,7 @@ def fa4_save(ctx, inputs, output):
 
 def fa4_grads(ctx, grad, _):
     grads = fa4_backward(grad, *ctx.saved_tensors, *ctx.limits)
-    return *grads, None, None, None, None  # the limits have none
+    return *grads, None, None, None, None
 
 
 AttentionInterface.register("lacuna", packed_attention)

@@ -107,7 +107,7 @@ class Checkpoints:
             free = shutil.disk_usage(self.folder).free / 2**30
             if free < needed:
                 raise ConfigError(f"out: {self.folder} has {free:.3f} GiB of space and needs {needed:.3f}: make room")
-            with blame("TMPDIR, or model.name's config, generation config, tokenizer"), TemporaryDirectory() as place:
+            with blame("TMPDIR, or model.name's config, tokenizer"), TemporaryDirectory() as place:
                 for content in self.small_files:
                     content.save_pretrained(place)
         sizes = [local(tensor).numel() for tensor in self.tensors.values()]
@@ -186,7 +186,7 @@ def match_eos(config: Config, model: PreTrainedModel, tokenizer):
     eos = tokenizer.eos_token_id
     model.config.architectures = [type(model).__name__]
     model.config.eos_token_id = eos
-    generation = model.generation_config  # which transformers made from the model's config
+    generation = model.generation_config
     with blame("generation_config.json"), suppress(OSError):
         generation = GenerationConfig.from_pretrained(config.model.name)
     try:

@@ -122,7 +122,7 @@ class Report:
         words = [f"loss {loss:.4f}", f"norm {sums['grad_norm']:.2f}", f"{speed:,.0f} tok/s"]
         if mfu:
             words.append(f"mfu {mfu:.0%}")
-        words += [str(left), *(f"{name.replace('_', ' ')} {value:.5g}" for name, value in own.items())]
+        words += [str(left), *(f"{key.replace('_', ' ')} {value:.5g}" for key, value in own.items())]
         log.info(fill("  ".join([f"step {facts['step']}/{self.steps}", *words]), 70))
         self.write(metrics | own)
 
@@ -142,9 +142,9 @@ class Report:
         """Add a line, and tell of it in words; a new interval begins."""
         if self.file:
             self.file.write(json.dumps(metrics) + "\n")
-        words = [f"{key.replace('_', ' ')} {metrics[key]:.5g}" for key in metrics if key.startswith("eval_")]
+        words = [f"{key[5:].replace('_', ' ')} {metrics[key]:.5g}" for key in metrics if key.startswith("eval_")]
         if words:
-            log.info(fill(f"step {metrics['step']}: {', '.join(words)}", 70))
+            log.info(fill(f"step {metrics['step']}: eval {', '.join(words)}", 70))
         self.interval = Counter()
         self.since = self.now()
 

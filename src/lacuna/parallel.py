@@ -29,7 +29,7 @@ def start(config: DistConfig, train: TrainConfig) -> Ranks:
     world = int(os.environ.get("WORLD_SIZE", 1))
     shard, rest = divmod(world, config.dp_replicate)
     if rest or rank not in range(world):
-        raise ConfigError(f"WORLD_SIZE {world}, RANK {rank}: dist.dp_replicate is {config.dp_replicate}")
+        raise ConfigError(f"WORLD_SIZE {world}, RANK {rank}: dist.dp_replicate must divide it")
     device = torch.device("cpu")
     if torch.cuda.is_available():  # with srun --gpus-per-task, a task sees one
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())

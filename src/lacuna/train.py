@@ -35,7 +35,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
     folder = Path(config.out) / config.name
     with blame(f"out: {folder} (in use? Wait, or set another name)"):
         start_logging(folder, ranks.rank)
-        lock = FileLock(folder / ".lock")  # released however this process ends
+        lock = FileLock(folder / ".lock")
         if ranks.rank == 0:
             lock.acquire(timeout=60)  # a run that is just ending may still hold it
         checkpoint, state = find_checkpoint(config, folder, ranks.rank)
@@ -84,11 +84,12 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
             kept = config.model_dump(exclude_none=True, exclude={"checkpoint": {"resume_changed"}})
             (folder / "config.toml").write_text(tomli_w.dumps(kept))
     count = f"{model.num_parameters(only_trainable=True):,} of {model.num_parameters():,}"
-    log.info("model   %s: trains %s, hf/ in %s", config.model.name, count, model.config.dtype)
+    log.info("model   %s: %s trains %s", config.model.name, config.task, count)
     log.info("device  %d x %s: %s, %s attention", ranks.world, report.device, trainee.dtype, trainee.backend)
-    length = f"{steps} steps of {config.train.global_batch_size} rows x {config.train.seq_len} tokens"
-    log.info("length  %s, lr %g, %s", length, config.optim.lr, config.optim.schedule)
-    log.info("run     %s: a checkpoint every %d steps", folder, config.checkpoint.every)
+    slots = config.train.global_batch_size * config.train.seq_len
+    log.info("length  %d steps of %s tokens: %s", steps, f"{slots:,}", f"{steps * slots:,}")
+    log.info("rate    %g, warmup %d, %s", config.optim.lr, config.optim.warmup_steps, config.optim.schedule)
+    log.info("run     %s: saved every %d steps", folder, config.checkpoint.every)
     if held_out and is_due(state["step"], config.eval.every, steps):
         report.write({"step": state["step"], **evaluate(trainee, config, held_out, ranks, tokenizer)})
     failed = torch.zeros((), device=ranks.device, dtype=torch.bool)  # a loss or a norm was not finite
@@ -166,7 +167,7 @@ def open_rows(config: Config, encoder, ranks: Ranks, state) -> tuple[RowDataset,
     if not sources:
         return dataset, None
     held_out = rows(sources, epochs=1, share=(0.0, fraction or 1.0), limit=config.eval.rows)
-    log.info("held out %s", ", ".join(held_out.inventory))
+    log.info("held out %s; eval.every: %s", *held_out.inventory, config.eval.every or "start, end")
     return dataset, held_out
 
 

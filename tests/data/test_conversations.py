@@ -1143,7 +1143,7 @@ def test_a_thought_that_comes_twice_in_parts_is_thought_twice(qwen):
 def test_arguments_beside_the_function_are_refused(qwen):
     call = {"function": {"name": "add"}, "arguments": {"a": 1, "b": 2}}
     row = {"messages": ASKED + say("assistant: ", tool_calls=[call])}
-    refused(lambda: documents(make(qwen), row), "row 41", "a call has function, arguments, name")
+    refused(lambda: documents(make(qwen), row), "row 41", "a call has ['function', 'arguments', 'name']")
 
 
 @pytest.mark.parametrize("value", [1, 2.5, True])

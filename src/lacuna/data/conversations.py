@@ -31,7 +31,6 @@ ROLES |= dict.fromkeys(["tool", "function", "observation", "ipython", "environme
 ROLES |= dict.fromkeys(["function_call", "tool_call"], "call")
 FLAGS = ["train", "training", "trainable", "loss", "weight"]
 YES = {"true", "1", "1.0"}
-NO = {"false", "0", "0.0"}
 SAID = ["content", "value", "text", "parts"]  # the first that says something
 UNSAID = {"type", "cache_control", "annotations", "signature"}  # keys of a part
 REASONING = ["reasoning_content", "reasoning", "thinking"]
@@ -288,7 +287,7 @@ def read_turn(turn: dict, roles: dict[str, str]) -> dict:
     turn["role"] = ROLES.get(roles.get(speaker, speaker).lower())
     if turn["role"] is None:
         raise ValueError(f"a turn of {speaker!r}, none of {', '.join(ROLES)}: data.sources have roles = {roles}")
-    if not flags <= YES | NO:
+    if not flags <= {*YES, "false", "0", "0.0"}:
         raise ValueError(f"a turn is trained or not: true or false (or 1, 0), not {', '.join(flags)}")
     name = next((name for name in SAID if name in turn), "content")
     content = turn.pop(name, "")
@@ -322,7 +321,7 @@ def read_turn(turn: dict, roles: dict[str, str]) -> dict:
                 function["arguments"] = function.pop(name)
         given = {key for key, value in function.items() if value is not None}
         if not given <= {"name", "arguments", "id", "type", "index"} or "arguments" in call:
-            raise ValueError(f"a call has {', '.join([*call, *function])}: name and arguments are read")
+            raise ValueError(f"a call has {[*call, *function]}: name and arguments are read")
         function["arguments"] = decoded(function.get("arguments") or "{}")  # text would be quoted twice
     if calls:
         turn["tool_calls"] = calls
