@@ -1092,7 +1092,8 @@ def test_calls_are_read_with_function_around_name_and_arguments_or_without(token
 @pytest.mark.parametrize("tools", [json.dumps([TOOL]), [json.dumps(TOOL)]])
 def test_tools_are_json_or_text_each_or_all(qwen, tools):
     encoder = make(qwen)
-    assert encoded(encoder, {"messages": SHORT, "tools": tools}) == encoded(encoder, {"messages": SHORT, "tools": [TOOL]})
+    wanted = encoded(encoder, {"messages": SHORT, "tools": [TOOL]})
+    assert encoded(encoder, {"messages": SHORT, "tools": tools}) == wanted
 
 
 def test_thoughts_in_the_content_and_beside_it_are_refused(qwen):
