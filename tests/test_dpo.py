@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -79,6 +80,10 @@ def test_a_run_begins_at_ln_2_reports_its_facts_learns_its_pairs_and_goes_on_bit
     assert last["reward_accuracy"] > 0.9
     assert last["reward_margin"] > 0.1
     assert last["loss"] < first["loss"] - 0.05
+    told = (path / "log.txt").read_text()
+    about = [line for line in told.splitlines() if re.search(r"step \d+/|: eval|reward", line)]
+    assert max(map(len, about)) <= 80, "a terminal's columns"
+    assert f"reward accuracy {last['reward_accuracy']:.5g}" in told.replace("\n", " ")
     evaluations = [line for line in lines(path) if "eval_loss" in line]
     assert [line["step"] for line in evaluations] == [0, 6]
     assert evaluations[0]["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)

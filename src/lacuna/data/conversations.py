@@ -282,7 +282,7 @@ def read_turn(turn: dict, roles: dict[str, str]) -> dict:
     """A turn in OpenAI's, ShareGPT's or a source's words, as OpenAI's message."""
     flags = {str(turn[name]).lower() for name in FLAGS if turn.get(name) is not None}
     turn = {name: value for name, value in turn.items() if value not in (None, "", []) and name not in FLAGS}
-    calls = decoded(turn.pop("tool_calls", "[]"))  # none: some templates look for the key alone
+    calls = decoded(turn.pop("tool_calls", "")) or []  # none: some templates look for the key alone
     speaker = str(turn.pop("from", turn.get("role")))
     turn["role"] = ROLES.get(roles.get(speaker, speaker).lower())
     if turn["role"] is None:
