@@ -489,12 +489,12 @@ def test_help_exits_with_0(argv):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["pt", "nowhere.toml"], "cannot read config nowhere.toml"),
+        (["pt", "nowhere.toml"], "no config nowhere.toml here"),
         (["pt", "ok.toml", "--train.stesp", "5"], "unknown key train.stesp: did you mean train.steps?"),
         (["pt", "ok.toml", "--train.seq_len", "4"], "train.seq_len"),
         (["pt", "ok.toml", "--train.steps"], "train.steps"),
         (["pt", "ok.toml", "stray"], "unknown key stray: take it out"),
-        (["pt"], "no config given"),
+        (["pt"], "no config configs/pt.toml here"),
     ],
 )
 def test_an_error_is_one_line_and_a_bad_exit_code(tmp_path, argv, words):
