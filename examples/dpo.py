@@ -9,6 +9,7 @@ Rows have `chosen` and `rejected`: texts, turns, or whole conversations; and bes
 `messages`, `system` and `tools`. Keys, as [recipe] in TOML: see Keys.
 """
 
+import copy
 import functools
 import itertools
 import json
@@ -102,10 +103,10 @@ def read_keys(config: Config) -> Keys:
 def frozen_copy(config: Config, ranks, tokenizer):
     """-log p of the labels by the model that training began with: in the dtype of computation, sharded as it is."""
     log.info("reference: the same model as it is now, frozen")
-    copy = build_model(config, ranks, tokenizer, frozen=True)
-    copy.eval()
-    copy.objective = lambda copy, batch: copy.head(batch)()[1]  # inside its forward, as FSDP wants it
-    return lambda trainee, batch: copy(batch)
+    frozen = build_model(config, ranks, tokenizer, frozen=True)
+    frozen.eval()
+    frozen.objective = lambda frozen, batch: frozen.head(batch)()[1]  # inside its forward, as FSDP wants it
+    return lambda trainee, batch: frozen(batch)
 
 
 def without_adapters(trainee: Trainee, batch: PackedBatch) -> torch.Tensor:
@@ -242,6 +243,8 @@ def as_completions(row: dict, roles: dict[str, str]) -> list[dict]:
         if not isinstance(prompt, str) or read_turn(dict(parsed[0][0]), roles)["role"] != "assistant":
             answers = parsed
     texts = all(isinstance(answer, str) for answer in answers)
+    if isinstance(prompt, str) and TURNS.match(prompt):
+        prompt = json.loads(prompt)
     if not texts:
         answers = [as_turns(answer, "assistant") for answer in answers]
     begins = [] if texts else [read_turn(dict(answer[0]), roles)["role"] for answer in answers]
@@ -258,7 +261,7 @@ def as_completions(row: dict, roles: dict[str, str]) -> list[dict]:
             common = max(0, *(answers[0].rfind(space, 0, common) for space in " \n\t"))
         if isinstance(prompt, list) and said(prompt, roles) != said(answers[0][: len(prompt)], roles):
             raise ValueError("chosen and rejected are whole conversations, which do not begin with the prompt")
-        if isinstance(prompt, str) and not any(prompt.strip() in turn["content"] for turn in compared[0][:common]):
+        if isinstance(prompt, str) and not is_in(prompt, compared[0][:common]):
             raise ValueError("chosen and rejected are whole conversations, and no turn before they part has the prompt")
         if not (whole or answers[0][:common] or set(PROMPTS) & row.keys()):
             raise ValueError(f"there is none of {', '.join(PROMPTS)}, and both answers begin with nothing in common")
@@ -270,5 +273,15 @@ def as_completions(row: dict, roles: dict[str, str]) -> list[dict]:
 
 def said(turns: list[dict], roles: dict[str, str]) -> list[dict]:
     """Who says what, in whichever words it is written; without what nobody says, such as an id or a time."""
-    messages = [read_turn(dict(turn), roles) for turn in turns]
-    return [{key: message[key] for key in ("role", *TEXTS) if key in message} for message in messages]
+    messages = [read_turn(copy.deepcopy(turn), roles) for turn in turns]
+    for message in messages:
+        calls = [call["function"] for call in message.get("tool_calls", [])]
+        message["tool_calls"] = [(call.get("name"), call["arguments"]) for call in calls]
+    return [{key: message.get(key) for key in ("role", *TEXTS)} for message in messages]
+
+
+def is_in(prompt: str, turns: list[dict]) -> bool:
+    """Whether a turn says the prompt, or the prompt quotes one, as Anthropic's HH does; whatever the white space."""
+    prompt = " ".join(prompt.split())
+    contents = [" ".join(turn["content"].split()) for turn in turns]
+    return any(prompt in content or (content and f" {content} " in f" {prompt} ") for content in contents)

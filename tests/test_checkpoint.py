@@ -428,6 +428,18 @@ def test_files_that_people_put_into_a_checkpoint_change_nothing(saved, tmp_path)
     assert "Going on after step 4" in (tmp_path / "run" / "log.txt").read_text()
 
 
+def test_a_finished_model_whose_checkpoints_are_gone_is_not_trained_over(saved, tmp_path):
+    words, folder = saved
+    shutil.copytree(folder, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    kept = tmp_path / "run" / "hf" / "model.safetensors"
+    kept.parent.mkdir(exist_ok=True)
+    kept.write_bytes(b"a model")
+    with pytest.raises(ConfigError, match="has a model, no checkpoint: set another name"):
+        run(load_config(None, [*words, "--out", str(tmp_path)]))
+    assert kept.read_bytes() == b"a model"
+
+
 def test_a_disk_without_room_for_a_checkpoint_is_known_before_the_first_step(saved, tmp_path, monkeypatch):
     words, folder = saved
     size = (folder / "checkpoints" / "step_4" / "rank_00000.safetensors").stat().st_size
@@ -446,7 +458,7 @@ def test_a_disk_without_room_for_a_checkpoint_is_known_before_the_first_step(sav
 
 def test_a_file_where_checkpoints_should_be_is_known_before_the_first_step(saved, tmp_path):
     words, folder = saved
-    shutil.copytree(folder, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    shutil.copytree(folder, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "hf"))
     (tmp_path / "run" / "checkpoints").write_text("somebody's")
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     with pytest.raises(ConfigError, match=r"out: .*checkpoints"):

@@ -177,7 +177,7 @@ def test_overrides_change_the_config_and_unknown_ones_are_refused_by_name(tmp_pa
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
     model_config("llama").save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=r"vocab_size 4096, 5000 tokens: see model\.tokenizer"):
+    with pytest.raises(ConfigError, match=r"vocab_size 4096 of 5000 tokens: see model\.tokenizer"):
         build(tmp_path, "--model.from_scratch", "true", tokenizer=range(5000))
 
 

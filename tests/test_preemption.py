@@ -120,7 +120,7 @@ def test_a_second_ctrl_c_ends_at_once_but_not_under_a_launcher_that_passes_it_on
             process.send(signal.SIGINT)
             assert process.wait() == 75, process.output
         assert "Traceback" not in process.output
-        assert "saving after this step; a second one ends the run without a save" in process.output
+        assert "saving after this step; a second one ends it unsaved" in process.output
         assert ("ended at once by signal" in process.output) != launched
         assert checkpoints(run) == [] if not launched else len(checkpoints(run)) > 0
 

@@ -33,14 +33,16 @@ FREE += ("train.micro_batch_size", "train.activation_checkpointing", "train.dete
 
 
 def find_checkpoint(config: Config, folder: Path, rank: int) -> tuple[Path | None, dict]:
-    """What this run goes on from, and its state, on all ranks. What a killed save left is removed."""
+    """What this run goes on from, and its state, on all ranks. A killed save is removed."""
     found = [None, {"format": FORMAT, "config": {}, "step": 0, "tokens": 0, "trained_tokens": 0, "data": None}]
     if rank == 0:
-        for leftover in [*folder.glob("checkpoints/.step_*"), *folder.glob("checkpoints/.old_step_*")]:
-            shutil.rmtree(leftover)
+        for half in [*folder.glob("checkpoints/.step_*"), *folder.glob("checkpoints/.old_step_*")]:
+            shutil.rmtree(half)
         [newest] = in_order(folder / "checkpoints")[-1:] or [config.checkpoint.resume]
         if newest:
             found = [Path(newest), state_of(Path(newest))]
+        elif (folder / "hf").exists():
+            raise ConfigError(f"{folder} has a model, no checkpoint: set another name")
     if dist.is_initialized():
         dist.broadcast_object_list(found, device=torch.device("cpu"))
     return tuple(found)

@@ -111,6 +111,7 @@ def become_torchrun(gpus: int):
     from torch.distributed.run import main as torchrun
 
     options = f"--standalone --nproc-per-node {gpus} --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+    os.environ["PYTHONSAFEPATH"] = "1"  # import nothing from here
     try:
         torchrun([*options.split(), "-m", "lacuna", *sys.argv[1:]])
     except SignalException as error:

@@ -27,7 +27,7 @@ CURES = {
     "torch._dynamo|torch._inductor": ". Set train.compile = false: it runs, or says why",
     "StopIteration|corresponds to no data": " there is no data, or no such file",
     "KeyError.*lacuna": ": attention that cannot be replaced",
-    r"\[.*gloo|Gloo|torch.distributed.Dist": f". Another rank has ended: see what it says; {AGAIN}",
+    "gloo/transport|Gloo|distributed.Dist": f". Another rank has ended: see what it says; {AGAIN}",
 }
 
 OneOrSeveral = BeforeValidator(lambda value: [value] if isinstance(value, str | dict) else value)
@@ -49,7 +49,7 @@ def blame(where: str):
     except (ConfigError, FloatingPointError, Preempted, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise  # these have their sentence, or only end the run
     except BaseException as error:  # tokenizers, written in Rust, panics with one
-        log.debug("%s", where, exc_info=True)  # to log.txt, where a run has one by now
+        log.debug("%s", where, exc_info=True)  # to log.txt, if there is one
         if type(error).__name__ == "DatasetGenerationError":
             error = error.__cause__ or error
         text = " ".join(str(error).split())[:300]
@@ -215,8 +215,7 @@ def load_config(path: str | None, argv: list[str], task: str = "pt") -> Config:
         words, unknown = parser.parse_known_args(argv)
         given = source(parsed_args=words)()
     if unknown:
-        word = unknown[0].strip("-").partition("=")[0]
-        raise ConfigError(sentence({"type": "extra_forbidden", "loc": [word]}))
+        raise ConfigError(sentence({"type": "extra_forbidden", "loc": [unknown[0].strip("-").partition("=")[0]]}))
     with blame(f"cannot read config {path} as TOML"):
         merged = tomllib.loads(Path(path).read_text("utf-8-sig")) if path else {}
     for section, value in given.items():

@@ -90,7 +90,7 @@ class Report:
             self.stop_asked |= sums["stop_asked"] > 0
             if not math.isfinite(sums["loss"] + sums["grad_norm"]):
                 what = f"loss {sums['loss']:g}, gradient norm {sums['grad_norm']:g}: not finite; it updated nothing"
-                raise FloatingPointError(f"step {number}: {what}. Lower optim.lr, or see data, weights, overrides")
+                raise FloatingPointError(f"step {number}: {what}. Lower optim.lr; see data, weights, model.overrides")
             for key in self.totals:
                 self.totals[key] += int(sums[key])
             self.interval.update(sums | {"steps": 1, "data_seconds": facts["data_seconds"]})
@@ -122,8 +122,8 @@ class Report:
         words = [f"loss {loss:.4f}", f"norm {sums['grad_norm']:.2f}", f"{speed:,.0f} tok/s"]
         if mfu:
             words.append(f"mfu {mfu:.0%}")
-        words += [str(left), *(f"{key.replace('_', ' ')} {value:.5g}" for key, value in own.items())]
-        log.info(fill("  ".join([f"step {facts['step']}/{self.steps}", *words]), 70))
+        words += [str(left), *(f"{key.replace('_', ' ')} {own[key]:.5g}" for key in own)]
+        log.info(fill("  ".join([f"step {facts['step']}/{self.steps}", *words]), 71))
         self.write(metrics | own)
 
     def close(self, folder: Path, seconds: float):
@@ -144,7 +144,7 @@ class Report:
             self.file.write(json.dumps(metrics) + "\n")
         words = [f"{key[5:].replace('_', ' ')} {metrics[key]:.5g}" for key in metrics if key.startswith("eval_")]
         if words:
-            log.info(fill(f"step {metrics['step']}: eval {', '.join(words)}", 70))
+            log.info(fill(f"step {metrics['step']}: eval {', '.join(words)}", 71))
         self.interval = Counter()
         self.since = self.now()
 

@@ -158,7 +158,7 @@ def empty_model(config: ModelConfig, tokenizer, held_in, dtype: torch.dtype) -> 
     hf_config._attn_implementation = "lacuna"
     stored = whole.dtype or hf_config.dtype or dtype
     if len(tokenizer) > hf_config.vocab_size:
-        raise ConfigError(f"vocab_size {hf_config.vocab_size}, {len(tokenizer)} tokens: see model.tokenizer, overrides")
+        raise ConfigError(f"vocab_size {hf_config.vocab_size} of {len(tokenizer)} tokens: see model.tokenizer")
     if getattr(hf_config, "num_hidden_layers", 0) > 10_000:
         raise ConfigError("model.overrides: num_hidden_layers is above 10,000")
     with torch.device("meta"):
@@ -244,5 +244,5 @@ def initialise(model: PreTrainedModel, seed: int, done: set[Tensor]):
         if any(tensor.isnan().any() for tensor in tensors):
             raise ConfigError(f"{type(model).__name__} does not say how to initialise {name}")
         module._parameters.update(mine)
-        for key, parameter in mine.items():  # every rank has made the same whole: it takes its rows
+        for key, parameter in mine.items():  # of the same whole each rank takes its rows
             fill(parameter, [torch.atleast_1d(whole[key])], name)

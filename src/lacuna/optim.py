@@ -38,16 +38,15 @@ class AdamW:
         beta1, beta2 = self.config.betas
         self.count += ~failed
         # what changes from step to step is a tensor: so nothing is compiled again, and nothing waits
-        now = {"lr": torch.full_like(self.count, lr), "scale": scale, "failed": failed}
+        now = {"lr": torch.full_like(self.count, lr), "scale": scale, "failed": failed, "eps": self.config.eps}
         now["step_size"] = now["lr"] / (1 - beta1**self.count)  # the first moment's bias
         now["root"] = (1 - beta2**self.count).sqrt()
         for group in self.groups:
             group = [p for p in group if p.grad is not None]  # others took no part in the loss
             tensors = [tuple(map(local, (p, p.grad, *self.moments[p]))) for p in group]
-            decays = [self.decays[p] for p in group]
             # given an empty list, dynamo would never compile this function again: 130 ms a step
             if group:
-                self.update(tensors, decays, **now, beta1=beta1, beta2=beta2, eps=self.config.eps)
+                self.update(tensors, [*map(self.decays.get, group)], **now, beta1=beta1, beta2=beta2)
 
     def tensors(self, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
         """The state as a checkpoint names it, float32, sharded like the parameters."""

@@ -1,12 +1,11 @@
 """What ends a run early: SIGTERM, configs/slurm.sh's SIGUSR1, Ctrl-C, a terminal that is closed."""
 
+import logging
 import os
 import signal
 import time
 from contextlib import suppress
 from threading import Thread
-
-from lacuna.config import log
 
 REPEAT_SECONDS = 2  # Slurm signals torchrun and its ranks; so does torchrun
 REQUEUE = 75  # exit status: start me again (EX_TEMPFAIL)
@@ -41,5 +40,5 @@ class Preemption:
                 with suppress(OSError):
                     os.write(2, f"\nlacuna: ended at once by signal {number}; run it again to go on\n".encode())
                 os._exit(REQUEUE)
-            log.info("saving after this step; a second one ends the run without a save")
             self.asked = True
+            logging.getLogger("lacuna").info("saving after this step; a second one ends it unsaved")

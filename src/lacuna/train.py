@@ -27,7 +27,7 @@ from lacuna.weights import check_base, held, read_tensors
 
 
 def run(config: Config, preemption: Preemption | None = None) -> Path:
-    """Train as `config` says; returns the run folder, with `hf` in it. After a signal: Preempted."""
+    """Train as `config` says; returns the run folder, with `hf` in it. Preempted after a signal."""
     # Set up: ranks, run folder, what to go on from, tokenizer.
     began = time.monotonic()
     preemption = preemption or Preemption()
@@ -37,7 +37,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
         start_logging(folder, ranks.rank)
         lock = FileLock(folder / ".lock")
         if ranks.rank == 0:
-            lock.acquire(timeout=60)  # a run that is just ending may still hold it
+            lock.acquire(timeout=60)  # one that ends may still hold it
         checkpoint, state = find_checkpoint(config, folder, ranks.rank)
         changed = refuse_another(checkpoint, state, config)
     tokenizer = load_tokenizer(config.model)

@@ -31,7 +31,7 @@ def weight_folder(name: str) -> Path:
     """The folder of a model, by its path or its name on the Hub."""
     folder = Path(name)
     if not folder.is_dir():
-        folder = Path(snapshot_download(name, allow_patterns=["model*.safetensors", "*.json"]))
+        folder = Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
     return refuse_damaged(folder)
 
 

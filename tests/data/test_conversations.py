@@ -1099,12 +1099,14 @@ def test_tools_are_json_or_text_each_or_all(qwen, tools):
 def test_thoughts_in_the_content_and_beside_it_are_refused(qwen):
     """Qwen3's template would write both: the same thought would be trained twice."""
     row = {"messages": say("user: 1+1?") + say("assistant: <think>one</think>2", reasoning_content="one")}
-    refused(lambda: documents(make(qwen), row), "row 41", "take one out")
+    refused(lambda: documents(make(qwen), row), "row 41", "one thought is in content and beside it")
 
 
-def test_parts_may_be_texts_alone(encoder):
-    row = {"messages": [{"role": "user", "parts": ["1+", "1?"]}, *say("assistant: 2")]}
-    assert encoded(encoder, row) == encoded(encoder, {"messages": say("user: 1+1?", "assistant: 2")})
+@pytest.mark.parametrize("content", [["Paris", "Rome"], {"text": "20 C"}, [["text", "x"]]])
+def test_content_that_is_no_text_and_no_parts_is_refused(encoder, content):
+    """A tool's result as an object or a list is none: whose words would be joined, and whose keys would go?"""
+    row = {"messages": [*say("user: a", "assistant: b"), {"role": "tool", "content": content}, *say("assistant: c")]}
+    refused(lambda: documents(encoder, row), "row 41", "a part")
 
 
 def test_text_without_bytes_is_refused_by_what_is_wrong_with_it(encoder):
@@ -1117,7 +1119,6 @@ PARTS = [
     [{"type": "text", "text": "see", "value": "lost"}],
     [{"type": "tool_use", "name": "f", "input": {"a": 1}}],
     [{"type": "text", "text": None}],
-    [7],
 ]
 
 
@@ -1172,3 +1173,35 @@ def test_answers_with_a_label_are_refused_as_preferences(encoder):
     refused(lambda: encoder.columns(["prompt", "completion", "label"], Source(path="x")), "x", "preferences")
     named = Source(path="x", fields={"prompt": "prompt"})
     assert encoder.columns(["prompt", "completion", "label"], named) == ["prompt", "completion"]
+
+
+def test_two_thoughts_in_two_places_and_a_tag_in_prose_are_no_thought_twice(qwen):
+    for content, thought in [("<think>a</think>2", "b"), ("It ends with `</think>`.", "b")]:
+        ids, mask = encoded(make(qwen), {"messages": say("user: Q") + say(f"assistant: {content}", reasoning=thought)})
+        trained = qwen.decode([i for i, m in zip(ids, mask, strict=True) if m])
+        assert trained.count(thought) == 1 and content in trained
+
+
+def test_a_thought_under_a_key_and_in_a_part_is_one_and_an_empty_one_is_none(qwen):
+    text = {"type": "text", "text": "2"}
+    for name in ("reasoning", "reasoning_content"):
+        answer = {"role": "assistant", name: "One.", "content": [{"type": "thinking", "thinking": "One."}, text]}
+        wanted = {"messages": say("user: Q") + say("assistant: 2", reasoning_content="One.")}
+        assert encoded(make(qwen), {"messages": [*say("user: Q"), answer]}) == encoded(make(qwen), wanted)
+    parts = [{"type": "thinking", "thinking": "", "signature": "s"}, {"type": "text", "text": "<think>a</think>2"}]
+    row = {"messages": [*say("user: Q"), {"role": "assistant", "content": parts}]}
+    assert encoded(make(qwen), row) == encoded(make(qwen), {"messages": say("user: Q", "assistant: <think>a</think>2")})
+
+
+def test_a_part_as_openais_responses_have_it_is_its_text(encoder):
+    part = {"type": "output_text", "text": "b", "annotations": [], "logprobs": [], "id": "msg_1", "image": ""}
+    row = {"messages": [*say("user: a"), {"role": "assistant", "content": [part]}]}
+    assert encoded(encoder, row) == encoded(encoder, {"messages": say("user: a", "assistant: b")})
+
+
+def test_calls_have_a_place_and_nulls_beside_their_function(qwen):
+    function = {"name": "f", "arguments": {"a": 1, "b": None, "c": [True, 2.5]}}
+    wanted = encoded(make(qwen), {"messages": ASKED + say("assistant: ", tool_calls=[{"function": function}])})
+    whole = {"id": "call_1", "type": "function", "index": 0, "function": function, "arguments": None, "name": None}
+    for call in (whole, whole | {"function": function | {"index": 1}}, function | {"id": "call_1", "index": 0}):
+        assert encoded(make(qwen), {"messages": ASKED + say("assistant: ", tool_calls=[call])}) == wanted

@@ -406,6 +406,38 @@ def test_of_a_mixture_each_source_has_questions_of_its_own(encoder):
     assert encoder.documents(rows, Source(path="other.jsonl"), [0])[0].note == ""
 
 
+PROMPTS = [
+    json.dumps(say("user: Who  are you?")),
+    "\n\nHuman: Who are you?\n\nAssistant:",
+    "Be brief.\n\nWho are you?",
+    " Who are\r\nyou?\n",
+]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_a_prompt_beside_whole_conversations_may_be_written_in_other_ways(prompt, tokenizer, encoder):
+    asked = say("user: Who  are you?")
+    row = {"prompt": prompt, "chosen": asked + GOOD, "rejected": asked + BAD}
+    assert encoded(encoder, row) == chats(tokenizer, asked, GOOD, BAD)
+
+
+def test_calls_that_differ_in_their_ids_are_the_same(tokenizer):
+    tokenizer.chat_template = QWEN3
+    encoder = make(tokenizer)
+
+    def talk(**more):
+        call = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}} | more
+        return [*say("user: Q?"), *say("assistant: ", tool_calls=[call]), *say("tool: 1")]
+
+    wanted = {"chosen": talk() + GOOD, "rejected": talk() + BAD}
+    want = encoder.documents([wanted], Source(path="x"), [0])[0]
+    for row in (
+        {"chosen": talk(id="a") + GOOD, "rejected": talk(id="b", index=0) + BAD},
+        {"prompt": talk(id="c"), "chosen": talk() + GOOD, "rejected": talk(id="b") + BAD},
+    ):
+        assert encoder.documents([row], Source(path="x"), [0])[0].ids.tolist() == want.ids.tolist()
+
+
 def test_whole_conversations_without_the_prompt_beside_them_are_refused(encoder):
     row = {"prompt": "In another context.", "chosen": TALK + GOOD, "rejected": TALK + BAD}
     refused(lambda: documents(encoder, row), "row 41", "no turn before they part has the prompt")

@@ -95,7 +95,7 @@ def collate(rows: list[Row]) -> PackedBatch:
         "units": sum(row.pairs for row in rows) or trained_tokens,  # what the loss is a mean over
         "tokens": sum(row.tokens for row in rows),
         "pairs": int((lengths**2).sum()),  # squared document lengths: what attention computes
-        "checksum": sum(row.checksum for row in rows),  # each below 2**32: sums are exact in float64
+        "checksum": sum(row.checksum for row in rows),  # each below 2**32: exact in float64
     }
     positions = np.arange(len(ids)) - np.repeat(starts, lengths)
     boundaries = np.append(starts, len(ids)).astype(np.int32)

@@ -17,7 +17,7 @@ from lacuna.data.batch import Tokens, hide
 from lacuna.data.tokenize import TextEncoder, added_bos, digest
 
 MASKS = ["attention_mask", "loss_mask", "completion_mask", "assistant_masks"]
-FORMATS = {  # recognised by the first columns; a row may have the second ones, too
+FORMATS = {  # by their first columns; a row may have the second ones
     "messages": (["messages"], ["tools", "system"]),
     "conversations": (["conversations"], ["tools", "system"]),
     "prompt and completion": (["prompt", "completion"], ["tools", "system"]),
@@ -32,7 +32,7 @@ ROLES |= dict.fromkeys(["function_call", "tool_call"], "call")
 FLAGS = ["train", "training", "trainable", "loss", "weight"]
 YES = {"true", "1", "1.0"}
 SAID = ["content", "value", "text", "parts"]  # the first that says something
-UNSAID = {"type", "cache_control", "annotations", "signature"}  # keys of a part
+PART = {"type", "text", "value", "thinking", "id", "cache_control", "annotations", "signature"}
 REASONING = ["reasoning_content", "reasoning", "thinking"]
 TURNS = re.compile(r'\s*\[\s*\{.*"(role|from)"\s*:.*\}\s*\]\s*\Z', re.DOTALL)  # in JSON
 TEXTS = ["content", "reasoning_content", "tool_calls", "function_call", "function_calls", "functions", "tools"]
@@ -43,7 +43,7 @@ PROBE = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "yes
 PLAIN = "{{ messages[0].content }}{% generation %}{{ messages[1].content }}{{ eos_token }}{% endgeneration %}"
 TEMPLATE_SECONDS = 5  # of processor time; one more for each 100 kB
 WORD = "Zq{}xK"  # letters and digits: JSON and HTML leave them as they are
-RENDERING = Lock()  # transformers keeps the mask it is making in the template
+RENDERING = Lock()  # transformers keeps its mask in the template
 
 
 def make_encoder(config: Config, tokenizer) -> "ChatEncoder | TextEncoder":
@@ -207,7 +207,7 @@ def marked(value, place: str, places: dict[str, str]):
         return [marked(inner, place, places) for inner in value]
     if isinstance(value, dict):
         is_call = {"function", "arguments"} & value.keys()  # whose id and type templates drop
-        texts = [key for key in value if not is_call or key not in ("id", "type")]
+        texts = [key for key in value if not is_call or key not in ("id", "type", "index")]
         return value | {key: marked(value[key], place, places) for key in texts}
     if value is None:
         return value
@@ -295,32 +295,32 @@ def read_turn(turn: dict, roles: dict[str, str]) -> dict:
         calls = [*calls, *np.atleast_1d(decoded(content or "[]")).tolist()]
         turn["role"] = "assistant"
         content = ""
-    thoughts = dict.fromkeys(turn.pop(name) for name in REASONING if name in turn)
-    parts = [{"type": "reasoning", "text": thought} for thought in thoughts]
-    parts += content if isinstance(content, list) else [content]
+    thoughts = [turn.pop(name) for name in REASONING if name in turn]
+    parts = content if isinstance(content, list) else [{"text": content}]
     texts = {"text": [], "reasoning": []}
     for part in parts:
         if not isinstance(part, dict):
-            part = {"text": part}
+            raise ValueError("a part is no object")
         kind = re.sub("^(input|output)_", "", str(part.get("type", "text"))).replace("thinking", "reasoning")
-        said = {name for name, value in part.items() if value is not None} - UNSAID
-        text = [part[name] for name in said & {"text", "value", "thinking"}]
-        if kind not in texts or len(said) > 1 or list(map(type, text)) != [str]:
-            raise ValueError(f"a part {kind} of {', '.join(said)}: text and reasoning are read")
-        texts[kind] += text
+        others = {key for key, value in part.items() if value not in (None, "", [], False)} - PART
+        text = [part[key] for key in ("text", "value", "thinking") if type(part.get(key)) is str]
+        if kind not in texts or others or len(text) != 1:
+            raise ValueError(f"a part {str(part):.60}: text and reasoning are read")
+        texts[kind] += filter(None, text)
     turn["content"] = "".join(texts["text"]).encode().decode()  # half a surrogate pair has no bytes
-    if texts["reasoning"] and "</think>" in turn["content"]:
-        raise ValueError("it thinks in content and beside it: take one out")
-    if texts["reasoning"]:  # under each name, since templates differ in which they read
-        turn |= dict.fromkeys(REASONING, "\n".join(texts["reasoning"]))
-    calls = [call if "function" in call else {"type": "function", "function": call} for call in calls]
+    thoughts = dict.fromkeys(filter(None, [*thoughts, "\n".join(texts["reasoning"])]))
+    if "</think>" in turn["content"] and any(thought in turn["content"] for thought in thoughts):
+        raise ValueError("one thought is in content and beside it: take one out")
+    if thoughts:  # templates differ in which they read
+        turn |= dict.fromkeys(REASONING, "\n".join(thoughts))
+    calls = [one if "function" in one else {"type": "function", "function": one} for one in calls]
     for call in calls:
         function = call["function"]
         for name in ("parameters", "input"):
             if name in function and function.get("arguments") is None:
                 function["arguments"] = function.pop(name)
         given = {key for key, value in function.items() if value is not None}
-        if not given <= {"name", "arguments", "id", "type", "index"} or "arguments" in call:
+        if not given <= {"name", "arguments", "id", "type", "index"} or call.get("arguments"):
             raise ValueError(f"a call has {[*call, *function]}: name and arguments are read")
         function["arguments"] = decoded(function.get("arguments") or "{}")  # text would be quoted twice
     if calls:
