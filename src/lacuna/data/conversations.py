@@ -305,7 +305,7 @@ def read_turn(turn: dict, roles: dict[str, str]) -> dict:
         others = {key for key, value in part.items() if value not in (None, "", [], False)} - PART
         text = [part[key] for key in ("text", "value", "thinking") if type(part.get(key)) is str]
         if kind not in texts or others or len(text) != 1:
-            raise ValueError(f"a part {str(part):.60}: text and reasoning are read")
+            raise ValueError(f"a part {part!s:.60}: text and reasoning are read")
         texts[kind] += filter(None, text)
     turn["content"] = "".join(texts["text"]).encode().decode()  # half a surrogate pair has no bytes
     thoughts = dict.fromkeys(filter(None, [*thoughts, "\n".join(texts["reasoning"])]))
