@@ -428,16 +428,19 @@ def test_files_that_people_put_into_a_checkpoint_change_nothing(saved, tmp_path)
     assert "Going on after step 4" in (tmp_path / "run" / "log.txt").read_text()
 
 
-def test_a_finished_model_whose_checkpoints_are_gone_is_not_trained_over(saved, tmp_path):
+@pytest.mark.parametrize("left", ["hf/model.safetensors", "checkpoints/step_backup/state.json", ""])
+def test_a_run_whose_checkpoints_are_gone_is_not_trained_over(left, saved, tmp_path):
+    """With a finished model, with checkpoints of another name, or without the folder; at first it is there, empty."""
     words, folder = saved
-    shutil.copytree(folder, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "checkpoints")
-    kept = tmp_path / "run" / "hf" / "model.safetensors"
-    kept.parent.mkdir(exist_ok=True)
-    kept.write_bytes(b"a model")
-    with pytest.raises(ConfigError, match="has a model, no checkpoint: set another name"):
+    shutil.copytree(folder, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "hf"))
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    if left:
+        (tmp_path / "run" / "checkpoints").mkdir()
+        (tmp_path / "run" / left).parent.mkdir(parents=True)
+        (tmp_path / "run" / left).write_bytes(b"somebody's")
+    with pytest.raises(ConfigError, match="has lost its checkpoints: set another name"):
         run(load_config(None, [*words, "--out", str(tmp_path)]))
-    assert kept.read_bytes() == b"a model"
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
 def test_a_disk_without_room_for_a_checkpoint_is_known_before_the_first_step(saved, tmp_path, monkeypatch):

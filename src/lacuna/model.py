@@ -160,7 +160,7 @@ def empty_model(config: ModelConfig, tokenizer, held_in, dtype: torch.dtype) -> 
     if len(tokenizer) > hf_config.vocab_size:
         raise ConfigError(f"vocab_size {hf_config.vocab_size} of {len(tokenizer)} tokens: see model.tokenizer")
     if getattr(hf_config, "num_hidden_layers", 0) > 10_000:
-        raise ConfigError("model.overrides: num_hidden_layers is above 10,000")
+        raise ConfigError("num_hidden_layers is above 10,000")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf_config, dtype=held_in)
     # what goes out has the dtype of what came in, unless model.dtype says otherwise

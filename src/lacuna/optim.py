@@ -39,7 +39,7 @@ class AdamW:
         self.count += ~failed
         # what changes from step to step is a tensor: so nothing is compiled again, and nothing waits
         now = {"lr": torch.full_like(self.count, lr), "scale": scale, "failed": failed, "eps": self.config.eps}
-        now["step_size"] = now["lr"] / (1 - beta1**self.count)  # the first moment's bias
+        now["step_size"] = now["lr"] / (1 - beta1**self.count)
         now["root"] = (1 - beta2**self.count).sqrt()
         for group in self.groups:
             group = [p for p in group if p.grad is not None]  # others took no part in the loss

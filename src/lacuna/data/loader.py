@@ -76,8 +76,7 @@ class RowDataset:
 
     def count_rows(self) -> int:
         """Rows that are left of map-style data's epochs, at most `limit`; no token is read."""
-        rows = itertools.takewhile(lambda plan: plan.row < self.limit, self.plan_stream(0))
-        return sum(1 for _ in rows) - self.state["rows"]
+        return sum(plan.row < self.limit for plan in self.plan_stream(0)) - self.state["rows"]
 
     def __iter__(self) -> Iterator[Row]:
         states = self.state["streams"]
