@@ -83,7 +83,7 @@ def test_a_run_begins_at_ln_2_reports_its_facts_learns_its_pairs_and_goes_on_bit
     told = (path / "log.txt").read_text()
     about = [line for line in told.splitlines() if re.search(r"step \d+/|: eval|reward", line)]
     assert max(map(len, about)) <= 80, "a terminal's columns"
-    assert f"reward accuracy {last['reward_accuracy']:.5g}" in told.replace("\n", " ")
+    assert f"reward_accuracy={last['reward_accuracy']:.5g}" in told, "a name and its figure stay together"
     evaluations = [line for line in lines(path) if "eval_loss" in line]
     assert [line["step"] for line in evaluations] == [0, 6]
     assert evaluations[0]["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)

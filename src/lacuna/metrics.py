@@ -122,7 +122,7 @@ class Report:
         words = [f"loss {loss:.4f}", f"norm {sums['grad_norm']:.2f}", f"{speed:,.0f} tok/s"]
         if mfu:
             words.append(f"mfu {mfu:.0%}")
-        words += [str(left), *(f"{key.replace('_', ' ')} {own[key]:.5g}" for key in own)]
+        words += [str(left), *(f"{key}={own[key]:.5g}" for key in own)]
         log.info(fill("  ".join([f"step {facts['step']}/{self.steps}", *words]), 71))
         self.write(metrics | own)
 
