@@ -310,7 +310,7 @@ def read_turn(turn: dict, roles: dict[str, str]) -> dict:
     turn["content"] = "".join(texts["text"]).encode().decode()  # half a surrogate pair has no bytes
     thoughts = dict.fromkeys(filter(None, [*thoughts, "\n".join(texts["reasoning"])]))
     if "</think>" in turn["content"] and any(thought in turn["content"] for thought in thoughts):
-        raise ValueError("one thought is in content and beside it")
+        raise ValueError("one thought is in content and beside it: take one out")
     if thoughts:  # templates differ
         turn |= dict.fromkeys(REASONING, "\n".join(thoughts))
     calls = [one if "function" in one else {"type": "function", "function": one} for one in calls]
