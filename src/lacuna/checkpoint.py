@@ -39,10 +39,10 @@ def find_checkpoint(config: Config, folder: Path, rank: int) -> tuple[Path | Non
         for half in [*folder.glob("checkpoints/.step_*"), *folder.glob("checkpoints/.old_step_*")]:
             shutil.rmtree(half)
         [newest] = in_order(folder / "checkpoints")[-1:] or [config.checkpoint.resume]
-        had = [*folder.glob("hf"), *folder.glob("checkpoints/[!.]*")] or not (folder / "checkpoints").exists()
+        signs = [*folder.glob("hf"), *folder.glob("checkpoints/[!.]*")] or not (folder / "checkpoints").exists()
         if newest:
             found = [Path(newest), state_of(Path(newest))]
-        elif had and (folder / "metrics.jsonl").exists():  # before its first, checkpoints/ is empty
+        elif signs and (folder / "metrics.jsonl").exists():  # before its first, checkpoints/ is empty
             raise ConfigError(f"{folder} has lost its checkpoints: set another name")
     if dist.is_initialized():
         dist.broadcast_object_list(found, device=torch.device("cpu"))
