@@ -10,6 +10,8 @@ os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")  # read at import: no re
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -72,9 +74,24 @@ ARCHITECTURES = {
 MIXTURES = {"qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}}
 
 
-def model_config(name: str):
-    fields = SMALL | {"model_type": name} | (ARCHITECTURES | MIXTURES)[name]
+def model_config(name: str, **changes):
+    fields = SMALL | {"model_type": name} | (ARCHITECTURES | MIXTURES)[name] | changes
     return AutoConfig.for_model(**fields)
+
+
+class FakeTokenizer(NamedTuple):
+    backend_tokenizer: SimpleNamespace
+    eos_token_id: int = 0
+
+    def __len__(self):
+        return len(self.backend_tokenizer.get_vocab(with_added_tokens=True))
+
+
+def vocabulary(size: int) -> FakeTokenizer:
+    """In place of a tokenizer, of which a model asks only for its ids: 0 to size - 1; the first ends documents."""
+    ids = {f"token{i}": i for i in range(size)}
+    backend = SimpleNamespace(get_vocab=lambda with_added_tokens: ids)
+    return FakeTokenizer(backend)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import sys
 
 import torch
 import torch.distributed as dist
+from conftest import vocabulary
 from torch.distributed.tensor import DTensor
 
 from lacuna import parallel
@@ -26,7 +27,7 @@ argv = ["--data.sources", '[{"path": "x"}]', "--train.steps", "1", "--model.name
 argv += ["--train.micro_batch_size", "1", "--dist.dp_replicate", replicate]
 config = load_config(None, argv)
 ranks = start(config.dist, config.train)
-trainee = build_model(config, ranks, range(4096))  # of the tokenizer only the size counts
+trainee = build_model(config, ranks, vocabulary(4096))
 batches = [PackedBatch(*fields) for fields in torch.load(source, weights_only=True)]
 trained = torch.tensor(sum(batch.counts["trained_tokens"] for batch in batches))
 parts = accumulate_gradients(trainee, batches[ranks.rank :: ranks.world], trained, ranks)

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from conftest import model_config
+from torch.nn.attention import varlen
 
 from lacuna.attention import boundaries, choose_backend, packed_attention
 from lacuna.config import ConfigError
@@ -40,8 +42,7 @@ BACKENDS = [("sdpa", torch.float32, "cpu"), *GPU, pytest.param("sdpa", torch.flo
 @pytest.mark.parametrize("window", [None, 9])
 @pytest.mark.parametrize(("backend", "dtype", "device"), BACKENDS)
 def test_every_document_attends_to_itself_alone(backend, dtype, device, window, compiled):
-    if choose_or_skip(backend, device, dtype):
-        return
+    choose_or_skip(backend, device, dtype)
     torch.manual_seed(0)
     batch = packed(device)
     shapes = [(1, 4, 2 * SEQ_LEN, 64), (1, 2, 2 * SEQ_LEN, 64), (1, 2, 2 * SEQ_LEN, 64)]
@@ -72,26 +73,27 @@ def test_every_document_attends_to_itself_alone(backend, dtype, device, window, 
 @pytest.mark.gpu
 @pytest.mark.parametrize("size", [48, 80, 96, 104, 128, 192, 256])
 def test_gradients_are_right_for_heads_of_any_size(size):
-    """FlashAttention-4's were wrong, with a right output, where the size is no multiple of 32."""
-    if choose_or_skip("fa4", "cuda", torch.bfloat16):
-        return
+    """FlashAttention-4's were wrong, with a right output, where the size is no multiple of 32: not taken there."""
+    choose_or_skip("fa4", "cuda", torch.bfloat16)
+    use_torchs_own()
+    chosen = choose_backend(None, torch.device("cuda"), torch.bfloat16, model_config("llama", head_dim=size))
+    assert chosen == ("varlen" if size % 32 else "fa4")
     torch.manual_seed(0)
     inputs = [torch.randn(1, heads, 2 * SEQ_LEN, size, device="cuda") for heads in (4, 2, 2)]
     weights = torch.randn(2 * SEQ_LEN, 4, size, device="cuda")
     grads = {}
-    for backend, dtype in (("fa4", torch.bfloat16), ("sdpa", torch.float32)):
+    for backend, dtype in ((chosen, torch.bfloat16), ("sdpa", torch.float32)):
         q, k, v = (x.to(dtype).requires_grad_() for x in inputs)
         out = packed_attention(None, q, k, v, None, **boundaries(packed("cuda"), backend))[0][0]
         (out * weights).sum().backward()
         grads[backend] = [x.grad.float() for x in (q, k, v)]
-    for got, want in zip(grads["fa4"], grads["sdpa"], strict=True):
+    for got, want in zip(grads[chosen], grads["sdpa"], strict=True):
         assert (got - want).norm() < 0.02 * want.norm()
 
 
 @pytest.mark.parametrize(("backend", "dtype", "device"), BACKENDS)
 def test_changing_one_document_changes_nothing_in_the_others(backend, dtype, device):
-    if choose_or_skip(backend, device, dtype):
-        return
+    choose_or_skip(backend, device, dtype)
     torch.manual_seed(0)
     limits = boundaries(packed(device), backend)
     q, k, v = (torch.randn(1, 2, 2 * SEQ_LEN, 64, device=device, dtype=dtype) for _ in range(3))
@@ -109,8 +111,7 @@ def test_changing_one_document_changes_nothing_in_the_others(backend, dtype, dev
 def test_another_number_of_documents_is_the_same_graph(backend, dtype, device):
     from torch._dynamo.utils import counters
 
-    if choose_or_skip(backend, device, dtype):
-        return
+    choose_or_skip(backend, device, dtype)
 
     def attend(q, k, v, limits):
         return packed_attention(None, q, k, v, None, scaling=0.11, **limits)[0]
@@ -128,17 +129,24 @@ def test_another_number_of_documents_is_the_same_graph(backend, dtype, device):
     assert len(set(graphs)) == 1
 
 
-def choose_or_skip(backend, device, dtype) -> bool:
+def use_torchs_own():
+    """A test before may have had FlashAttention-4, which takes the place of torch's kernels."""
+    for operator in (varlen._varlen_attn, varlen._varlen_attn_backward):
+        operator.register_kernel("cuda", operator._init_fn)
+
+
+def choose_or_skip(backend, device, dtype):
+    use_torchs_own()
     try:
-        choose_backend(backend, torch.device(device), dtype)
+        choose_backend(backend, torch.device(device), dtype, model_config("llama"))
     except ConfigError as error:
         pytest.skip(str(error))
 
 
 def test_a_backend_that_this_machine_lacks_is_refused_with_those_it_has():
     with pytest.raises(ConfigError, match="does not run here, but sdpa"):
-        choose_backend("varlen", torch.device("cpu"), torch.bfloat16)
-    assert choose_backend(None, torch.device("cpu"), torch.float32) == "sdpa"
+        choose_backend("varlen", torch.device("cpu"), torch.bfloat16, model_config("llama"))
+    assert choose_backend(None, torch.device("cpu"), torch.float32, model_config("llama")) == "sdpa"
 
 
 @pytest.mark.parametrize("foreign", ["softcap", "s_aux", "position_bias", "attention_mask", "dropout"])

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ARCHITECTURES, EXAMPLES, model_config, pack, random_documents
+from conftest import ARCHITECTURES, EXAMPLES, model_config, pack, random_documents, vocabulary
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lacuna import loss as loss_module
@@ -22,7 +22,10 @@ LENGTHS = [[3, 40, 11], [64], [1, 30, 2, 25]]  # three rows; Mistral's window of
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor on a CPU needs a C++ compiler")
 
 
-def build(folder, *options: str, device="cpu", tokenizer=range(4096)):
+VOCABULARY = vocabulary(4096)
+
+
+def build(folder, *options: str, device="cpu", tokenizer=VOCABULARY):
     """The trainee; of a tokenizer that is the model's own, only the size counts."""
     argv = ["--data.sources", '[{"path": "x"}]', "--train.steps", "1", "--model.name", str(folder), *options]
     return build_model(load_config(None, argv), Ranks(0, 1, torch.device(device), None), tokenizer)
@@ -178,7 +181,7 @@ def test_overrides_change_the_config_and_unknown_ones_are_refused_by_name(tmp_pa
 def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
     model_config("llama").save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"vocab_size 4096 of 5000 tokens: see model\.tokenizer"):
-        build(tmp_path, "--model.from_scratch", "true", tokenizer=range(5000))
+        build(tmp_path, "--model.from_scratch", "true", tokenizer=vocabulary(5000))
 
 
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "_attn_implementation_internal"])
@@ -227,7 +230,7 @@ def test_on_a_gpu_packed_equals_alone_within_bfloat16(name, attention, options, 
     from lacuna.attention import choose_backend
 
     try:
-        choose_backend(attention, torch.device("cuda"), torch.bfloat16)
+        choose_backend(attention, torch.device("cuda"), torch.bfloat16, model_config("llama"))
     except ConfigError as error:
         pytest.skip(str(error))
     assert_packed_equals_alone(

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from conftest import EXAMPLES, SMALL
+from conftest import EXAMPLES, SMALL, vocabulary
 from test_lora import LORA, move_away
 from test_model import needs_compiler
 from torch.func import functional_call
@@ -101,7 +101,7 @@ def build(folder, loss: str, *more: str) -> Trainee:
     words = ["--data.sources", '[{"path": "x"}]', "--train.steps", "1", "--model.name", str(folder)]
     words += ["--train.seq_len", str(SEQ_LEN), "--optim.lr", "1", "--recipe", json.dumps(keys)]
     config = load_config(None, [*words, *more], RECIPE)
-    tokenizer = range(4096)  # of it only the size counts
+    tokenizer = vocabulary(4096)
     trainee = build_model(config, ONE, tokenizer)
     trainee.objective = runpy.run_path(RECIPE)["make_objective"](config, ONE, tokenizer)
     return trainee

@@ -3,7 +3,7 @@
 transformers calls `packed_attention` in place of its own, with what `boundaries` gives the model.
 
     varlen  FlashAttention-2 of torch: bf16 on GPUs from Ampere
-    fa4     FlashAttention-4 (extra fa4), 1.5 to 2 times as fast: bf16 on Hopper and later
+    fa4     the same with FlashAttention-4 (extra fa4), 1.5 to 2 times as fast: bf16 on Hopper and later
     sdpa    torch's own over each row with a mask, which costs seq_len^2: any device and dtype
 """
 
@@ -13,7 +13,7 @@ from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.varlen import varlen_attn
+from torch.nn.attention import varlen
 from transformers import AttentionInterface
 
 from lacuna.config import ConfigError
@@ -24,17 +24,22 @@ os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
 warnings.filterwarnings("ignore", module="cutlass")  # FlashAttention-4's, about itself
 
 
-def choose_backend(asked: str | None, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend for `model.attention`; ConfigError where this machine cannot run it."""
+def choose_backend(asked: str | None, device: torch.device, dtype: torch.dtype, hf_config) -> str:
+    """The backend for `model.attention`, set up; ConfigError where this machine cannot run it."""
     can_flash = device.type == "cuda" and dtype == torch.bfloat16
     capability = torch.cuda.get_device_capability(device) if can_flash else (0, 0)
-    has_fa4 = find_spec("flash_attn") and find_spec("flash_attn.cute")
+    heads = getattr(hf_config, "num_attention_heads", 1)
+    head_dim = hf_config.to_dict().get("head_dim") or hf_config.hidden_size // heads
+    # with heads of 48, 72, 80 or 104 its gradients are wrong, without a word (4.0.0b36 on an H200)
+    has_fa4 = head_dim % 32 == 0 and find_spec("flash_attn") and find_spec("flash_attn.cute")
     can = {"fa4": capability >= (9, 0) and has_fa4, "varlen": capability >= (8, 0), "sdpa": True}
     possible = [backend for backend in can if can[backend]]
     if asked and asked not in possible:
-        needs = "varlen needs bfloat16 on Ampere or later, fa4 Hopper or later and its extra"
-        raise ConfigError(f'model.attention = "{asked}" does not run here, but {", ".join(possible)}. {needs}')
-    return asked or possible[0]
+        raise ConfigError(f"model.attention {asked} does not run here, but {', '.join(possible)}")
+    chosen = asked or possible[0]
+    if chosen == "fa4":
+        use_fa4()
+    return chosen
 
 
 def boundaries(batch: PackedBatch, backend: str) -> dict:
@@ -73,60 +78,36 @@ def packed_attention(module, query, key, value, attention_mask=None, *, backend=
         groups = q.shape[1] != k.shape[1]
         out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=groups)
         out = out.transpose(1, 2).flatten(0, 1)
-    # with heads of 48, 72, 80 or 104 its gradients are wrong, without a word (4.0.0b36 on an H200)
-    elif backend == "fa4" and q.shape[-1] % 32 == 0:
-        q, k, v = (x.contiguous() for x in (q, k, v))
-        out, _ = fa4(q, k, v, cu_seqlens, max_seqlen, scale, left)
     else:
         v = F.pad(v, (0, q.shape[-1] - v.shape[-1]))  # DeepSeek's values are narrower
+        q, k, v = (x.contiguous() for x in (q, k, v))
         limits = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-        out = varlen_attn(q, k, v, *limits, scale=scale, window_size=(left, 0))[..., : value.shape[-1]]
+        out = varlen.varlen_attn(q, k, v, *limits, scale=scale, window_size=(left, 0))[..., : value.shape[-1]]
     return out[None], None  # [1, T, heads, D]
 
 
-# torch.compile cannot trace FlashAttention-4: two opaque operators keep the graph whole.
-LIMITS = "Tensor cu_seqlens, int max_seqlen, float scale, int left"
-FORWARD = f"(Tensor q, Tensor k, Tensor v, {LIMITS}) -> (Tensor, Tensor)"
-BACKWARD = f"(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {LIMITS}) -> (Tensor, Tensor, Tensor)"
+def use_fa4():
+    """torch's varlen_attn, which knows the gradient, runs FlashAttention-4."""
+    # torch's own switch, `activate_flash_attention_impl`, knows no windows in 2.11 and changes aten
+    from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
 
+    def options(cu_seqlens, _, max_seqlen, *rest) -> dict:
+        *_, scale, [left, _] = rest
+        limits = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens, "softmax_scale": scale}
+        limits |= {"max_seqlen_q": max_seqlen, "max_seqlen_k": max_seqlen}
+        window = None if left < 0 else left
+        return limits | {"window_size_left": window, "window_size_right": 0}
 
-@torch.library.custom_op("lacuna::fa4", mutates_args=(), schema=FORWARD)
-def fa4(q, k, v, *limits):
-    from flash_attn.cute.interface import _flash_attn_fwd
+    def forward(q, k, v, *rest):
+        out, lse, *_ = _flash_attn_fwd(q, k, v, **options(*rest), return_lse=True)
+        return out, lse, lse.new_empty(2, dtype=torch.uint64)
 
-    return _flash_attn_fwd(q, k, v, **fa4_options(*limits), return_lse=True)[:2]
+    def backward(grad, q, k, v, out, lse, *rest):
+        exact = torch.are_deterministic_algorithms_enabled()
+        return _flash_attn_bwd(q, k, v, out, grad.contiguous(), lse, **options(*rest), deterministic=exact)[:3]
 
-
-@torch.library.custom_op("lacuna::fa4_backward", mutates_args=(), schema=BACKWARD)
-def fa4_backward(grad, q, k, v, out, lse, *limits):
-    from flash_attn.cute.interface import _flash_attn_bwd
-
-    options = fa4_options(*limits) | {"deterministic": torch.are_deterministic_algorithms_enabled()}
-    return _flash_attn_bwd(q, k, v, out, grad.contiguous(), lse, **options)[:3]
-
-
-def fa4_options(cu_seqlens, max_seqlen, scale, left) -> dict:
-    options = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens, "softmax_scale": scale}
-    options |= {"max_seqlen_q": max_seqlen, "max_seqlen_k": max_seqlen}
-    return options | {"window_size_left": None if left < 0 else left, "window_size_right": 0}
-
-
-@fa4.register_fake
-def fa4_shapes(q, k, v, *limits):
-    lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)  # [heads, T]
-    return v.new_empty(*q.shape[:2], v.shape[2]), lse
-
-
-def fa4_save(ctx, inputs, output):
-    q, k, v, cu_seqlens, *ctx.limits = inputs
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens)
-
-
-def fa4_grads(ctx, grad, _):
-    grads = fa4_backward(grad, *ctx.saved_tensors, *ctx.limits)
-    return *grads, None, None, None, None
+    varlen._varlen_attn.register_kernel("cuda", forward)
+    varlen._varlen_attn_backward.register_kernel("cuda", backward)
 
 
 AttentionInterface.register("lacuna", packed_attention)
-fa4_backward.register_fake(lambda grad, q, k, v, *_: tuple(map(torch.empty_like, (q, k, v))))
-fa4.register_autograd(fa4_grads, setup_context=fa4_save)

@@ -23,13 +23,12 @@ from lacuna.data.batch import PackedBatch
 from lacuna.lora import add_adapters
 from lacuna.loss import head_loss
 from lacuna.parallel import Ranks, shard_model
-from lacuna.weights import fill, held, load_weights, weight_folder
+from lacuna.weights import FLOATS, fill, held, load_weights, weight_folder
 
 # Dear to recompute: matrix products and attention. Everything else is cheap.
 aten = torch.ops.aten
 SAVED_OPS = [aten.mm.default, aten.addmm.default]
 SAVED_OPS += [aten._grouped_mm.default, aten._scaled_mm.default]
-SAVED_OPS += [torch.ops.lacuna.fa4.default]
 SAVED_OPS += [torch.ops.torch_attn._varlen_attn.default]
 SAVED_OPS += [aten._scaled_dot_product_flash_attention_for_cpu.default]
 
@@ -37,17 +36,17 @@ SAVED_OPS += [aten._scaled_dot_product_flash_attention_for_cpu.default]
 class Trainee(nn.Module):
     """A transformers model with its loss: what is sharded, called and trained."""
 
-    def __init__(self, config: Config, ranks: Ranks, tokenizer, frozen: bool):
+    def __init__(self, config: Config, ranks: Ranks, tokenizer, folder, frozen: bool):
         """Put together on the meta device: nothing is allocated yet."""
         super().__init__()
         on_gpu = ranks.device.type == "cuda"
         # what computes has this dtype; parameters that are trained are float32, frozen ones are held in it
         self.dtype = getattr(torch, config.model.dtype or ("bfloat16" if on_gpu else "float32"))
         self.compiled = on_gpu if config.train.compile is None else config.train.compile
-        self.backend = choose_backend(config.model.attention, ranks.device, self.dtype)
         self.objective = None  # a recipe's, in place of the sum of losses
         held_in = self.dtype if frozen or config.lora.rank else torch.float32
-        model = self.model = empty_model(config.model, tokenizer, held_in, self.dtype)
+        model = self.model = empty_model(config.model, folder, tokenizer, held_in, self.dtype)
+        self.backend = choose_backend(config.model.attention, ranks.device, self.dtype, model.config)
         model.requires_grad_(not frozen)
         if config.model.patch:  # first: it replaces modules
             apply_patch(model, config.model.patch)
@@ -66,10 +65,9 @@ class Trainee(nn.Module):
             if recomputed != "none":
                 layer.forward = partial(checkpoint, layer.forward, **options)
             # Compile wraps the checkpointed layer: the partitioner recomputes inside it; the other way round it would
-            # be done twice. All layers share one graph: seconds, not minutes. A loop over experts (DBRX) breaks one.
+            # be done twice. All layers share one graph: seconds, not minutes.
             if self.compiled and getattr(layer, "compiles", True):
-                loops = any(not hasattr(module, "has_gate") for module in experts(layer))
-                layer.forward = torch.compile(layer.forward, fullgraph=not loops, dynamic=loops)
+                layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)
 
     def forward(self, batch: PackedBatch) -> tuple[Tensor, dict]:
         """The batch's loss, nats, and a recipe's figures by name: sums over the same units."""
@@ -105,7 +103,8 @@ class Trainee(nn.Module):
 
 def build_model(config: Config, ranks: Ranks, tokenizer, checkpoint: Path | None = None, frozen=False) -> Trainee:
     """The model of `config.model`, ready to train: with its own weights or a checkpoint's."""
-    trainee = Trainee(config, ranks, tokenizer, frozen)
+    # a run that goes on has the config that it began with, whatever has become of its model's folder
+    trainee = Trainee(config, ranks, tokenizer, checkpoint or config.model.name, frozen)
     model = trainee.model
     folder = checkpoint
     if config.lora.rank or (folder is None and not config.model.from_scratch):
@@ -137,16 +136,16 @@ def apply_patch(model: PreTrainedModel, patch: str):
         getattr(module, function)(model)
 
 
-def empty_model(config: ModelConfig, tokenizer, held_in, dtype: torch.dtype) -> PreTrainedModel:
-    """The model on the meta device, with lacuna's attention."""
-    whole = AutoConfig.from_pretrained(config.name, trust_remote_code=False)
+def empty_model(config: ModelConfig, folder, tokenizer, held_in, dtype) -> PreTrainedModel:
+    """A folder's model on the meta device, with lacuna's attention."""
+    whole = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     hf_config = whole.get_text_config()
     for key in config.overrides:
         if not hasattr(hf_config, key):
             raise ConfigError(f"model.overrides.{key} is no field of {config.name}'s config")
     # made anew from its file, so that fields that follow from others follow from the new ones
     if config.overrides:
-        fields, _ = hf_config.get_config_dict(config.name)
+        fields, _ = hf_config.get_config_dict(folder)
         fields = fields.get("text_config", fields)
         if {"num_hidden_layers", "sliding_window", "use_sliding_window", "max_window_layers"} & config.overrides.keys():
             fields.pop("layer_types", None)
@@ -156,8 +155,10 @@ def empty_model(config: ModelConfig, tokenizer, held_in, dtype: torch.dtype) -> 
             setattr(hf_config, key, getattr(tokenizer, key))
     # before the model is built: transformers would fetch and run a kernel that a config names as its attention
     hf_config._attn_implementation = "lacuna"
-    stored = whole.dtype or hf_config.dtype or dtype
-    if len(tokenizer) > hf_config.vocab_size:
+    stored = next((kind for kind in (whole.dtype, hf_config.dtype) if kind in FLOATS), dtype)
+    # tokens that were added after all others may have no row: Gemma 3's has one for images
+    ids = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False).values()
+    if max(*ids, tokenizer.eos_token_id) >= hf_config.vocab_size:
         raise ConfigError(f"vocab_size {hf_config.vocab_size} of {len(tokenizer)} tokens: see model.tokenizer")
     if getattr(hf_config, "num_hidden_layers", 0) > 10_000:
         raise ConfigError("num_hidden_layers is above 10,000")
@@ -199,7 +200,7 @@ def refuse_unfit(model: PreTrainedModel, layers: list[nn.Module], seq_len: int, 
     }
     for problem, there in problems.items():
         if there:
-            raise ConfigError(f"{type(model).__name__} {problem}")
+            raise ConfigError(f"model.overrides: {type(model).__name__} {problem}")
 
 
 def experts(model: nn.Module) -> list[nn.Module]:
