@@ -100,6 +100,19 @@ def test_every_label_may_have_a_weight_of_its_own_and_its_loss_is_told(device, d
         assert (a.grad.double().cpu() - b.grad).norm() <= tolerance * b.grad.norm()
 
 
+def test_a_weight_where_nothing_is_trained_has_no_gradient():
+    """A recipe's weights are often one for each token: that of a prompt drew the model to the first id."""
+    hidden, weight, labels = example("cpu", torch.float32, 0.6)
+    weights = torch.randn(192)
+    grads = []
+    for given in (weights, weights * (labels != -100)):
+        got = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        head_loss(*got, labelled(labels), False, given)[0].backward()
+        grads.append([tensor.grad for tensor in got])
+    for a, b in zip(*grads, strict=True):
+        assert torch.equal(a, b)
+
+
 # What models do to their logits: nothing, Command R, hyperclovax, Gemma; and both at once, in this order.
 ARITHMETIC = [(1.0, None), (1 / 16, None), (3.0, None), (1.0, 2.0), (3.0, 2.0), (0.1, 5.0)]
 

@@ -52,6 +52,21 @@ def test_it_is_torchs_adamw_with_torchs_clipping(device, compiled):
     assert len(set(graphs)) == 1  # another learning rate or scale compiles nothing again
 
 
+def test_a_parameter_of_two_layers_is_updated_once():
+    """Zamba2's layers hold layers: what was in both went two steps at once, and decayed twice."""
+    model, layers, twin, reference = make("cpu")
+    optimizer = AdamW(model, [*layers, layers[0].mlp], OptimConfig(lr=1e-2, weight_decay=0.1), False)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        p.grad = torch.ones_like(p)
+        q.grad = torch.ones_like(q)
+    for group in reference.param_groups:
+        group["lr"] = 1e-2
+    reference.step()
+    optimizer.step(1e-2, torch.tensor(1.0), torch.tensor(False))
+    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert (p - q).abs().max() < 1e-6, name
+
+
 @pytest.mark.parametrize(("device", "compiled"), [("cpu", False), pytest.param("cuda", True, marks=pytest.mark.gpu)])
 def test_a_failed_step_changes_nothing_and_does_not_count(device, compiled):
     model, layers, _, _ = make(device)

@@ -72,7 +72,7 @@ def chunk_loss(logits, labels, weights, factor=1.0, cap=None) -> tuple[torch.Ten
     log_norm = exact.logsumexp(1, keepdim=True)  # [C, 1]
     losses = (log_norm - exact.gather(1, target))[:, 0] * trained
     hit = torch.arange(logits.shape[1], device=logits.device) == target  # [C, V]
-    grad = ((exact - log_norm).exp() - hit.float()) * (factor * weights)[:, None]
+    grad = ((exact - log_norm).exp() - hit.float()) * (factor * weights * trained)[:, None]
     if cap is not None:
         grad = grad * (1 - (exact / cap).square())
     return losses, grad.to(logits.dtype)

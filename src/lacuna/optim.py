@@ -23,9 +23,11 @@ class AdamW:
         # torch's fused kernel, the clipping in its `grad_scale`, moves 32: a step of 1.7B on an H100 took 1.2% longer.
         self.update = torch.compile(adamw, dynamic=False) if compiled else adamw
         self.moments = {p: (torch.zeros_like(p), torch.zeros_like(p)) for p in trained(model).values()}
-        self.groups = [list(trained(layer).values()) for layer in layers]
-        inside = set().union(*self.groups)
-        self.groups.append([p for p in self.moments if p not in inside])
+        self.groups = []
+        left = set(self.moments)
+        for part in [*reversed(layers), model]:  # inner ones first, as in Zamba2
+            self.groups.append([p for p in trained(part).values() if p in left])
+            left.difference_update(self.groups[-1])
         # embeddings, norms and biases do not decay (karpathy/minGPT pull 24)
         embeddings = {part.weight for part in model.modules() if isinstance(part, nn.Embedding)}
         self.decays = {p: config.weight_decay * (p.ndim > 1 and p not in embeddings) for p in self.moments}
