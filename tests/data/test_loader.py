@@ -475,6 +475,20 @@ def test_the_end_of_map_style_data_resumes_as_the_end(tmp_path, encoder):
         assert rows == rows_in_order(read(config, encoder, step + 2)[0])[-2 * ROWS :]
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_more_epochs_after_the_last_one_begin_with_their_first_row(tmp_path, encoder, ranks):
+    """The empty rows behind an epoch's end are none of the next one's."""
+    config = make_config(tmp_path, *LONG.sources(tmp_path, "map"), steps=None, epochs=1)
+    once = RowDataset(config, config.data.sources, encoder, rank=0, ranks=1, epochs=1).count_rows()
+    twice = RowDataset(config, config.data.sources, encoder, rank=0, ranks=1, epochs=2).count_rows()
+    assert once % ROWS, "there must be some"
+    state = read(config, encoder, -(-once // ROWS), ranks)[1]
+    assert state["rows"] == once
+    left = twice - once
+    rows = rows_in_order(read(config, encoder, -(-left // ROWS), ranks, state, epochs=2)[0])
+    assert Counter(label for _, labels, _ in rows for label in labels if label >= 0) == LONG.targets
+
+
 # Mixtures
 
 

@@ -34,7 +34,7 @@ YES = {"true", "1", "1.0"}
 SAID = ["content", "value", "text", "parts"]  # the first that says something
 PART = {"type", "text", "value", "thinking", "id", "cache_control", "annotations", "signature"}
 REASONING = ["reasoning_content", "reasoning", "thinking"]
-TURNS = re.compile(r'\s*\[\s*\{.*"(role|from)"\s*:.*\}\s*\]\s*\Z', re.DOTALL)  # in JSON
+TURNS = re.compile(r"""\s*\[\s*\{(?=.*?["'](?:role|from)["']\s*:).*\}\s*\]\s*\Z""", re.DOTALL)
 TEXTS = ["content", "reasoning_content", "tool_calls", "function_call", "function_calls", "functions", "tools"]
 MARKS = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
 CURE = "put {% generation %} before and {% endgeneration %} after what the assistant writes, its stop token included"
@@ -255,7 +255,7 @@ def read_messages(row: dict, row_format: str, roles: dict[str, str]) -> list[dic
     """A row as OpenAI's messages: text in one piece, arguments as objects, and `train`, a bool."""
     system = as_turns(row.get("system") or [], "system")
     if row_format == "prompt and completion":
-        if isinstance(row["prompt"], str) and TURNS.match(row["prompt"]):
+        if isinstance(row["prompt"], list) or TURNS.match(row["prompt"]):
             turns = [name for name in ("prompt", "completion") if TURNS.match(str(row.get(name)))]
             row = row | {name: decoded(row[name]) for name in turns}
         asked = [turn | {"train": False} for turn in as_turns(row["prompt"], "user")]
@@ -288,7 +288,7 @@ def read_turn(turn: dict, roles: dict[str, str]) -> dict:
     if turn["role"] is None:
         raise ValueError(f"a turn of {speaker!r}, none of {', '.join(ROLES)}: data.sources have roles = {roles}")
     if not flags <= {*YES, "false", "0", "0.0"}:
-        raise ValueError(f"a turn is trained or not: true or false (or 1, 0), not {', '.join(flags)}")
+        raise ValueError(f"{' '.join(FLAGS)}: true or false (or 1, 0), not {', '.join(flags)}")
     name = next((name for name in SAID if name in turn), "content")
     content = turn.pop(name, "")
     if turn["role"] == "call":
@@ -308,11 +308,12 @@ def read_turn(turn: dict, roles: dict[str, str]) -> dict:
             raise ValueError(f"a part {part!s:.60}: text and reasoning are read")
         texts[kind] += filter(None, text)
     turn["content"] = "".join(texts["text"]).encode().decode()  # half a surrogate pair has no bytes
-    thoughts = dict.fromkeys(filter(None, [*thoughts, "\n".join(texts["reasoning"])]))
+    thoughts = filter(None, [*thoughts, "\n".join(texts["reasoning"])])
+    thoughts = {thought.strip(): thought for thought in thoughts}
     if "</think>" in turn["content"] and any(thought in turn["content"] for thought in thoughts):
         raise ValueError("one thought is in content and beside it: take one out")
     if thoughts:  # templates differ
-        turn |= dict.fromkeys(REASONING, "\n".join(thoughts))
+        turn |= dict.fromkeys(REASONING, "\n".join(thoughts.values()))
     calls = [one if "function" in one else {"type": "function", "function": one} for one in calls]
     for call in calls:
         function = call["function"]
@@ -349,8 +350,9 @@ def training_template(tokenizer, given: str | None, render) -> str:
         own = tokenizer.get_chat_template()
         # two answers: some drop what was thought before the first; rows are compared, too: `left_out`
         text = render(2 * PROBE, own, [], tokenize=False)
-        for template in filter(MARKS.search, [own, *shipped.values()]):
-            if render(2 * PROBE, template, [], tokenize=False) == text:
+        for name, template in {"the model's own": own, **shipped}.items():
+            if MARKS.search(template) and render(2 * PROBE, template, [], tokenize=False) == text:
+                log.info("chats   template: %s", name)
                 return template
     cure = f"set data.chat_template to one of {', '.join(shipped)}, or to a file, and {CURE}"
     raise LookupError(f"{tokenizer.name_or_path} has no chat template with marks: {cure}")

@@ -80,6 +80,7 @@ class RowDataset:
 
     def __iter__(self) -> Iterator[Row]:
         states = self.state["streams"]
+        consumed = self.state["rows"]
         # A generator reads nothing before its first row is asked for, so a rank reads its own streams alone.
         streams = [self.plan_stream(i, states.get(str(i))) for i in range(self.num_streams)]
         for position in itertools.count(self.state["rows"] + self.rank, self.ranks):
@@ -90,9 +91,9 @@ class RowDataset:
                 plan = next((plan for plan in streams[number] if plan.row == row), plan)
             if plan.state:
                 states = states | {str(number): plan.state}
+                consumed = position + 1  # not the empty ones
             pieces = [(self.sources[source].load(document.key), *span) for source, document, *span in plan.pieces]
             made = assemble(pieces, self.seq_len, place=position % self.batch_rows, **self.packing)
-            consumed = position - self.rank + self.ranks  # the other ranks' rows beside it, too
             yield made._replace(epoch=plan.epoch, state={"rows": consumed, "streams": states})
 
     def plan_stream(self, number: int, saved: dict | None = None) -> Iterator[RowPlan]:
@@ -178,4 +179,4 @@ def merge_states(states: list[dict]) -> dict:
     """One state of all ranks': of each stream the latest window, in which a reader skips ahead."""
     streams = itertools.chain(*(state["streams"].items() for state in states))
     latest = dict(sorted(streams, key=lambda stream: stream[1]["row"]))
-    return {"rows": states[0]["rows"], "streams": latest}
+    return {"rows": max(state["rows"] for state in states), "streams": latest}

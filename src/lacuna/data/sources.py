@@ -180,9 +180,10 @@ def as_rows(batch: dict[str, list], source: Source, numbers: Sequence[int]) -> t
         return [rename(row, source.fields) for row in rows], source, numbers
     rows = {}
     for number, text in zip(numbers, batch[ROW], strict=False):
-        with blame(f"data.sources {source.path}, row {number}: no row of JSON"):
-            if text.strip():
-                rows[number] = rename(json.loads(text.removeprefix("\ufeff")), source.fields)
+        with blame(f"data.sources {source.path}, row {number}: no row of JSON, {{...}}"):
+            if text.strip():  # NaN is pandas' null
+                row = json.loads(text.removeprefix("\ufeff"), parse_constant=lambda constant: None)
+                rows[number] = rename(row, source.fields)
     return list(rows.values()), source, list(rows)
 
 
@@ -240,8 +241,6 @@ def find_files(source: Source) -> dict:
     if not path.is_dir() and (source.name or source.data_files):
         raise ConfigError(f"data.sources: {source.path} is a file: remove name and data_files")
     if "features" in reader and source.streaming and "://" in source.path:
-        if kind == ".csv":
-            raise ConfigError(f"data.sources {source.path}: CSV does not stream from a server: streaming = false")
         reader = {"path": "json"}  # of a text, datasets may lose some
     return reader | {"data_files": splits}
 
@@ -249,7 +248,7 @@ def find_files(source: Source) -> dict:
 def find_splits(folder: Path, source: Source, files: dict) -> dict[str, list[str]]:
     """A folder's files by split: without a README.md, what no name says is `train`."""
     found = datasets.load_dataset_builder(**files).config.data_files
-    splits = {str(split): list(filterfalse(COPIES.search, paths)) for split, paths in found.items()}
+    splits = {str(split): [*dict.fromkeys(filterfalse(COPIES.search, paths))] for split, paths in found.items()}
     kinds = set(map(ending, chain(*splits.values())))
     here = filterfalse(COPIES.search, glob(f"{escape(str(folder.resolve()))}/**", recursive=True))
     there = {path for path in here if ending(path) in READERS}
