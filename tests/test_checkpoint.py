@@ -21,7 +21,7 @@ from lacuna.checkpoint import FREE, Checkpoints, export, find_checkpoint, flat
 from lacuna.config import ConfigError, Preempted, load_config
 from lacuna.metrics import Report
 from lacuna.train import run
-from lacuna.weights import weight_folder
+from lacuna.weights import seal, weight_folder
 
 
 @pytest.fixture(autouse=True)
@@ -204,7 +204,7 @@ def test_to_go_back_later_checkpoints_are_removed_by_hand_and_never_by_a_run(opt
     back = folder / "checkpoints" / "step_2"
     run(load_config(None, [*argv, "--checkpoint.resume", str(back)]))  # it has later ones of its own, and is finished
     assert checkpoints(folder) == [2, 4, 6]
-    with pytest.raises(ConfigError, match="is no checkpoint"):
+    with pytest.raises(ConfigError, match="is no whole checkpoint"):
         run(load_config(None, [*options(name="new"), "--checkpoint.resume", str(tmp_path / "nothing")]))
     for later in (4, 6):
         shutil.rmtree(folder / "checkpoints" / f"step_{later}")
@@ -267,12 +267,35 @@ def test_data_that_has_changed_under_its_name_is_refused(options, stop_after, tm
     assert run(load_config(None, options(checkpoint__resume_changed="true"))) == folder
 
 
+def test_a_model_whose_config_was_changed_meanwhile_goes_on_as_it_began(options, stop_after):
+    """Its folder may have been edited, or have another revision on the Hub: the run became another model's."""
+    words = options()
+    straight = losses(run(load_config(None, options(name="straight"))))
+    folder = stop_after(3, words)
+    config = Path(words[words.index("--model.name") + 1]) / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"hidden_act": "relu", "rope_theta": 500.0}))
+    run(load_config(None, words))
+    assert losses(folder) == straight
+    assert json.loads((folder / "hf" / "config.json").read_text())["hidden_act"] == "silu"
+
+
 def test_resume_changed_goes_on_all_the_same(options, stop_after):
     folder = stop_after(3, options())
     run(load_config(None, options(optim__lr=1e-4, checkpoint__resume_changed="true")))
     straight = losses(run(load_config(None, options(name="straight"))))
     assert losses(folder)[:5] == straight[:5] and losses(folder)[5] != straight[5]
     assert [m["lr"] for m in train_lines(folder)][3] > 2 * [m["lr"] for m in train_lines(folder)][4]
+
+
+def test_an_evaluation_that_is_not_done_again_keeps_its_line(options, tmp_path):
+    held_out = json.dumps([{"path": str(tmp_path / "text.jsonl")}])
+    words = ["--eval.sources", held_out, "--eval.rows", "2"]
+    for more in (["--train.steps", "2"], ["--train.steps", "4", "--checkpoint.resume_changed", "true"]):
+        folder = run(load_config(None, [*options(), *words, *more]))
+    assert [m["step"] for m in lines(folder) if "eval_loss" in m] == [0, 2, 4]
+    # a finished run is evaluated again: in the place of the line before
+    run(load_config(None, [*options(), *words, *more]))
+    assert [m["step"] for m in lines(folder) if "eval_loss" in m] == [0, 2, 4]
 
 
 @pytest.mark.parametrize("batch", ["2", "4", "8"])
@@ -375,7 +398,9 @@ def test_a_damaged_checkpoint_is_refused_and_without_it_the_run_goes_on_from_the
     newest = tmp_path / "run" / "checkpoints" / "step_4"
     damage(newest / name)
     before = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
-    sentence = rf"step_4.*{name}" if (name, damage) != ("state.json", Path.unlink) else "step_4 is no checkpoint"
+    sentence = rf"step_4.*{name}"
+    if not (newest / name).exists() and name in ("state.json", "seals.json"):
+        sentence = "step_4 is no whole checkpoint"
     with pytest.raises(ConfigError, match=sentence):
         export(newest, tmp_path / "out")
     with pytest.raises(ConfigError, match=sentence):
@@ -383,7 +408,7 @@ def test_a_damaged_checkpoint_is_refused_and_without_it_the_run_goes_on_from_the
     with pytest.raises(ConfigError, match=rf"step_4.*{name}"):
         weight_folder(str(newest))  # as model.name
     now = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
-    assert {file for file in before if now.get(file) != before[file]} <= {tmp_path / "run" / "log.txt"}
+    assert now == before, "a start that fails changes nothing"
     shutil.rmtree(newest)
     run(load_config(None, [*words, "--out", str(tmp_path)]))
     assert "Going on after step 2" in (tmp_path / "run" / "log.txt").read_text()
@@ -405,14 +430,20 @@ def test_a_folder_that_does_not_hold_the_step_it_names_is_refused(saved, tmp_pat
         assert "Going on after step 4" in (tmp_path / name / "log.txt").read_text()
 
 
-def test_a_checkpoint_without_fingerprints_as_they_were_before_goes_on(saved, tmp_path):
+def test_a_checkpoint_without_its_seals_is_refused_whatever_else_it_holds(saved, tmp_path):
     words, folder = saved
     shutil.copytree(folder, tmp_path / "run")
-    for checkpoint in (tmp_path / "run" / "checkpoints").iterdir():
-        (checkpoint / "seals.json").unlink()
+    newest = tmp_path / "run" / "checkpoints" / "step_4"
+    (newest / "seals.json").unlink()
+    shutil.copy(newest.with_name("step_2") / "rank_00000.safetensors", newest)  # of another step: it was taken
+    with pytest.raises(ConfigError, match="step_4 is no whole checkpoint"):
+        run(load_config(None, [*words, "--out", str(tmp_path)]))
+
+
+def test_other_roles_are_other_data(saved, tmp_path):
+    words, folder = saved
+    shutil.copytree(folder, tmp_path / "run")
     words = words[:-4]  # as it was run
-    run(load_config(None, [*words, "--out", str(tmp_path)]))
-    assert "Going on after step 4" in (tmp_path / "run" / "log.txt").read_text()
     with pytest.raises(ConfigError, match=r"another data\.sources"):
         sources = json.dumps([{"path": str(EXAMPLES / "moby_dick" / "heldout.jsonl"), "roles": {"x": "user"}}])
         run(load_config(None, [*words, "--data.sources", sources, "--out", str(tmp_path)]))
@@ -453,10 +484,10 @@ def test_a_disk_without_room_for_a_checkpoint_is_known_before_the_first_step(sav
             run(config)
             continue
         with pytest.raises(
-            ConfigError, match=r"out: .*checkpoints has 0\.01\d GiB of space and needs 0\.01\d: make room"
+            ConfigError, match=rf"out: {tmp_path} has 0\.01\d GiB of space and needs 0\.01\d: make room"
         ):
             run(config)
-        assert not (tmp_path / config.name / "metrics.jsonl").exists()
+        assert not (tmp_path / config.name).exists()
 
 
 def test_a_file_where_checkpoints_should_be_is_known_before_the_first_step(saved, tmp_path):
@@ -496,8 +527,8 @@ def test_a_checkpoint_of_another_format_is_refused_with_what_to_do(options, stop
     state = json.loads((newest / "state.json").read_text())
     for other in ({}, {"format": 1}):  # the first ones had no number
         kept = {key: value for key, value in state.items() if key != "format"}
-        (newest / "seals.json").unlink(missing_ok=True)
         (newest / "state.json").write_text(json.dumps(kept | other))
+        (newest / "seals.json").write_text(json.dumps(seal([newest / "state.json"])))
         with pytest.raises(ConfigError, match=f"{newest} .*another version of lacuna.*model.name"):
             run(load_config(None, options()))
 

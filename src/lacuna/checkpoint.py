@@ -38,12 +38,13 @@ def find_checkpoint(config: Config, folder: Path, rank: int) -> tuple[Path | Non
     if rank == 0:
         for half in [*folder.glob("checkpoints/.step_*"), *folder.glob("checkpoints/.old_step_*")]:
             shutil.rmtree(half)
-        [newest] = in_order(folder / "checkpoints")[-1:] or [config.checkpoint.resume]
+        own = in_order(folder / "checkpoints")[-1:]
         signs = [*folder.glob("hf"), *folder.glob("checkpoints/[!.]*")] or not (folder / "checkpoints").exists()
+        if signs and not own and (folder / "metrics.jsonl").exists():  # before its first, checkpoints/ is empty
+            raise ConfigError(f"{folder} has lost its checkpoints: set another name")
+        [newest] = own or [config.checkpoint.resume]
         if newest:
             found = [Path(newest), state_of(Path(newest))]
-        elif signs and (folder / "metrics.jsonl").exists():  # before its first, checkpoints/ is empty
-            raise ConfigError(f"{folder} has lost its checkpoints: set another name")
     if dist.is_initialized():
         dist.broadcast_object_list(found, device=torch.device("cpu"))
     return tuple(found)
@@ -51,11 +52,9 @@ def find_checkpoint(config: Config, folder: Path, rank: int) -> tuple[Path | Non
 
 def state_of(checkpoint: Path) -> dict:
     """What its state.json says. ConfigError where a file of it is not what was saved."""
-    if not (checkpoint / "state.json").exists():
-        raise ConfigError(f"{checkpoint} is no checkpoint, such as runs/NAME/checkpoints/step_N")
-    refuse_damaged(checkpoint)
-    with blame(f"{checkpoint}/state.json"):
-        return json.loads((checkpoint / "state.json").read_text())
+    if not {"state.json", SEALS} <= {file.name for file in checkpoint.glob("*.json")}:
+        raise ConfigError(f"{checkpoint} is no whole checkpoint of this version, such as runs/x/checkpoints/step_N")
+    return json.loads((refuse_damaged(checkpoint) / "state.json").read_text())
 
 
 def in_order(checkpoints: Path) -> list[Path]:
@@ -104,12 +103,11 @@ class Checkpoints:
         else:
             self.small_files = [model.config, model.generation_config, tokenizer]
             # tried now, since it would fail after hours: room on the disk, and what transformers refuses to write
-            self.folder.mkdir(exist_ok=True)
             hf = model.num_parameters() * model.config.dtype.itemsize
             needed = max(hf, 4 * sum(tensor.numel() for tensor in tensors.values())) / 2**30
-            free = shutil.disk_usage(self.folder).free / 2**30
+            free = shutil.disk_usage(config.out).free / 2**30
             if free < needed:
-                raise ConfigError(f"out: {self.folder} has {free:.3f} GiB of space and needs {needed:.3f}: make room")
+                raise ConfigError(f"out: {config.out} has {free:.3f} GiB of space and needs {needed:.3f}: make room")
             with blame("TMPDIR, or model.name's config, tokenizer"), TemporaryDirectory() as place:
                 for content in self.small_files:
                     content.save_pretrained(place)
@@ -190,14 +188,14 @@ def match_eos(config: Config, model: PreTrainedModel, tokenizer):
     model.config.architectures = [type(model).__name__]
     model.config.eos_token_id = eos
     generation = model.generation_config
-    with blame("generation_config.json"), suppress(OSError):
+    with blame(f"{config.model.name}/generation_config.json"), suppress(OSError):
         generation = GenerationConfig.from_pretrained(config.model.name)
+    ends = np.atleast_1d(generation.eos_token_id).tolist()
     try:
         generation.validate(strict=True)
     except ValueError as error:
         log.info("generation_config is left out, since transformers refuses it: %s", error)
         generation = GenerationConfig(bos_token_id=tokenizer.bos_token_id)
-    ends = np.atleast_1d(generation.eos_token_id).tolist()
     if config.model.tokenizer:  # another tokenizer: its ids mean other words
         generation.bos_token_id = tokenizer.bos_token_id
         generation.pad_token_id = tokenizer.pad_token_id
@@ -210,18 +208,20 @@ def match_eos(config: Config, model: PreTrainedModel, tokenizer):
 def export(checkpoint: Path, out: Path, dtype: str | None = None):
     """A Hugging Face folder of a checkpoint, in its own dtype or another; of LoRA with adapter/."""
     state = state_of(checkpoint)
-    if out.resolve() == checkpoint.resolve():
-        raise ConfigError(f"{out} is the checkpoint itself")
     config = state["config"]
+    base = config["model"]["name"]
+    inside = checkpoint.resolve() in out.resolve().parents
+    if inside or out.resolve() == Path(base).resolve() or (out / "state.json").exists():
+        raise ConfigError(f"{out} holds what a model is made of: name another folder")
     hf_config = AutoConfig.from_pretrained(checkpoint)
     dtype = dtype or hf_config.dtype
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, attn_implementation="eager")
+    model.generation_config = GenerationConfig()  # copied below
     model.to_empty(device="cpu").requires_grad_(False)
     model.tie_weights(recompute_mapping=False)
     if config.get("lora", {}).get("rank"):
         lora = LoraConfig(**config["lora"])
-        base = config["model"]["name"]
         check_base(base, state)
         load_weights(model, weight_folder(base))
         stored = stored_parts(checkpoint)
@@ -233,8 +233,9 @@ def export(checkpoint: Path, out: Path, dtype: str | None = None):
             log.warning("no adapter/: peft names %s otherwise", base)
     else:
         load_weights(model, checkpoint)
-    for old in out.glob("model*.safetensors*"):
+    for old in (*out.glob("model.safetensors*"), *out.glob("model-*-of-*.safetensors")):
         old.unlink()
     model.save_pretrained(out, max_shard_size="5GB")  # under the names that were read
+    seal([*out.glob("model*.safetensors"), *out.glob("adapter/*.safetensors")])
     others = shutil.ignore_patterns("*.safetensors", "state.json", SEALS, "config.json")
     shutil.copytree(checkpoint, out, ignore=others, dirs_exist_ok=True)

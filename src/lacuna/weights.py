@@ -36,15 +36,14 @@ def weight_folder(name: str) -> Path:
 
 
 def refuse_damaged(folder: Path) -> Path:
-    """The folder, if each file that its fingerprints.json lists is what was written."""
-    fingerprints = folder / SEALS
-    if fingerprints.exists():
-        with blame(f"{fingerprints} cannot be read"):
-            for name, written in json.loads(fingerprints.read_text()).items():
+    """The folder, if each file that its seals.json lists is what was written."""
+    seals = folder / SEALS
+    if seals.exists():
+        with blame(f"{seals} cannot be read"):
+            for name, written in json.loads(seals.read_text()).items():
                 file = folder / name
                 if not file.exists() or [file.stat().st_size, fingerprint([file])] != written:
-                    cure = "take the folder away, and a run goes on from the checkpoint before"
-                    raise ConfigError(f"{folder}: {name} is missing or changed: {cure}")
+                    raise ConfigError(f"{folder}: {name} is missing or changed: take the folder away")
     return folder
 
 
@@ -58,6 +57,7 @@ def fingerprint(files: list[Path]) -> str:
 def seal(files: list[Path]) -> dict[str, list]:
     """Size and fingerprint of each file, once on disk: a power failure could leave it empty."""
     for file in files:
+        file.chmod(file.parent.stat().st_mode & 0o666)  # safetensors: for the owner alone
         with open(file, "rb") as content:
             os.fsync(content.fileno())
     return {file.name: [file.stat().st_size, fingerprint([file])] for file in files}
@@ -80,7 +80,7 @@ def weight_files(folder: Path) -> list[Path]:
         with blame(f"{index} cannot be read"):
             return sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
     if not (folder / WHOLE).exists():
-        raise ConfigError(f"{folder} has neither {WHOLE} nor {INDEX}: see model.from_scratch")
+        raise ConfigError(f"{folder} has neither {WHOLE} nor {INDEX}: convert to safetensors")
     return [folder / WHOLE]
 
 
@@ -150,7 +150,7 @@ def in_memory(model: PreTrainedModel, stored: dict, places: dict) -> dict[str, W
         new = model.all_tied_weights_keys.get(new, new)
         parts = stored.pop(name)
         if new in stored and not torch.equal(parts[0], stored[new][0]):
-            raise ConfigError(f"{name} differs from {new}: a head needs model.overrides.tie_word_embeddings = false")
+            raise ConfigError(f"{name} differs from {new}: see model.overrides.tie_word_embeddings")
         if pattern is None:
             stored[new] = parts
             continue
