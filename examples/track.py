@@ -64,9 +64,9 @@ def send_new(metrics: Path, tracker, sent: dict):
 
 
 def is_running(folder: Path) -> bool:
-    """Whether a run has the folder: it holds a lock there."""
+    """Whether a run has the folder: it holds a lock beside it."""
     try:
-        FileLock(folder / ".lock").acquire(timeout=0).lock.release()
+        FileLock(folder.with_name(f".{folder.name}.lock")).acquire(timeout=0).lock.release()
     except Timeout:
         return True
     return False

@@ -286,7 +286,7 @@ def test_the_version_is_that_of_lacuna_and_of_what_decides_its_numbers():
         ("a", "lacuna export: error: the following arguments are required: folder"),
         ("a b c", "lacuna export: error: unrecognized arguments: c"),
         ("a b --dtype int8", "lacuna export: error: argument --dtype: invalid choice: 'int8' (choose from "),
-        ("nowhere out", "lacuna: nowhere is no checkpoint, such as runs/NAME/checkpoints/step_N"),
+        ("nowhere out", "lacuna: nowhere is no whole checkpoint of this version, such as runs/x/checkpoints/step_N"),
     ],
 )
 def test_an_export_that_cannot_be_is_a_sentence(words, sentence):

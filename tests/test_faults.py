@@ -399,7 +399,7 @@ def spoil_weights(folder: Path):
 BROKEN = {  # what breaks, with what words: what the sentence must hold
     "the config file": (lambda f: (f / "run.toml").write_bytes(b"\xff"), [], ["run.toml", "UnicodeDecodeError"]),
     "a value": (None, ["--data.sources", "[{"], ["the command line", "data.sources"]),
-    "the folder": (lambda f: (f / "runs").write_text(""), [], ["Wait, or set another name", "Not a directory"]),
+    "the folder": (lambda f: (f / "runs").write_text(""), [], ["Wait, or set another name", "File exists"]),
     "the model's config": (spoil_config, [], ["model", "hidden_size", "expected int"]),
     "the model": (None, ["--model.overrides", '{"num_key_value_heads": 0}'], ["model.overrides", "division"]),
     "the weights": (spoil_weights, [], ["model"]),
@@ -419,9 +419,24 @@ def test_whatever_is_broken_before_the_first_step_is_one_sentence(words, tmp_pat
     assert done.returncode == 1 and len(sentence) < 700
     for part in parts:
         assert part in sentence
-    log = tmp_path / "runs" / "run" / "log.txt"
+    assert not (tmp_path / "runs" / "run").exists(), "a start that fails leaves no folder"
+    log = tmp_path / "runs" / "log.txt"
     if log.exists():
-        assert "Traceback" in log.read_text(), "what libraries say in full is kept"
+        assert sentence.partition(": ")[2][:60] in log.read_text(), "what libraries say in full is kept"
+
+
+def test_a_start_that_fails_changes_nothing_of_a_finished_run_and_is_told_beside_it(words, tmp_path):
+    shutil.copytree(EXAMPLES / "tiny", tmp_path / "model")
+    words = [*words, "--model.name", str(tmp_path / "model"), "--train.steps", "2"]
+    assert finished(words).returncode == 0
+    folder = tmp_path / "runs" / "run"
+    assert "step 2/2" in (folder / "log.txt").read_text()
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    (tmp_path / "model" / "tokenizer.json").write_text("{")
+    done = finished(words)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+    assert "Traceback" in (tmp_path / "runs" / "log.txt").read_text()
 
 
 def test_a_bug_is_a_sentence_and_its_traceback_is_in_the_log(words, tmp_path):

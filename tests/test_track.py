@@ -71,7 +71,7 @@ def test_each_line_is_sent_once_though_run_and_follower_stop_and_go_on(folder, t
 
 def test_it_follows_as_long_as_a_run_has_the_folder(folder, tracker):
     write(folder, [{"step": 1, "loss": 8.0}])
-    with FileLock(folder / ".lock", thread_local=False):
+    with FileLock(folder.with_name(f".{folder.name}.lock"), thread_local=False):
         thread = threading.Thread(target=TRACK["track"], args=[folder, "wandb", 0.2])
         thread.start()
         thread.join(1.0)

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import time
 from datetime import timedelta
 from itertools import accumulate
 from pathlib import Path
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import EXAMPLES, pack, random_documents
+from conftest import EXAMPLES, pack, random_documents, vocabulary
 from processes import finish
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -116,7 +117,7 @@ def test_the_gradient_of_a_global_batch_is_the_same_for_every_split(split, name,
         got = torch.load(tmp_path / "out.pt", weights_only=True)
     else:
         argv = ["--data.sources", '[{"path": "x"}]', "--train.steps", "1", "--model.name", str(folder)]
-        trainee = build_model(load_config(None, argv), ONE, range(4096))  # of the tokenizer only the size counts
+        trainee = build_model(load_config(None, argv), ONE, vocabulary(4096))
         rows = list(uneven_rows())
         batches = [batch_of(rows)] if split == "8x1" else [batch_of(rows[i : i + 2]) for i in range(0, 8, 2)]
         trained = torch.tensor(sum(batch.counts["trained_tokens"] for batch in batches))
@@ -345,9 +346,11 @@ def test_the_last_lines_count_figures_of_zero(tmp_path, caplog):
     lines = [json.dumps({"step": step, "loss": loss}) for step, loss in enumerate([0.0, -1.0, 0.0])]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     caplog.set_level("INFO", "lacuna")
-    report = SimpleNamespace(totals={"tokens": 9000, "trained_tokens": 0}, in_steps=3.6)
-    Report.close(report, tmp_path, 65.0)
-    assert "time: 0:01:05, of which 4 s in steps\n" in caplog.text
+    totals = {"tokens": 9000, "trained_tokens": 0}
+    now = time.monotonic()
+    report = SimpleNamespace(totals=totals, made=now - 55.0, in_steps=3.6)
+    Report.close(report, tmp_path, now - 65.0)
+    assert "time: 0:01:05, 10 s to start, 4 in steps\n" in caplog.text
     assert "tokens: 9,000 in all, 0 of them trained" in caplog.text
     assert "loss: first 0.0000, last 0.0000, highest 0.0000" in caplog.text
 
@@ -360,7 +363,7 @@ def test_the_last_lines_say_what_metrics_has_and_what_to_do(model_folder, texts,
     assert len(losses) == 3 and len(evaluated) == 2
     said = (path / "log.txt").read_text().splitlines()[-8:]
     last = train_lines(path)[-1]
-    assert re.fullmatch(r"[\d:]+ time: 0:0[01]:\d\d, of which \d+ s in steps", said.pop(0))
+    assert re.fullmatch(r"[\d:]+ time: 0:0[01]:\d\d, \d+ s to start, \d+ in steps", said.pop(0))
     assert said[0].endswith(f" tokens: {last['tokens']:,} in all, {last['trained_tokens']:,} of them trained")
     for line, name, figures in ((said[1], "loss", losses), (said[2], "eval_loss", evaluated)):
         first, last, highest = figures[0], figures[-1], max(figures)
@@ -404,7 +407,7 @@ def test_a_key_that_the_models_class_does_not_know_changes_nothing(model_folder,
 
 def test_mfu_counts_weights_and_attention_inside_documents(model_folder):
     argv = ["--data.sources", '[{"path": "x"}]', "--train.steps", "1", "--model.name", str(model_folder("qwen3"))]
-    trainee = build_model(load_config(None, argv), ONE, range(4096))  # of the tokenizer only the size counts
+    trainee = build_model(load_config(None, argv), ONE, vocabulary(4096))
     per_token, per_pair = flop(trainee.model)
     # an independent count: torch's own, of one document through the plain model, forward and backward
     from torch.utils.flop_counter import FlopCounterMode

@@ -1,5 +1,6 @@
 """The `lacuna` command. No torch before it is needed: `--help` answers in under a second."""
 
+import logging
 import os
 import sys
 from argparse import ArgumentParser
@@ -32,8 +33,8 @@ def main():
         elif command == "export":
             export(words)
         else:
-            config = parse(command, words)
             with blame("log.txt says where (if no step was done, see model.overrides)"):
+                config = parse(command, words)
                 launch()
                 preemption = Preemption()  # before the imports, which take seconds
                 import_module("lacuna.train").run(config, preemption)
@@ -78,6 +79,7 @@ def leave(status: int, sentence: str = ""):
     with suppress(OSError, AttributeError):  # the terminal may be gone
         if sentence:
             log.debug(sentence)
+            logging.shutdown()  # writes it
             sys.stderr.write(COLOUR.format(31, f"{name}: {sentence}") + "\n")
         sys.stdout.flush()
     # threads of gloo, or a loader's, may outlive the interpreter: 1 run in 20 aborted at exit
@@ -99,7 +101,7 @@ def launch():
     if "RANK" in os.environ:
         return
     if "SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_NTASKS", "1") != "1":
-        raise ConfigError("each task of this srun is a run of its own, without RANK: see configs/slurm.sh")
+        raise ConfigError("each of SLURM_NTASKS is a run of its own, without RANK: see configs/slurm.sh")
     log.warning("loading torch and transformers")
     if gpus > 1:
         become_torchrun(gpus)

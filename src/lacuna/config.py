@@ -6,13 +6,13 @@ import os
 import re
 import sys
 import tomllib
-from argparse import ArgumentParser
+from argparse import ArgumentError, ArgumentParser
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from pydantic_settings import CliSettingsSource
+from pydantic_settings import CliSettingsSource, SettingsError
 
 log = logging.getLogger("lacuna")
 
@@ -21,7 +21,7 @@ COLOUR = "\033[{}m{}\033[m" if sys.stderr and sys.stderr.isatty() and not os.env
 AGAIN = "the same command goes on from the last checkpoint"
 # by what an error says or is: some libraries pass on no errno
 CURES = {
-    "No space left on|Disk quota exceeded": f". The disk is full: make room, and {AGAIN}",
+    "No space left|quota exceeded|too large": f". The disk is full: make room, and {AGAIN}",
     "Read-only file|Permission denied|Operation not permitted": ". Change who may, or name another place",
     "OutOfMemory": ". Lower train.micro_batch_size: see examples/memory.py",
     "torch._dynamo|torch._inductor": ". Set train.compile = false: it runs, or says why",
@@ -211,9 +211,11 @@ def load_config(path: str | None, argv: list[str], task: str = "pt") -> Config:
     usage = f"lacuna {task} [CONFIG.toml] [--section.key VALUE ...]"
     parser = ArgumentParser(usage=usage, allow_abbrev=False, exit_on_error=False)
     source = CliSettingsSource(Config, root_parser=parser)
-    with blame("the command line (--section.key VALUE; a list is JSON)"):
+    try:
         words, unknown = parser.parse_known_args(argv)
         given = source(parsed_args=words)()
+    except (ArgumentError, SettingsError) as error:
+        raise ConfigError(f"the command line: {str(error).partition(' from ')[0]}: --section.key VALUE") from error
     if unknown:
         raise ConfigError(sentence({"type": "extra_forbidden", "loc": [unknown[0].strip("-").partition("=")[0]]}))
     with blame(f"cannot read config {path} as TOML"):
@@ -226,7 +228,7 @@ def load_config(path: str | None, argv: list[str], task: str = "pt") -> Config:
             value = merged[section] | value
         merged[section] = value
     if merged.setdefault("task", task) != task:
-        raise ConfigError(f"the config has task = {merged['task']!r}: run lacuna {merged['task']}")
+        raise ConfigError(f"the config has task = {merged['task']!r}, the command {task}: take one")
     try:
         config = Config.model_validate(merged)
     except ValidationError as error:
@@ -245,6 +247,7 @@ def sentence(problem: dict) -> str:
     place = ".".join(map(str, problem["loc"]))
     if problem["type"] != "extra_forbidden":
         message = re.sub(r" or instance of \w+", "", problem["msg"])
+        message = re.sub("String should.*", "use letters, digits, . _ -", message)
         return f"{place}: {message}, not {problem['input']!r:.100}"
     wrong = re.sub(r"\.\d+\.", ".", place)  # data.sources.0.path -> data.sources.path
     last = wrong.split(".")[-1]

@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from datetime import timedelta
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from textwrap import fill
 
@@ -48,7 +49,7 @@ def flop(model: PreTrainedModel) -> tuple[float, int]:
 class Report:
     """Every rank takes in every step's outcome; rank 0 reports it."""
 
-    def __init__(self, config: Config, ranks: Ranks, folder: Path, steps: int, model, state: dict):
+    def __init__(self, config: Config, ranks: Ranks, folder: Path, steps, model, state: dict, again):
         self.config = config
         self.ranks = ranks
         self.steps = steps
@@ -59,8 +60,9 @@ class Report:
         self.totals = {key: state[key] for key in ("tokens", "trained_tokens")}
         self.stop_asked = False  # by a signal on any rank
         self.pending = []  # steps whose figures are on their way to the host
-        self.file = open_metrics(folder, state["step"]) if ranks.rank == 0 else None
+        self.file = open_metrics(folder, state["step"], again) if ranks.rank == 0 else None
         self.paces = []  # seconds a step, of each line
+        self.made = time.monotonic()
         self.in_steps = 0.0  # seconds
         self.interval = Counter()  # sums since the last line
         self.since = self.now()
@@ -126,9 +128,10 @@ class Report:
         log.info(fill("  ".join([f"step {facts['step']}/{self.steps}", *words]), 71))
         self.write(metrics | own)
 
-    def close(self, folder: Path, seconds: float):
-        """How it went, and what to do now."""
-        log.info("time: %s, of which %.0f s in steps", timedelta(seconds=round(seconds)), self.in_steps)
+    def close(self, folder: Path, began: float):
+        """How it went since `began`, and what to do now."""
+        took = timedelta(seconds=round(time.monotonic() - began))
+        log.info("time: %s, %.0f s to start, %.0f in steps", took, self.made - began, self.in_steps)
         log.info("tokens: {tokens:,} in all, {trained_tokens:,} of them trained".format(**self.totals))
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
         for name in ("loss", "eval_loss", "peak_memory_gib"):
@@ -149,30 +152,31 @@ class Report:
         self.since = self.now()
 
 
-def open_metrics(folder: Path, step: int):
+def open_metrics(folder: Path, step: int, again: bool):
     """metrics.jsonl up to a step that a run goes on from, to be added to."""
     file = folder / "metrics.jsonl"
     file.touch()
     lines = file.read_bytes().splitlines(keepends=True) if step else []
     whole = [json.loads(line) for line in lines if line.endswith(b"\n")]  # the last may be cut off
-    # a step's last line is its evaluation, which a run that goes on there does again
-    kept = sum(m["step"] < step or (m["step"] == step and "eval_loss" not in m) for m in whole)
+    # a step's last line is its evaluation: dropped where it is done again
+    kept = sum(m["step"] < step or (m["step"] == step and not (again and "eval_loss" in m)) for m in whole)
     os.truncate(file, sum(map(len, lines[:kept])))
     return open(file, "a", buffering=1)  # line by line: a killed run keeps its lines
 
 
-def start_logging(folder: Path, rank: int):
+def start_logging(out: Path, rank: int):
     """Rank 0 logs to stderr and log.txt; others warnings to stderr, tracebacks to log.txt."""
     log.setLevel(logging.DEBUG)
     logging.raiseExceptions = False  # a full disk ends the run at metrics.jsonl
     log.propagate = False  # to the root logger: lines would stand twice
-    folder.mkdir(parents=True, exist_ok=True)
     layout = logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
-    file = logging.FileHandler(folder / "log.txt", mode="a")
-    file.setFormatter(layout)
-    file.addFilter(lambda record: rank == 0 or record.exc_info)
     terminal = logging.StreamHandler(DummyTqdmFile(sys.stderr))  # above a live line
     terminal.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     colours = {logging.WARNING: COLOUR}
     terminal.format = lambda record: colours.get(record.levelno, "{1}").format(33, layout.format(record))
-    log.handlers = [terminal, file]
+    out.mkdir(parents=True, exist_ok=True)
+    file = logging.FileHandler(out / "log.txt", delay=True)
+    file.setFormatter(layout)
+    kept = MemoryHandler(10**6, target=file)
+    kept.addFilter(lambda record: rank == 0 or record.exc_info)
+    log.handlers = [terminal, kept]

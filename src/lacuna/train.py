@@ -34,8 +34,8 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
     ranks = start(config.dist, config.train)
     folder = Path(config.out) / config.name
     with blame(f"out: {folder} (in use? Wait, or set another name)"):
-        start_logging(folder, ranks.rank)
-        lock = FileLock(folder / ".lock")
+        start_logging(folder.parent, ranks.rank)
+        lock = FileLock(folder.with_name(f".{folder.name}.lock"))
         if ranks.rank == 0:
             lock.acquire(timeout=60)  # one that ends may still hold it
         checkpoint, state = find_checkpoint(config, folder, ranks.rank)
@@ -47,6 +47,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
             recipe |= runpy.run_path(config.task)
     with blame(f"data.chat_template {config.data.chat_template!s:.80} (None: the tokenizer's)"):
         encoder = recipe["make_encoder"](config, tokenizer)
+        encoder.adapt(tokenizer)
 
     # Data comes before the model, so that it is read ahead while the model is built.
     with blame("data.sources, data.cache, or the place in them that state.json holds"):
@@ -60,7 +61,6 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
     if config.optim.warmup_steps >= steps:
         raise ConfigError(f"optim.warmup_steps must be below the {steps} steps")
 
-    # Model, optimizer, checkpoints, and where the run reports to.
     with blame(f"model.name {config.model.name} with model.overrides {config.model.overrides}"):
         if not config.model.from_scratch and (config.lora.rank or config.task.endswith(".py")):
             fixed["base_weights"] = check_base(config.model.name, state)
@@ -70,7 +70,6 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
         model = trainee.model
         parameters = trained(model)
         optimizer = AdamW(model, trainee.layers, config.optim, trainee.compiled)
-        encoder.adapt(tokenizer)
         match_eos(config, model, tokenizer)
     tensors = (parameters if config.lora.rank else held(model)) | optimizer.tensors(parameters)
     with blame(f"out: {folder}/metrics.jsonl, or the state.json of {checkpoint}"):
@@ -78,9 +77,14 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
             read_tensors(tensors if config.lora.rank else optimizer.tensors(parameters), checkpoint)
             log.info("Going on after step %d, from %s; changed: %s", state["step"], checkpoint, changed or "nothing")
         checkpoints = Checkpoints(config, ranks, folder, tensors, model, tokenizer)
-        report = Report(config, ranks, folder, steps, model, state)
+        # The run begins. A start that fails leaves no folder, changes no run, and is told in log.txt beside them.
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        [_, kept] = log.handlers
+        kept.target.baseFilename = str(folder.absolute() / "log.txt")
+        kept.capacity = 1
+        evaluating = held_out and is_due(state["step"], config.eval.every, steps)
+        report = Report(config, ranks, folder, steps, model, state, evaluating)
         if ranks.rank == 0:
-            # to repeat the run: not before it can begin, or a failed start would change a finished run's
             kept = config.model_dump(exclude_none=True, exclude={"checkpoint": {"resume_changed"}})
             (folder / "config.toml").write_text(tomli_w.dumps(kept))
     count = f"{model.num_parameters(only_trainable=True):,} of {model.num_parameters():,}"
@@ -89,8 +93,8 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
     slots = config.train.global_batch_size * config.train.seq_len
     log.info("length  %d steps of %s tokens: %s", steps, f"{slots:,}", f"{steps * slots:,}")
     log.info("rate    %g, warmup %d, %s", config.optim.lr, config.optim.warmup_steps, config.optim.schedule)
-    log.info("run     %s: saved every %d steps", folder, config.checkpoint.every)
-    if held_out and is_due(state["step"], config.eval.every, steps):
+    log.info("run     %s: from step %d, saved every %d", folder, state["step"] + 1, config.checkpoint.every)
+    if evaluating:
         report.write({"step": state["step"], **evaluate(trainee, config, held_out, ranks, tokenizer)})
     failed = torch.zeros((), device=ranks.device, dtype=torch.bool)  # a loss or a norm was not finite
     live = {"initial": state["step"], "total": steps, "disable": ranks.rank > 0 or None}  # None: only on a terminal
@@ -151,7 +155,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
     if ranks.rank == 0:
         newest = [checkpoint, *in_order(folder / "checkpoints")][-1]
         export(newest, folder / "hf")
-        report.close(folder, time.monotonic() - began)
+        report.close(folder, began)
     if dist.is_initialized():
         dist.destroy_process_group()
     return folder
