@@ -191,8 +191,7 @@ class PairEncoder:
         if not set(ANSWERS) <= set(columns):
             raise ConfigError(f"data.sources {source.path} has {', '.join(columns)}: of a pair, {ANSWERS} are needed")
         read = [name for name in columns if name in ANSWERS + PROMPTS + ["system", "tools"]]
-        if not set(PROMPTS) & set(columns):  # answers that are whole conversations need none of these
-            self.questions[source.path] = [name for name in QUESTIONS if name in columns]
+        self.questions[repr(source)] = [name for name in QUESTIONS if name in columns]
         unread = ", ".join(sorted(set(columns) - set(read))) or "nothing"
         log.info("%s: preference pairs; not read: %s", source.path, unread)
         return read
@@ -206,8 +205,11 @@ class PairEncoder:
         return documents
 
     def document(self, row: dict, source: Source) -> Tokens:
-        questions = self.questions.get(source.path)
-        if questions and isinstance(row["chosen"], str) and not TURNS.match(row["chosen"]):
+        if not all(row.get(name) for name in ANSWERS):
+            return Tokens(note="dropped: an empty answer")
+        questions = self.questions.get(repr(source))
+        asked = any(row.get(name) for name in PROMPTS)  # answers that are whole conversations need none
+        if questions and not asked and isinstance(row["chosen"], str) and not TURNS.match(row["chosen"]):
             cure = f'fields = {{prompt = "{questions[0]}"}} makes one of it (join several columns first)'
             raise ValueError(f"there is no prompt beside {', '.join(questions)}: {cure}")
         answers = as_completions(row, source.roles)
@@ -235,7 +237,8 @@ def as_completions(row: dict, roles: dict[str, str]) -> list[dict]:
 
     Where no prompt is given, or answers are whole conversations, the prompt is what both begin with.
     """
-    prompt = next((row[name] for name in PROMPTS if row.get(name)), None)
+    given = [name for name in PROMPTS if row.get(name)]
+    prompt = row[given[0]] if given else row.get("prompt")  # "" is none, and a text
     answers = [[row[name]] if isinstance(row[name], dict) else row[name] for name in ANSWERS]
     if all(isinstance(answer, str) and TURNS.match(answer) for answer in answers):
         parsed = list(map(json.loads, answers))
@@ -249,6 +252,10 @@ def as_completions(row: dict, roles: dict[str, str]) -> list[dict]:
         answers = [as_turns(answer, "assistant") for answer in answers]
     begins = [] if texts else [read_turn(dict(answer[0]), roles)["role"] for answer in answers]
     whole = bool(begins) and begins[0] != "assistant"
+    if len(given) > 1 and not whole:
+        raise ValueError(f"{' and '.join(given)} are both the prompt: take one out")
+    if texts and isinstance(prompt, str) and len(prompt.split()) > 1 and all(a.startswith(prompt) for a in answers):
+        raise ValueError("chosen and rejected begin with the prompt: take it out of them, or out of the row")
     if "assistant" in begins and whole:
         raise ValueError("of chosen and rejected, one is a whole conversation, and the other an answer")
     if isinstance(prompt, list) and not whole and said(prompt, roles)[-1]["role"] == "assistant":
@@ -259,11 +266,13 @@ def as_completions(row: dict, roles: dict[str, str]) -> list[dict]:
         common = len(list(same))
         if texts:  # the word in which they part belongs to both answers, with the space before it
             common = max(0, *(answers[0].rfind(space, 0, common) for space in " \n\t"))
+            if "\n" not in answers[0][:common].strip("\n"):  # two answers may well begin alike
+                raise ValueError("there is no prompt, and no line that both begin with: fields may name its column")
         if isinstance(prompt, list) and said(prompt, roles) != said(answers[0][: len(prompt)], roles):
             raise ValueError("chosen and rejected are whole conversations, which do not begin with the prompt")
         if isinstance(prompt, str) and not is_in(prompt, compared[0][:common]):
             raise ValueError("chosen and rejected are whole conversations, and no turn before they part has the prompt")
-        if not (whole or answers[0][:common] or set(PROMPTS) & row.keys()):
+        if not (whole or answers[0][:common]):
             raise ValueError(f"there is none of {', '.join(PROMPTS)}, and both answers begin with nothing in common")
         prompt = answers[0][:common]
         answers = [answer[common:] for answer in answers]

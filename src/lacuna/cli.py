@@ -101,7 +101,7 @@ def launch():
     if "RANK" in os.environ:
         return
     if "SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_NTASKS", "1") != "1":
-        raise ConfigError("each of SLURM_NTASKS is a run of its own, without RANK: see configs/slurm.sh")
+        raise ConfigError("SLURM_NTASKS tasks without RANK are as many runs: see configs/slurm.sh")
     log.warning("loading torch and transformers")
     if gpus > 1:
         become_torchrun(gpus)

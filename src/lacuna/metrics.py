@@ -49,7 +49,7 @@ def flop(model: PreTrainedModel) -> tuple[float, int]:
 class Report:
     """Every rank takes in every step's outcome; rank 0 reports it."""
 
-    def __init__(self, config: Config, ranks: Ranks, folder: Path, steps, model, state: dict, again):
+    def __init__(self, config: Config, ranks: Ranks, folder: Path, steps, model, state, again):
         self.config = config
         self.ranks = ranks
         self.steps = steps

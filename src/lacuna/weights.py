@@ -43,7 +43,7 @@ def refuse_damaged(folder: Path) -> Path:
             for name, written in json.loads(seals.read_text()).items():
                 file = folder / name
                 if not file.exists() or [file.stat().st_size, fingerprint([file])] != written:
-                    raise ConfigError(f"{folder}: {name} is missing or changed: take the folder away")
+                    raise ConfigError(f"{folder}: {name} is missing or changed: remove the folder")
     return folder
 
 

@@ -340,6 +340,8 @@ def test_an_empty_answer_drops_the_pair(encoder):
         {"prompt": "Call me", "chosen": " Ishmael.", "rejected": ""},
         {"prompt": "Call me", "chosen": "", "rejected": " Ishmael."},
         {"prompt": ASKED, "chosen": say("assistant: "), "rejected": BAD},
+        {"prompt": ASKED, "chosen": [], "rejected": BAD},
+        {"prompt": ASKED, "chosen": GOOD, "rejected": None},
         {"conversations": shared(ASKED), "chosen": shared(GOOD)[0], "rejected": {"from": "gpt", "value": ""}},
         {"chosen": ASKED + GOOD, "rejected": ASKED + GOOD + TALK[:2]},  # what both begin with is all of chosen's
     ]:
@@ -386,14 +388,36 @@ def test_a_question_under_another_name_is_not_lost(tokenizer, encoder):
         encoder.columns(columns, Source(path="some.jsonl"))
         name = next(column for column in columns if column in ("question", "instruction"))
         row = {"chosen": "It is Rome", "rejected": "It is Paris"}
-        refused(lambda row=row: documents(encoder, row), "row 41", f'fields = {{prompt = "{name}"}}')
+        for asked in ({}, {"prompt": ""}, {"prompt": None, "messages": []}):
+            refused(lambda row=row | asked: documents(encoder, row), "row 41", f'fields = {{prompt = "{name}"}}')
     encoder.columns(["question", "chosen", "rejected"], Source(path="some.jsonl"))  # whole conversations need none
     row = {"chosen": TALK + GOOD, "rejected": TALK + BAD}
     assert encoded(encoder, row) == chats(tokenizer, TALK, GOOD, BAD)
     encoder.columns(["chosen", "rejected"], Source(path="some.jsonl"))
-    refused(lambda: documents(encoder, {"chosen": "Rome", "rejected": "Paris"}), "row 41", "nothing in common")
+    for row in ({"chosen": "Rome", "rejected": "Paris"}, {"chosen": "It is Rome", "rejected": "It is Paris"}):
+        for asked in ({}, {"prompt": None, "messages": []}):
+            refused(lambda row=row | asked: documents(encoder, row), "row 41", "there is no prompt")
     for row in ({"chosen": GOOD, "rejected": BAD}, {"prompt": None, "chosen": GOOD[0], "rejected": BAD[0]}):
         refused(lambda row=row: documents(encoder, row), "row 41", "nothing in common")
+
+
+def test_a_prompt_that_stands_twice_or_in_the_answers_too_is_refused(tokenizer, encoder):
+    asked = "Question: is it far?\nAnswer:"
+    row = {"prompt": asked, "chosen": asked + " Yes", "rejected": asked + " No"}
+    refused(lambda: documents(encoder, row), "row 41", "begin with the prompt")
+    assert encoded(encoder, row | {"prompt": None}) == texts(tokenizer, asked, " Yes", " No")
+    greeting = {"prompt": "Hello", "chosen": "Hello there", "rejected": "Hello?"}  # answers may do so
+    assert encoded(encoder, greeting) == texts(tokenizer, "Hello", "Hello there", "Hello?")
+    both = {"prompt": "And in Spain?", "messages": TALK, "chosen": GOOD, "rejected": BAD}
+    refused(lambda: documents(encoder, both), "row 41", "prompt and messages are both the prompt")
+
+
+def test_sources_of_one_folder_have_questions_of_their_own(encoder):
+    first, second = (Source(path="folder", data_files=[name]) for name in ("a.jsonl", "b.jsonl"))
+    encoder.columns(["question", "chosen", "rejected"], first)
+    encoder.columns(["prompt", "chosen", "rejected"], second)
+    rows = [{"prompt": "P", "chosen": "yes", "rejected": "no"}]
+    assert encoder.documents(rows, second, [0])[0].note == ""
 
 
 def test_of_a_mixture_each_source_has_questions_of_its_own(encoder):
