@@ -138,7 +138,7 @@ def use_torchs_own():
 def choose_or_skip(backend, device, dtype):
     use_torchs_own()
     try:
-        choose_backend(backend, torch.device(device), dtype, model_config("llama"))
+        choose_backend(backend, torch.device(device), dtype, model_config("llama", head_dim=64))
     except ConfigError as error:
         pytest.skip(str(error))
 

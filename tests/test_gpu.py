@@ -67,7 +67,7 @@ def test_a_line_has_the_speed_of_its_own_steps_however_far_ahead_the_host_is(tmp
     config = load_config(None, ["--data.sources", '[{"path": "x"}]', "--train.steps", "9", "--log.every", "3"])
     state = {"step": 0, "tokens": 0, "trained_tokens": 0}
     model = AutoModelForCausalLM.from_config(model_config("llama"))
-    report = Report(config, Ranks(0, 1, device, None), tmp_path, 9, model, state)
+    report = Report(config, Ranks(0, 1, device, None), tmp_path, 9, model, state, again=False)
     names = ("loss", "grad_norm", "stop_asked", "tokens", "trained_tokens", "pairs", "units", "checksum")
     before = torch.cuda.Event()
     for step in range(1, 10):
