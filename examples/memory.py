@@ -113,7 +113,8 @@ def on_meta(config: Config, checkpointing: str, gathered: bool) -> Trainee:
     config.model.attention = None  # as the machine at hand has no GPU, till below
     config.train.compile = False
     config.train.activation_checkpointing = checkpointing
-    trainee = Trainee(config, Ranks(0, 1, torch.device("cpu"), None), load_tokenizer(config.model), frozen=False)
+    ranks = Ranks(0, 1, torch.device("cpu"), None)
+    trainee = Trainee(config, ranks, load_tokenizer(config.model), folder=config.model.name, frozen=False)
     trainee.backend = "fa4"  # varlen keeps as much
     if gathered:
         trainee.model.to(torch.bfloat16)
