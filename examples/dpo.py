@@ -238,7 +238,8 @@ def as_completions(row: dict, roles: dict[str, str]) -> list[dict]:
     Where no prompt is given, or answers are whole conversations, the prompt is what both begin with.
     """
     given = [name for name in PROMPTS if row.get(name)]
-    prompt = row[given[0]] if given else row.get("prompt")  # "" is none, and a text
+    empty = "" if row.get("prompt") == "" else None  # a prompt, if there is none
+    prompt = row[given[0]] if given else empty
     answers = [[row[name]] if isinstance(row[name], dict) else row[name] for name in ANSWERS]
     if all(isinstance(answer, str) and TURNS.match(answer) for answer in answers):
         parsed = list(map(json.loads, answers))
@@ -254,7 +255,9 @@ def as_completions(row: dict, roles: dict[str, str]) -> list[dict]:
     whole = bool(begins) and begins[0] != "assistant"
     if len(given) > 1 and not whole:
         raise ValueError(f"{' and '.join(given)} are both the prompt: take one out")
-    if texts and isinstance(prompt, str) and len(prompt.split()) > 1 and all(a.startswith(prompt) for a in answers):
+    # of a few words it may be said again
+    long = isinstance(prompt, str) and len(prompt.split()) > 4
+    if texts and long and all(answer.startswith(prompt) for answer in answers):
         raise ValueError("chosen and rejected begin with the prompt: take it out of them, or out of the row")
     if "assistant" in begins and whole:
         raise ValueError("of chosen and rejected, one is a whole conversation, and the other an answer")

@@ -66,7 +66,7 @@ def send_new(metrics: Path, tracker, sent: dict):
 def is_running(folder: Path) -> bool:
     """Whether a run has the folder: it holds a lock beside it."""
     try:
-        FileLock(folder.with_name(f".{folder.name}.lock")).acquire(timeout=0).lock.release()
+        FileLock(folder.parent / f".{folder.name}.lock").acquire(timeout=0).lock.release()
     except Timeout:
         return True
     return False
@@ -75,6 +75,7 @@ def is_running(folder: Path) -> bool:
 if __name__ == "__main__":
     if not sys.argv[1:] or not Path(sys.argv[1]).is_dir():
         sys.exit("usage: track.py runs/NAME [wandb|trackio], with a folder that a run has begun in")
-    while not (Path(sys.argv[1]) / "config.toml").exists():  # a run writes it once it can begin
+    followed = Path(sys.argv[1]).resolve()
+    while not (followed / "config.toml").exists():  # a run writes it once it can begin
         time.sleep(1)
-    track(Path(sys.argv[1]), *sys.argv[2:3] or ["wandb"])
+    track(followed, *sys.argv[2:3] or ["wandb"])

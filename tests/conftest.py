@@ -11,7 +11,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -79,19 +78,10 @@ def model_config(name: str, **changes):
     return AutoConfig.for_model(**fields)
 
 
-class FakeTokenizer(NamedTuple):
-    backend_tokenizer: SimpleNamespace
-    eos_token_id: int = 0
-
-    def __len__(self):
-        return len(self.backend_tokenizer.get_vocab(with_added_tokens=True))
-
-
-def vocabulary(size: int) -> FakeTokenizer:
-    """In place of a tokenizer, of which a model asks only for its ids: 0 to size - 1; the first ends documents."""
+def vocabulary(size: int) -> SimpleNamespace:
+    """In place of a tokenizer, of which a model asks only for its ids: 0 to size - 1."""
     ids = {f"token{i}": i for i in range(size)}
-    backend = SimpleNamespace(get_vocab=lambda with_added_tokens: ids)
-    return FakeTokenizer(backend)
+    return SimpleNamespace(get_vocab=lambda: ids)
 
 
 @pytest.fixture

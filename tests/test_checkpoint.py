@@ -279,6 +279,20 @@ def test_a_model_whose_config_was_changed_meanwhile_goes_on_as_it_began(options,
     assert json.loads((folder / "hf" / "config.json").read_text())["hidden_act"] == "silu"
 
 
+def test_overrides_are_laid_over_a_models_own_config_once(options, stop_after):
+    """A checkpoint's config has them: laid over it again, rope_scaling took the base frequency away."""
+    words = options(model__overrides='{"rope_scaling": {"rope_type": "linear", "factor": 2.0}}')
+    config = Path(words[words.index("--model.name") + 1]) / "config.json"
+    fields = json.loads(config.read_text())
+    fields.pop("rope_parameters", None)
+    config.write_text(json.dumps(fields | {"rope_theta": 500000.0}))  # as configs were before
+    straight = run(load_config(None, [*words, "--name", "straight"]))
+    folder = stop_after(3, words)
+    run(load_config(None, words))
+    assert losses(folder) == losses(straight)
+    assert (folder / "hf" / "config.json").read_text() == (straight / "hf" / "config.json").read_text()
+
+
 def test_resume_changed_goes_on_all_the_same(options, stop_after):
     folder = stop_after(3, options())
     run(load_config(None, options(optim__lr=1e-4, checkpoint__resume_changed="true")))

@@ -425,6 +425,11 @@ def test_whatever_is_broken_before_the_first_step_is_one_sentence(words, tmp_pat
         assert sentence.partition(": ")[2][:60] in log.read_text(), "what libraries say in full is kept"
 
 
+def test_a_log_that_cannot_be_opened_is_a_sentence(words, tmp_path):
+    (tmp_path / "runs" / "run" / "log.txt").mkdir(parents=True)
+    assert "log.txt" in only_sentence(finished([*words, "--train.steps", "2"]).stderr)
+
+
 def test_a_start_that_fails_changes_nothing_of_a_finished_run_and_is_told_beside_it(words, tmp_path):
     shutil.copytree(EXAMPLES / "tiny", tmp_path / "model")
     words = [*words, "--model.name", str(tmp_path / "model"), "--train.steps", "2"]

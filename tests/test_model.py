@@ -3,6 +3,7 @@
 import functools
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -180,8 +181,17 @@ def test_overrides_change_the_config_and_unknown_ones_are_refused_by_name(tmp_pa
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
     model_config("llama").save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=r"vocab_size 4096 of 5000 tokens: see model\.tokenizer"):
+    with pytest.raises(ConfigError, match=r"vocab_size 4096 is without \['token4096', .*: see model\.tokenizer"):
         build(tmp_path, "--model.from_scratch", "true", tokenizer=vocabulary(5000))
+    hole = SimpleNamespace(get_vocab=lambda: {"a": 0, "b": 5000})
+    with pytest.raises(ConfigError, match=r"without \['b'\]"):
+        build(tmp_path, "--model.from_scratch", "true", tokenizer=hole)
+
+
+def test_a_tokenizer_may_have_gemmas_token_for_images_which_its_text_models_do_not(tmp_path):
+    model_config("llama").save_pretrained(tmp_path)
+    ids = VOCABULARY.get_vocab() | {"<image_soft_token>": 4096}
+    build(tmp_path, "--model.from_scratch", "true", tokenizer=SimpleNamespace(get_vocab=lambda: ids))
 
 
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "_attn_implementation_internal"])

@@ -87,7 +87,7 @@ def packed_attention(module, query, key, value, attention_mask=None, *, backend=
 
 
 def use_fa4():
-    """torch's varlen_attn, which knows the gradient, runs FlashAttention-4."""
+    """FlashAttention-4 inside of torch's varlen_attn."""
     # torch's own switch, `activate_flash_attention_impl`, knows no windows in 2.11 and changes aten
     from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
 

@@ -210,8 +210,9 @@ def export(checkpoint: Path, out: Path, dtype: str | None = None):
     state = state_of(checkpoint)
     config = state["config"]
     base = config["model"]["name"]
-    inside = checkpoint.resolve() in out.resolve().parents
-    if inside or out.resolve() == Path(base).resolve() or (out / "state.json").exists():
+    there = out.resolve()
+    is_base = "base_weights" in state and there == Path(base).resolve()
+    if is_base or checkpoint.resolve() in there.parents or (out / "state.json").exists():
         raise ConfigError(f"{out} holds what a model is made of: name another folder")
     hf_config = AutoConfig.from_pretrained(checkpoint)
     dtype = dtype or hf_config.dtype

@@ -247,7 +247,7 @@ def sentence(problem: dict) -> str:
     place = ".".join(map(str, problem["loc"]))
     if problem["type"] != "extra_forbidden":
         message = re.sub(r" or instance of \w+", "", problem["msg"])
-        message = re.sub("String should.*", "use letters, digits, . _ -", message)
+        message = re.sub("String should match.*", "use letters, digits, . _ -", message)
         return f"{place}: {message}, not {problem['input']!r:.100}"
     wrong = re.sub(r"\.\d+\.", ".", place)  # data.sources.0.path -> data.sources.path
     last = wrong.split(".")[-1]

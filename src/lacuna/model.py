@@ -27,8 +27,7 @@ from lacuna.weights import FLOATS, fill, held, load_weights, weight_folder
 
 # Dear to recompute: matrix products and attention. Everything else is cheap.
 aten = torch.ops.aten
-SAVED_OPS = [aten.mm.default, aten.addmm.default]
-SAVED_OPS += [aten._grouped_mm.default, aten._scaled_mm.default]
+SAVED_OPS = [aten.mm.default, aten.addmm.default, aten._grouped_mm.default, aten._scaled_mm.default]
 SAVED_OPS += [torch.ops.torch_attn._varlen_attn.default]
 SAVED_OPS += [aten._scaled_dot_product_flash_attention_for_cpu.default]
 
@@ -104,7 +103,8 @@ class Trainee(nn.Module):
 def build_model(config: Config, ranks: Ranks, tokenizer, checkpoint: Path | None = None, frozen=False) -> Trainee:
     """The model of `config.model`, ready to train: with its own weights or a checkpoint's."""
     # a run that goes on has the config that it began with, whatever has become of its model's folder
-    trainee = Trainee(config, ranks, tokenizer, checkpoint or config.model.name, frozen)
+    kept = not config.checkpoint.resume_changed and checkpoint
+    trainee = Trainee(config, ranks, tokenizer, kept or config.model.name, frozen)
     model = trainee.model
     folder = checkpoint
     if config.lora.rank or (folder is None and not config.model.from_scratch):
@@ -144,7 +144,7 @@ def empty_model(config: ModelConfig, folder, tokenizer, held_in, dtype) -> PreTr
         if not hasattr(hf_config, key):
             raise ConfigError(f"model.overrides.{key} is no field of {config.name}'s config")
     # made anew from its file, so that fields that follow from others follow from the new ones
-    if config.overrides:
+    if config.overrides and folder == config.name:
         fields, _ = hf_config.get_config_dict(folder)
         fields = fields.get("text_config", fields)
         if {"num_hidden_layers", "sliding_window", "use_sliding_window", "max_window_layers"} & config.overrides.keys():
@@ -156,10 +156,9 @@ def empty_model(config: ModelConfig, folder, tokenizer, held_in, dtype) -> PreTr
     # before the model is built: transformers would fetch and run a kernel that a config names as its attention
     hf_config._attn_implementation = "lacuna"
     stored = next((kind for kind in (whole.dtype, hf_config.dtype) if kind in FLOATS), dtype)
-    # tokens that were added after all others may have no row: Gemma 3's has one for images
-    ids = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False).values()
-    if max(*ids, tokenizer.eos_token_id) >= hf_config.vocab_size:
-        raise ConfigError(f"vocab_size {hf_config.vocab_size} of {len(tokenizer)} tokens: see model.tokenizer")
+    lost = [token for token, id in tokenizer.get_vocab().items() if id >= hf_config.vocab_size]
+    if lost not in ([], ["<image_soft_token>"]):  # Gemma 3's
+        raise ConfigError(f"vocab_size {hf_config.vocab_size} is without {lost[:3]}: see model.tokenizer")
     if getattr(hf_config, "num_hidden_layers", 0) > 10_000:
         raise ConfigError("num_hidden_layers is above 10,000")
     with torch.device("meta"):

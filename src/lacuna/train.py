@@ -28,7 +28,6 @@ from lacuna.weights import check_base, held, read_tensors
 
 def run(config: Config, preemption: Preemption | None = None) -> Path:
     """Train as `config` says; returns the run folder, with `hf` in it. Preempted after a signal."""
-    # Set up: ranks, run folder, what to go on from, tokenizer.
     began = time.monotonic()
     preemption = preemption or Preemption()
     ranks = start(config.dist, config.train)
@@ -81,6 +80,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         [_, kept] = log.handlers
         kept.target.baseFilename = str(folder.absolute() / "log.txt")
+        kept.target.stream = kept.target._open()
         kept.capacity = 1
         evaluating = held_out and is_due(state["step"], config.eval.every, steps)
         report = Report(config, ranks, folder, steps, model, state, evaluating)

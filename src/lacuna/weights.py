@@ -57,7 +57,7 @@ def fingerprint(files: list[Path]) -> str:
 def seal(files: list[Path]) -> dict[str, list]:
     """Size and fingerprint of each file, once on disk: a power failure could leave it empty."""
     for file in files:
-        file.chmod(file.parent.stat().st_mode & 0o666)  # safetensors: for the owner alone
+        file.chmod(file.parent.stat().st_mode & 0o664)  # safetensors: 0600
         with open(file, "rb") as content:
             os.fsync(content.fileno())
     return {file.name: [file.stat().st_size, fingerprint([file])] for file in files}

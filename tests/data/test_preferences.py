@@ -406,8 +406,9 @@ def test_a_prompt_that_stands_twice_or_in_the_answers_too_is_refused(tokenizer, 
     row = {"prompt": asked, "chosen": asked + " Yes", "rejected": asked + " No"}
     refused(lambda: documents(encoder, row), "row 41", "begin with the prompt")
     assert encoded(encoder, row | {"prompt": None}) == texts(tokenizer, asked, " Yes", " No")
-    greeting = {"prompt": "Hello", "chosen": "Hello there", "rejected": "Hello?"}  # answers may do so
-    assert encoded(encoder, greeting) == texts(tokenizer, "Hello", "Hello there", "Hello?")
+    greeting = ("Thank you", "Thank you, too!", "Thank you. Go away.")  # answers may do so
+    row = dict(zip(("prompt", "chosen", "rejected"), greeting, strict=True))
+    assert encoded(encoder, row) == texts(tokenizer, *greeting)
     both = {"prompt": "And in Spain?", "messages": TALK, "chosen": GOOD, "rejected": BAD}
     refused(lambda: documents(encoder, both), "row 41", "prompt and messages are both the prompt")
 

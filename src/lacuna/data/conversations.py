@@ -255,7 +255,7 @@ def read_messages(row: dict, row_format: str, roles: dict[str, str]) -> list[dic
     """A row as OpenAI's messages: text in one piece, arguments as objects, and `train`, a bool."""
     system = as_turns(row.get("system") or [], "system")
     if row_format == "prompt and completion":
-        if isinstance(row["prompt"], list) or TURNS.match(row["prompt"]):
+        if isinstance(row["prompt"], list) or TURNS.match(str(row["prompt"])):
             turns = [name for name in ("prompt", "completion") if TURNS.match(str(row.get(name)))]
             row = row | {name: decoded(row[name]) for name in turns}
         asked = [turn | {"train": False} for turn in as_turns(row["prompt"], "user")]
