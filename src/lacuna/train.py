@@ -78,10 +78,10 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
         checkpoints = Checkpoints(config, ranks, folder, tensors, model, tokenizer)
         # The run begins. A start that fails leaves no folder, changes no run, and is told in log.txt beside them.
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        [_, kept] = log.handlers
-        kept.target.baseFilename = str(folder.absolute() / "log.txt")
-        kept.target.stream = kept.target._open()
-        kept.capacity = 1
+        [_, early] = log.handlers
+        early.target.baseFilename = str(folder.absolute() / "log.txt")
+        early.target.stream = early.target._open()
+        early.capacity = 1
         evaluating = held_out and is_due(state["step"], config.eval.every, steps)
         report = Report(config, ranks, folder, steps, model, state, evaluating)
         if ranks.rank == 0:
