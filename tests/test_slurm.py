@@ -207,7 +207,7 @@ def test_tasks_of_srun_alone_are_refused_before_they_write(words, tmp_path, slur
     environ = environment(SLURM_CONF=slurm.conf)
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environ, cwd=tmp_path, check=False)
     assert done.returncode == 1
-    assert done.stderr.count("without RANK: see configs/slurm.sh") == 2
+    assert done.stderr.count("without RANK are as many runs: see configs/slurm.sh") == 2
     assert not (tmp_path / "runs").exists()
 
 
