@@ -546,7 +546,7 @@ def test_the_task_decides_the_learning_rate_and_must_be_the_files(tmp_path):
     assert load_config(str(file), [], "sft").optim.lr == 2e-5
     assert load_config(None, [*ONE_STEP, "--optim.lr", "1e-3"], "sft").optim.lr == 1e-3
     assert load_config(None, ONE_STEP).optim.lr == 3e-4
-    with pytest.raises(ConfigError, match=r"task = 'sft', the command pt: take one"):
+    with pytest.raises(ConfigError, match=r"task = 'sft' \(pt\|sft\): run lacuna sft"):
         load_config(str(file), [])
 
 

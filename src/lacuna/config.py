@@ -1,4 +1,4 @@
-"""Every key of a run, from TOML and `--section.key value`, which wins. No torch: --help is quick."""
+"""Every key of a run, from TOML and `--section.key value`, which wins. No torch: --help is fast."""
 
 import difflib
 import logging
@@ -228,7 +228,7 @@ def load_config(path: str | None, argv: list[str], task: str = "pt") -> Config:
             value = merged[section] | value
         merged[section] = value
     if merged.setdefault("task", task) != task:
-        raise ConfigError(f"the config has task = {merged['task']!r}, the command {task}: take one")
+        raise ConfigError(f"the config has task = {merged['task']!r} (pt|sft): run lacuna {merged['task']}")
     try:
         config = Config.model_validate(merged)
     except ValidationError as error:
