@@ -240,7 +240,7 @@ def test_on_a_gpu_packed_equals_alone_within_bfloat16(name, attention, options, 
     from lacuna.attention import choose_backend
 
     try:
-        choose_backend(attention, torch.device("cuda"), torch.bfloat16, model_config(name))
+        choose_backend(attention, torch.device("cuda"), torch.bfloat16)
     except ConfigError as error:
         pytest.skip(str(error))
     assert_packed_equals_alone(

@@ -24,14 +24,11 @@ os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
 warnings.filterwarnings("ignore", module="cutlass")  # FlashAttention-4's, about itself
 
 
-def choose_backend(asked: str | None, device: torch.device, dtype: torch.dtype, hf_config) -> str:
+def choose_backend(asked: str | None, device: torch.device, dtype: torch.dtype) -> str:
     """The backend for `model.attention`, set up; ConfigError where this machine cannot run it."""
     can_flash = device.type == "cuda" and dtype == torch.bfloat16
     capability = torch.cuda.get_device_capability(device) if can_flash else (0, 0)
-    heads = getattr(hf_config, "num_attention_heads", 1)
-    head_dim = hf_config.to_dict().get("head_dim") or hf_config.hidden_size // heads
-    # with heads of 48, 72, 80 or 104 its gradients are wrong, without a word (4.0.0b36 on an H200)
-    has_fa4 = head_dim % 32 == 0 and find_spec("flash_attn") and find_spec("flash_attn.cute")
+    has_fa4 = find_spec("flash_attn") and find_spec("flash_attn.cute")
     can = {"fa4": capability >= (9, 0) and has_fa4, "varlen": capability >= (8, 0), "sdpa": True}
     possible = [backend for backend in can if can[backend]]
     if asked and asked not in possible:
@@ -95,16 +92,20 @@ def use_fa4():
         *_, scale, [left, _] = rest
         limits = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens, "softmax_scale": scale}
         limits |= {"max_seqlen_q": max_seqlen, "max_seqlen_k": max_seqlen}
-        window = None if left < 0 else left
-        return limits | {"window_size_left": window, "window_size_right": 0}
+        return limits | {"window_size_left": {-1: None}.get(left, left), "window_size_right": 0}
 
+    # with heads of 48, 72, 80 or 104 its gradients are wrong, without a word (4.0.0b36 on an H200)
     def forward(q, k, v, *rest):
+        if q.shape[-1] % 32:
+            return varlen._varlen_attn._init_fn(q, k, v, *rest)
         out, lse, *_ = _flash_attn_fwd(q, k, v, **options(*rest), return_lse=True)
         return out, lse, lse.new_empty(2, dtype=torch.uint64)
 
     def backward(grad, q, k, v, out, lse, *rest):
-        exact = torch.are_deterministic_algorithms_enabled()
-        return _flash_attn_bwd(q, k, v, out, grad.contiguous(), lse, **options(*rest), deterministic=exact)[:3]
+        if q.shape[-1] % 32:
+            return varlen._varlen_attn_backward._init_fn(grad, q, k, v, out, lse, *rest)
+        how = options(*rest) | {"deterministic": torch.are_deterministic_algorithms_enabled()}
+        return _flash_attn_bwd(q, k, v, out, grad.contiguous(), lse, **how)[:3]
 
     varlen._varlen_attn.register_kernel("cuda", forward)
     varlen._varlen_attn_backward.register_kernel("cuda", backward)

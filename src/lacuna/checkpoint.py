@@ -215,10 +215,9 @@ def export(checkpoint: Path, out: Path, dtype: str | None = None):
     if is_base or checkpoint.resolve() in there.parents or (out / "state.json").exists():
         raise ConfigError(f"{out} holds what a model is made of: name another folder")
     hf_config = AutoConfig.from_pretrained(checkpoint)
-    dtype = dtype or hf_config.dtype
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, attn_implementation="eager")
-    model.generation_config = GenerationConfig()  # copied below
+        model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype or hf_config.dtype, attn_implementation="eager")
+    model.generation_config = GenerationConfig()
     model.to_empty(device="cpu").requires_grad_(False)
     model.tie_weights(recompute_mapping=False)
     if config.get("lora", {}).get("rank"):

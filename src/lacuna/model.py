@@ -45,7 +45,7 @@ class Trainee(nn.Module):
         self.objective = None  # a recipe's, in place of the sum of losses
         held_in = self.dtype if frozen or config.lora.rank else torch.float32
         model = self.model = empty_model(config.model, folder, tokenizer, held_in, self.dtype)
-        self.backend = choose_backend(config.model.attention, ranks.device, self.dtype, model.config)
+        self.backend = choose_backend(config.model.attention, ranks.device, self.dtype)
         model.requires_grad_(not frozen)
         if config.model.patch:  # first: it replaces modules
             apply_patch(model, config.model.patch)
@@ -103,8 +103,8 @@ class Trainee(nn.Module):
 def build_model(config: Config, ranks: Ranks, tokenizer, checkpoint: Path | None = None, frozen=False) -> Trainee:
     """The model of `config.model`, ready to train: with its own weights or a checkpoint's."""
     # a run that goes on has the config that it began with, whatever has become of its model's folder
-    kept = not config.checkpoint.resume_changed and checkpoint
-    trainee = Trainee(config, ranks, tokenizer, kept or config.model.name, frozen)
+    origin = not config.checkpoint.resume_changed and checkpoint
+    trainee = Trainee(config, ranks, tokenizer, origin or config.model.name, frozen)
     model = trainee.model
     folder = checkpoint
     if config.lora.rank or (folder is None and not config.model.from_scratch):
@@ -199,7 +199,7 @@ def refuse_unfit(model: PreTrainedModel, layers: list[nn.Module], seq_len: int, 
     }
     for problem, there in problems.items():
         if there:
-            raise ConfigError(f"model.overrides: {type(model).__name__} {problem}")
+            raise ConfigError(f"{type(model).__name__} {problem}")
 
 
 def experts(model: nn.Module) -> list[nn.Module]:
