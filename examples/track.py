@@ -27,7 +27,10 @@ def track(folder: Path, name: str, patience: float = PATIENCE):
     sent = {"id": secrets.token_hex(4), "metrics": -1, "evaluation": -1}
     if file.exists():
         sent = json.loads(file.read_text())
-    tracker = import_module(name)
+    try:
+        tracker = import_module(name)
+    except ModuleNotFoundError:
+        sys.exit(f"{name} is not installed: uv sync --extra {name}")
     keys = tomllib.loads((folder / "config.toml").read_text())
     project = os.environ.get("WANDB_PROJECT", "lacuna")
     options = {"id": sent["id"], "dir": folder} if name == "wandb" else {}

@@ -69,6 +69,12 @@ def test_each_line_is_sent_once_though_run_and_follower_stop_and_go_on(folder, t
     assert first["resume"] == "allow" and first["dir"] == folder and tracker.finished == 2
 
 
+def test_a_tracker_that_is_not_installed_names_its_extra(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    with pytest.raises(SystemExit, match="trackio is not installed: uv sync --extra trackio"):
+        TRACK["track"](folder, "trackio", 0.01)
+
+
 def test_it_follows_as_long_as_a_run_has_the_folder(folder, tracker):
     write(folder, [{"step": 1, "loss": 8.0}])
     with FileLock(folder.with_name(f".{folder.name}.lock"), thread_local=False):

@@ -79,7 +79,7 @@ def leave(status: int, sentence: str = ""):
     with suppress(OSError, AttributeError):  # the terminal may be gone
         if sentence:
             log.debug(sentence)
-            logging.shutdown()  # writes it
+            logging.shutdown()
             sys.stderr.write(COLOUR.format(31, f"{name}: {sentence}") + "\n")
         sys.stdout.flush()
     # threads of gloo, or a loader's, may outlive the interpreter: 1 run in 20 aborted at exit

@@ -231,6 +231,13 @@ def test_a_run_over_http_resumes_exactly(tmp_path, encoder, server):
     assert read(config, encoder, 2, 3, state=state) == whole[3 * ROWS :]
 
 
+def test_csv_that_streams_from_a_server_is_refused_and_not_called_missing(tmp_path, encoder, server):
+    for name in ("a.csv", "a.CSV.gz"):
+        config = make_config(tmp_path, make_source(f"{server.url}/{name}", streaming=True))
+        with pytest.raises(ConfigError, match="CSV needs streaming = false"):
+            RowDataset(config, config.data.sources, encoder, rank=0, ranks=1)
+
+
 @pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
 def test_a_url_that_is_not_there_is_refused_by_name(tmp_path, encoder, server, streaming):
     with socket.socket() as nobody:

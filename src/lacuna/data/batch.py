@@ -18,7 +18,7 @@ class Tokens(NamedTuple):
 
 
 def hide(ids: np.ndarray, trained: np.ndarray) -> np.ndarray:
-    """Ids [n] with their loss mask [n] in the sign, ~id: so it cannot be lost on the way to a row."""
+    """Ids [n] with their loss mask [n] in the sign, ~id: it cannot be lost on the way to a row."""
     return np.where(trained, ids, ~ids)
 
 

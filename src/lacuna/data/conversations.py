@@ -350,7 +350,7 @@ def training_template(tokenizer, given: str | None, render) -> str:
         own = tokenizer.get_chat_template()
         # two answers: some drop what was thought before the first; rows are compared, too: `left_out`
         text = render(2 * PROBE, own, [], tokenize=False)
-        for name, template in {"the model's own": own, **shipped}.items():
+        for name, template in {"the model's": own, **shipped}.items():
             if MARKS.search(template) and render(2 * PROBE, template, [], tokenize=False) == text:
                 log.info("chats   template: %s", name)
                 return template

@@ -79,10 +79,9 @@ class RowDataset:
         return sum(plan.row < self.limit for plan in self.plan_stream(0)) - self.state["rows"]
 
     def __iter__(self) -> Iterator[Row]:
-        states = self.state["streams"]
-        consumed = self.state["rows"]
+        state = self.state
         # A generator reads nothing before its first row is asked for, so a rank reads its own streams alone.
-        streams = [self.plan_stream(i, states.get(str(i))) for i in range(self.num_streams)]
+        streams = [self.plan_stream(i, state["streams"].get(str(i))) for i in range(self.num_streams)]
         for position in itertools.count(self.state["rows"] + self.rank, self.ranks):
             row, number = divmod(position, self.num_streams)
             plan = RowPlan()
@@ -90,11 +89,11 @@ class RowDataset:
                 # rows before it are consumed, or other ranks'; in a stream their tokens are made all the same
                 plan = next((plan for plan in streams[number] if plan.row == row), plan)
             if plan.state:
-                states = states | {str(number): plan.state}
-                consumed = position + 1  # not the empty ones
+                places = state["streams"] | {str(number): plan.state}
+                state = {"rows": position + 1, "streams": places}  # no empty ones
             pieces = [(self.sources[source].load(document.key), *span) for source, document, *span in plan.pieces]
             made = assemble(pieces, self.seq_len, place=position % self.batch_rows, **self.packing)
-            yield made._replace(epoch=plan.epoch, state={"rows": consumed, "streams": states})
+            yield made._replace(epoch=plan.epoch, state=state)
 
     def plan_stream(self, number: int, saved: dict | None = None) -> Iterator[RowPlan]:
         """The rows of a virtual stream, from a StreamState on (JSON), to the end of the last epoch."""

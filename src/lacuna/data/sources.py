@@ -76,7 +76,7 @@ class MapSource:
         self.inventory = f"{len(self.documents)} documents of {self.lengths[self.documents].sum()} tokens"
 
     def read(self, stream: int, num_streams: int, cursor: Cursor) -> Iterator[Document]:
-        """The documents of a virtual stream from a cursor on, in each epoch's own order; endless."""
+        """The documents of a virtual stream from a cursor on, in each epoch's order; endless."""
         for epoch in count(cursor.epoch):
             order = np.random.default_rng([*self.seed, epoch]).permutation(self.documents)[stream::num_streams]
             for i in range(cursor.taken, len(order)):
@@ -234,13 +234,14 @@ def find_files(source: Source) -> dict:
         splits = find_splits(path, source, files)
     kind = min(map(ending, chain(*splits.values())))  # .json before .jsonl: it reads lines, too
     reader = READERS.get(kind)
-    if reader is None and path.is_file():
-        raise ConfigError(f"data.sources: {path} is none of {', '.join(READERS)}")
+    remote = source.streaming and "://" in source.path
+    if (reader is None and path.is_file()) or (remote and kind == ".csv"):
+        raise ConfigError(f"data.sources: {source.path} is none of {', '.join(READERS)}; CSV needs streaming = false")
     if reader is None:  # of a kind that datasets alone knows
         return files
     if not path.is_dir() and (source.name or source.data_files):
         raise ConfigError(f"data.sources: {source.path} is a file: remove name and data_files")
-    if "features" in reader and source.streaming and "://" in source.path:
+    if "features" in reader and remote:
         reader = {"path": "json"}  # of a text, datasets may lose some
     return reader | {"data_files": splits}
 
