@@ -404,7 +404,7 @@ BROKEN = {  # what breaks, with what words: what the sentence must hold
     "the model": (None, ["--model.overrides", '{"num_key_value_heads": 0}'], ["model.overrides", "division"]),
     "the weights": (spoil_weights, [], ["model"]),
     "the tokenizer": (spoil_tokenizer, [], ["model.tokenizer"]),
-    "no model": (None, ["--model.name", "."], ["model.name", "no config or tokenizer"]),
+    "no model": (None, ["--model.name", "."], ["model.name", "config.json or tokenizer"]),
 }
 
 
@@ -448,6 +448,6 @@ def test_a_bug_is_a_sentence_and_its_traceback_is_in_the_log(words, tmp_path):
     for step in (0, 2):
         run = processes.finish(tmp_path, *words[3:], "--name", f"bug{step}", faults={"bug_at": (step,)})
         assert run.status == 1 and "Traceback" not in run.output
-        assert "if no step was done, see model.overrides): ZeroDivisionError: division by zero" in run.output
+        assert "MASTER_PORT): ZeroDivisionError: division by zero" in run.output
         [log] = tmp_path.glob(f"**/bug{step}/log.txt")
         assert "Traceback" in log.read_text()

@@ -120,7 +120,7 @@ class Checkpoints:
             # else, in a process that lives on, copies from what is there next would read the old memory
             weakref.finalize(self, torch.cuda.cudart().cudaHostUnregister, memory.data_ptr()).atexit = False
         self.thread = ThreadPoolExecutor(max_workers=1)
-        self.written = self.thread.submit(lambda: None)  # Future of the last save, here of none
+        self.written = self.thread.submit(lambda: None)  # the last save, here none
         # for this thread alone: two that share a group could meet in other orders on other ranks
         timeout = timedelta(seconds=config.dist.timeout)
         self.group = dist.new_group(backend="gloo", timeout=timeout) if ranks.mesh is not None else None
@@ -196,7 +196,7 @@ def match_eos(config: Config, model: PreTrainedModel, tokenizer):
     except ValueError as error:
         log.info("generation_config is left out, since transformers refuses it: %s", error)
         generation = GenerationConfig(bos_token_id=tokenizer.bos_token_id)
-    if config.model.tokenizer:  # another tokenizer: its ids mean other words
+    if config.model.tokenizer:  # its ids mean other words
         generation.bos_token_id = tokenizer.bos_token_id
         generation.pad_token_id = tokenizer.pad_token_id
         ends = []

@@ -33,10 +33,10 @@ def main():
         elif command == "export":
             export(words)
         else:
-            with blame("log.txt says where (if no step was done, see model.overrides)"):
+            with blame("log.txt says where (see model.overrides; RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_PORT)"):
                 config = parse(command, words)
                 launch()
-                preemption = Preemption()  # before the imports, which take seconds
+                preemption = Preemption()  # imports take seconds
                 import_module("lacuna.train").run(config, preemption)
         leave(0)
     except Preempted as error:

@@ -25,7 +25,7 @@ CURES = {
     "Read-only file|Permission denied|Operation not permitted": ". Change who may, or name another place",
     "OutOfMemory": ". Lower train.micro_batch_size: see examples/memory.py",
     "torch._dynamo|torch._inductor": ". Set train.compile = false: it runs, or says why",
-    "StopIteration|corresponds to no data": " there is no data, or no such file",
+    "StopIteration|corresponds to no data|Unable to find": ": there is no data, or no such file",
     "KeyError.*lacuna": ": attention that cannot be replaced",
     "gloo/transport|Gloo|distributed.Dist": f". Another rank has ended: see what it says; {AGAIN}",
 }
@@ -47,12 +47,12 @@ def blame(where: str):
     try:
         yield
     except (ConfigError, FloatingPointError, Preempted, KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise  # these have their sentence, or only end the run
+        raise  # these have their sentence
     except BaseException as error:  # tokenizers, written in Rust, panics with one
         log.debug("%s", where, exc_info=True)  # to log.txt, if there is one
         if type(error).__name__ == "DatasetGenerationError":
             error = error.__cause__ or error
-        text = " ".join(str(error).split())[:300]
+        text = " ".join(str(error).split())[:300].rstrip(".")
         cures = [cure for sign, cure in CURES.items() if re.search(sign, f"{type(error)} {error}")]
         raise ConfigError("".join([f"{where}: {type(error).__name__}: {text}", *cures[:1]])) from error
 
@@ -232,7 +232,7 @@ def load_config(path: str | None, argv: list[str], task: str = "pt") -> Config:
     try:
         config = Config.model_validate(merged)
     except ValidationError as error:
-        raise ConfigError("\n".join(map(sentence, error.errors()[:20]))) from None
+        raise ConfigError("\n".join(map(sentence, error.errors()[:10]))) from None
     refuse_contradictions(config)
     rate = 3e-4 if config.task == "pt" else 2e-5
     if config.lora.rank:
@@ -259,6 +259,6 @@ def sentence(problem: dict) -> str:
             known[prefix + name] = f"({name}) {field.description}"  # other trainers' names are in brackets
     near = [key for key, names in known.items() if f"({last})" in names]
     near += difflib.get_close_matches(wrong, known, 1, cutoff=0.65)
-    if near and near[0] != wrong:
+    if near and not f"{wrong}.".startswith(f"{near[0]}."):
         return f"unknown key {wrong}: did you mean {near[0]}?"
     return f"unknown key {wrong}: take it out, or see docs/coming-from.md"

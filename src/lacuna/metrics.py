@@ -161,14 +161,14 @@ def open_metrics(folder: Path, step: int, again: bool):
     # a step's last line is its evaluation: dropped where it is done again
     kept = sum(m["step"] < step or (m["step"] == step and not (again and "eval_loss" in m)) for m in whole)
     os.truncate(file, sum(map(len, lines[:kept])))
-    return open(file, "a", buffering=1)  # line by line: a killed run keeps its lines
+    return open(file, "a", buffering=1)  # a killed run keeps its lines
 
 
 def start_logging(out: Path, rank: int):
     """Rank 0 logs to stderr and log.txt; others warnings to stderr, tracebacks to log.txt."""
     log.setLevel(logging.DEBUG)
     logging.raiseExceptions = False  # a full disk ends the run at metrics.jsonl
-    log.propagate = False  # to the root logger: lines would stand twice
+    log.propagate = False  # lines would stand twice
     layout = logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
     terminal = logging.StreamHandler(DummyTqdmFile(sys.stderr))  # above a live line
     terminal.setLevel(logging.INFO if rank == 0 else logging.WARNING)

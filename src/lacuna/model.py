@@ -195,7 +195,7 @@ def refuse_unfit(model: PreTrainedModel, layers: list[nn.Module], seq_len: int, 
         "attends to later tokens, too": not all(getattr(part, "is_causal", True) for part in model.modules()),
         "is quantized: take a copy without quantization_config": getattr(config, "quantization_config", None),
         "must have model.overrides.attention_dropout = 0.0": getattr(config, "attention_dropout", 0.0),
-        "has no layer that is a GradientCheckpointingLayer": not layers,
+        "has no layer that is a GradientCheckpointingLayer (num_hidden_layers)": not layers,
     }
     for problem, there in problems.items():
         if there:

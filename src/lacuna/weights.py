@@ -88,7 +88,7 @@ def stored_parts(folder: Path) -> dict[str, list[torch.Tensor]]:
     """Rows of each tensor, a part a file. ConfigError where some are missing or doubled."""
     stored = {}
     for file in weight_files(folder):
-        with blame(f"{file} is no whole safetensors file; of git-lfs, `git lfs pull` brings it"):
+        with blame(f"{file} is no whole safetensors file (git lfs pull?), or without permission"):
             content = safe_open(file, "pt")
             places = json.loads((content.metadata() or {}).get("DCP_SHARDING_INFO", "{}"))
             for name in content.keys():  # noqa: SIM118

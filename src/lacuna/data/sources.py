@@ -72,7 +72,7 @@ class MapSource:
         self.documents = np.random.default_rng(seed).permutation(documents)[begin:end]
         self.most_streams = len(self.documents)
         if not self.most_streams:
-            raise ConfigError(f"data.sources, eval.sources: no document left of {', '.join(s.path for s in sources)}")
+            raise ConfigError(f"data.sources: no document left of {', '.join(source.path for source in sources)}")
         self.inventory = f"{len(self.documents)} documents of {self.lengths[self.documents].sum()} tokens"
 
     def read(self, stream: int, num_streams: int, cursor: Cursor) -> Iterator[Document]:

@@ -13,10 +13,7 @@ from lacuna.data.batch import Tokens
 
 
 class TextEncoder:
-    """Plain text to documents, past huggingface.co/blog/qgallouedec/gotchas-in-tokenizer-behavior.
-
-    Other encoders have its `eos` and its methods from `columns` on, which several threads call.
-    """
+    """Plain text to documents. Other encoders have its `eos`, and its methods from `columns` on."""
 
     def __init__(self, tokenizer):
         if tokenizer.eos_token_id is None:
@@ -69,7 +66,7 @@ def load_tokenizer(model: ModelConfig):
     name = model.tokenizer or model.name
     if "/" in name and Path(name).parent.is_dir() and not Path(name).is_dir():
         raise ConfigError(f"model.name or model.tokenizer {name}: no such folder")
-    with blame(f"model.name or model.tokenizer {name}: no config or tokenizer"):
+    with blame(f"model.name or model.tokenizer {name}: no config.json or tokenizer"):
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
