@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lacuna.config import Config, ConfigError, Source, blame, log
 from lacuna.data.batch import IGNORE, SECOND, PackedBatch, Tokens, reveal
-from lacuna.data.conversations import TEXTS, TURNS, ChatEncoder, as_turns, read_turn
+from lacuna.data.conversations import EXTRAS, TEXTS, TURNS, ChatEncoder, as_turns, read_turn
 from lacuna.data.tokenize import digest
 from lacuna.lora import LoRALinear
 from lacuna.model import Trainee, build_model
@@ -200,7 +200,7 @@ class PairEncoder:
         documents = []
         for number, row in zip(numbers, rows, strict=True):
             with blame(f"data.sources {source.path}, row {number}, read as a preference pair"):
-                given = {name: value for name, value in row.items() if value is not None}
+                given = {key: row[key] for key in row if row[key] is not None or key in EXTRAS}
                 documents.append(self.document(given, source))
         return documents
 

@@ -582,3 +582,12 @@ def test_a_null_among_overrides_is_refused_before_anything_is_loaded(load):
     """TOML has none, so config.toml could not repeat the run."""
     message = refusal(load, BASE, "--model.overrides", '{"rope_scaling": null}')
     assert message == "model.overrides: no null: change its config.json"
+
+
+def test_an_unknown_key_is_not_answered_with_the_section_it_is_in(load):
+    assert "did you mean" not in refusal(load, BASE, "--optim.k0", "1")
+
+
+def test_many_unknown_keys_are_ten_lines_at_most(load):
+    keys = "".join(f"k{i} = {i}\n" for i in range(400))
+    assert len(refusal(load, BASE + "[optim]\n" + keys).splitlines()) == 10

@@ -26,7 +26,7 @@ from lacuna.lora import merge, write_adapter
 from lacuna.parallel import Ranks, local
 from lacuna.weights import SEALS, check_base, held, load_weights, refuse_damaged, seal, stored_parts, weight_folder
 
-FORMAT = 5  # of a checkpoint: counted up when no run can go on from older ones
+FORMAT = 5  # counted up when no run can go on from older ones
 # What may change when a run goes on: places, reports, hardware. With another value of any other key it is another run.
 FREE = ("name", "out", "log.", "checkpoint.", "dist.", "eval.every", "eval.rows", "eval.sources", "data.cache")
 FREE += ("train.micro_batch_size", "train.activation_checkpointing", "train.deterministic")
@@ -185,7 +185,6 @@ class Checkpoints:
 def match_eos(config: Config, model: PreTrainedModel, tokenizer):
     """Model and generation stop where the tokenizer does: at what ends documents or turns."""
     eos = tokenizer.eos_token_id
-    model.config.architectures = [type(model).__name__]
     model.config.eos_token_id = eos
     generation = model.generation_config
     with blame(f"{config.model.name}/generation_config.json"), suppress(OSError):

@@ -33,7 +33,7 @@ def main():
         elif command == "export":
             export(words)
         else:
-            with blame("log.txt says where (see model.overrides; RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_PORT)"):
+            with blame("see log.txt (or model.overrides, RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_PORT)"):
                 config = parse(command, words)
                 launch()
                 preemption = Preemption()  # imports take seconds

@@ -6,7 +6,7 @@ import torch
 
 from lacuna.data.batch import IGNORE, PackedBatch
 
-LOGITS = 2**29  # elements of a chunk's logits: 1 GiB in bf16; larger ones gain nothing on an H200
+LOGITS = 2**29  # elements of a chunk's logits: 1 GiB in bf16; more gains nothing on an H200
 
 
 def head_loss(hidden, weight, batch: PackedBatch, compiled: bool, weights=None, **arithmetic):

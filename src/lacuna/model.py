@@ -86,10 +86,8 @@ class Trainee(nn.Module):
         # transformers keeps keys, too, that a config's class does not know, and does nothing with them
         keys = ("logit_scale", "logits_scaling", "final_logit_softcapping", "logits_soft_cap")
         known = {key: getattr(config, key) for key in keys if hasattr(type(config), key)}
-        scaling = known.get("logits_scaling") or 1.0
-        if config.model_type != "hyperclovax":  # all others divide by it
-            scaling = 1 / scaling
-        factor = scaling * (known.get("logit_scale") or 1.0)
+        power = {"hyperclovax": 1}.get(config.model_type, -1)  # all others divide
+        factor = (known.get("logits_scaling") or 1) ** power * (known.get("logit_scale") or 1)
         cap = known.get("final_logit_softcapping") or known.get("logits_soft_cap")
         return partial(head_loss, hidden, weight, batch, self.compiled, factor=factor, cap=cap)
 
@@ -117,7 +115,7 @@ def build_model(config: Config, ranks: Ranks, tokenizer, checkpoint: Path | None
     trainee.to_empty(device=ranks.device)
     model.tie_weights(recompute_mapping=False)  # to_empty gives each module a tensor of its own
     for parameter in model.parameters():
-        parameter._is_hf_initialized = True  # `initialise` puts others in their place, which are not
+        parameter._is_hf_initialized = True  # those that `initialise` makes are not
     model.get_input_embeddings().padding_idx = None  # nothing is padded: all ids learn
     initialise(model, config.seed, set(held(model).values()) if folder else set())
     if folder:

@@ -60,7 +60,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
     if config.optim.warmup_steps >= steps:
         raise ConfigError(f"optim.warmup_steps must be below the {steps} steps")
 
-    with blame(f"model.name {config.model.name}: config.json, model.overrides {config.model.overrides}"):
+    with blame(f"model.name {config.model.name}: config.json with {config.model.overrides}"):
         if not config.model.from_scratch and (config.lora.rank or config.task.endswith(".py")):
             fixed["base_weights"] = check_base(config.model.name, state)
         trainee = build_model(config, ranks, tokenizer, checkpoint)
@@ -170,10 +170,7 @@ def open_rows(config: Config, encoder, ranks: Ranks, state) -> tuple[RowDataset,
     sources = config.data.sources if fraction else config.eval.sources
     if not sources:
         return dataset, None
-    try:
-        held_out = rows(sources, epochs=1, share=(0.0, fraction or 1.0), limit=config.eval.rows)
-    except ConfigError as error:  # its encoder does not know
-        raise ConfigError(str(error).replace("data.sources", "eval.sources")) from error
+    held_out = rows(sources, epochs=1, share=(0.0, fraction or 1.0), limit=config.eval.rows)
     log.info("held out %s; eval.every: %s", *held_out.inventory, config.eval.every or "start, end")
     return dataset, held_out
 

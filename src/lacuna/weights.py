@@ -123,7 +123,7 @@ def fill(tensor: torch.Tensor, parts: list[torch.Tensor], where: str):
     first = 0
     if isinstance(tensor, DTensor):  # FSDP shards rows
         _, [first, *_] = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    at = -first  # where a part begins, counted from the share's first row
+    at = -first  # where a part begins, from the share's first row
     for part in parts:
         begin = max(0, at)
         end = max(begin, min(len(share), at + len(part)))
@@ -180,7 +180,7 @@ def load_weights(model: PreTrainedModel, folder: Path):
     for name, tensor in places.items():
         if any(re.search(pattern, name) for pattern in kept) and not isinstance(tensor, DTensor):
             tensor.data = tensor.data.float()
-        if name in made:  # one at a time: all would be a second model in memory
+        if name in made:  # all would be a second model in memory
             converted = made.pop(name).convert(name, model=model, config=model.config)
             stored[name] = [converted[name]]
         fill(tensor, stored.pop(name), f"{folder} does not fit: {name}")

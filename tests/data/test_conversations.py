@@ -234,7 +234,8 @@ def test_a_prompt_with_a_system_turn_is_a_chat(tokenizer, encoder):
     row = {"prompt": "Q", "completion": "A", "system": "S"}
     assert encoded(encoder, row) == encoded(encoder, chat)
     # of a source with such a column every row is a chat, or two rows of one file would be of two kinds
-    assert encoded(encoder, row | {"system": ""}) == encoded(encoder, {"messages": chat["messages"][1:]})
+    for nothing in ({"system": ""}, {"system": None}, {"system": None, "tools": None}):
+        assert encoded(encoder, row | nothing) == encoded(encoder, {"messages": chat["messages"][1:]})
 
 
 def test_of_prompt_and_completion_the_completion_alone_is_trained(tokenizer, encoder):
@@ -1205,3 +1206,21 @@ def test_calls_have_a_place_and_nulls_beside_their_function(qwen):
     whole = {"id": "call_1", "type": "function", "index": 0, "function": function, "arguments": None, "name": None}
     for call in (whole, whole | {"function": function | {"index": 1}}, function | {"id": "call_1", "index": 0}):
         assert encoded(make(qwen), {"messages": ASKED + say("assistant: ", tool_calls=[call])}) == wanted
+
+
+@pytest.mark.parametrize("columns", [["instruction", "output", "kto_tag"], ["messages", "kto_tag"]])
+def test_answers_with_llama_factorys_label_are_refused_as_preferences(encoder, columns):
+    refused(lambda: encoder.columns(columns, Source(path="x")), "x", "preferences")
+
+
+def test_an_answer_under_a_key_that_is_not_read_is_told_by_that_key(encoder):
+    with lacuna_log() as messages:
+        documents(encoder, {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "message": "b"}]})
+    assert [message for message in messages if "'message', which lacuna does not read" in message]
+
+
+def test_a_blank_thought_is_none(tokenizer, encoder):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "<think>t</think>b"}]
+    assert encoded(encoder, {"messages": [turns[0], turns[1] | {"reasoning_content": " "}]}) == encoded(
+        encoder, {"messages": turns}
+    )

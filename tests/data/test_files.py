@@ -509,3 +509,30 @@ def test_what_save_to_disk_wrote_is_read(tmp_path, tokenizer, streaming):
     for name in ("one", "two"):
         got = read_texts(tmp_path, tokenizer, path=tmp_path / name, streaming=streaming)
         assert sorted(got) == sorted(TEXTS)
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+def test_splits_that_save_to_disk_wrote_keep_their_names(tmp_path, tokenizer, streaming):
+    """What is held out in a split of any name is not trained."""
+    parts = {name: datasets.Dataset.from_dict({"text": [name]}) for name in ("train_sft", "train", "holdout")}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "d")
+    for name in parts:
+        got = read_texts(tmp_path, tokenizer, path=tmp_path / "d", streaming=streaming, split=name)
+        assert got == [name]
+
+
+@pytest.mark.parametrize("split", ["train[:50%]", "train[:1]", "train[:1]+train[2:]"])
+@pytest.mark.parametrize("name", ["a.csv", "a.json"])
+def test_a_slice_of_a_file_that_is_read_whole_is_refused(tmp_path, tokenizer, name, split):
+    """datasets would count files, and give all rows, or none."""
+    content = {"a.csv": "text\na\nb\nc\n", "a.json": '[{"text": "a"}, {"text": "b"}, {"text": "c"}]'}
+    (tmp_path / name).write_text(content[name])
+    with pytest.raises(ConfigError, match=f"{name}: slices need .jsonl, or see eval.fraction"):
+        read_texts(tmp_path, tokenizer, path=tmp_path / name, split=split)
+
+
+@pytest.mark.parametrize("pattern", ["*", "*.json*", "a.*"])
+def test_a_glob_without_an_ending_asks_no_hub_and_names_the_kinds(tmp_path, tokenizer, pattern):
+    (tmp_path / "a.json").write_text('[{"text": "a"}]')
+    with pytest.raises(ConfigError, match=r"is none of \.parquet, "):
+        read_texts(tmp_path, tokenizer, path=tmp_path / pattern)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-IGNORE = -100  # a label that trains nothing, as in torch and transformers
+IGNORE = -100  # a label that trains nothing, as in torch
 SECOND = 2**30  # added to the ids of the second of a pair of documents
 
 
@@ -68,11 +68,11 @@ class PackedBatch(NamedTuple):
     input_ids: torch.Tensor  # int64 [T]
     labels: torch.Tensor  # int64 [T], already shifted inside each document; IGNORE trains nothing
     position_ids: torch.Tensor  # int64 [T], from 0 in every document
-    cu_seqlens: torch.Tensor  # int32 [N + 1], boundaries of the N documents: the one shape that changes
+    cu_seqlens: torch.Tensor  # int32 [N + 1], of N documents: the one shape that changes
     # No more tensors, least of all of floats: FSDP2 casts those among its inputs to bf16.
     max_seqlen: int  # seq_len, a constant
     epoch: float
-    counts: dict[str, int]  # by name, to be added over micro-batches and ranks
+    counts: dict[str, int]  # to be added over micro-batches and ranks
 
     def to(self, device: torch.device) -> "PackedBatch":
         """The same on a device, which nothing waits for."""
@@ -94,7 +94,7 @@ def collate(rows: list[Row]) -> PackedBatch:
         "trained_tokens": trained_tokens,
         "units": sum(row.pairs for row in rows) or trained_tokens,  # what the loss is a mean over
         "tokens": sum(row.tokens for row in rows),
-        "pairs": int((lengths**2).sum()),  # squared document lengths: what attention computes
+        "pairs": int((lengths**2).sum()),  # squared lengths: what attention computes
         "checksum": sum(row.checksum for row in rows),  # each below 2**32: exact in float64
     }
     positions = np.arange(len(ids)) - np.repeat(starts, lengths)

@@ -17,11 +17,12 @@ from lacuna.data.batch import Tokens, hide
 from lacuna.data.tokenize import TextEncoder, added_bos, digest
 
 MASKS = ["attention_mask", "loss_mask", "completion_mask", "assistant_masks"]
+EXTRAS = ["tools", "system"]  # null or not, they make a chat
 FORMATS = {  # by their first columns; a row may have the second ones
-    "messages": (["messages"], ["tools", "system"]),
-    "conversations": (["conversations"], ["tools", "system"]),
-    "prompt and completion": (["prompt", "completion"], ["tools", "system"]),
-    "instruction and output": (["instruction", "output"], ["input", "history", "tools", "system"]),
+    "messages": (["messages"], EXTRAS),
+    "conversations": (["conversations"], EXTRAS),
+    "prompt and completion": (["prompt", "completion"], EXTRAS),
+    "instruction and output": (["instruction", "output"], ["input", "history", *EXTRAS]),
     "token ids": (["input_ids"], ["labels", *MASKS]),
 }
 # Who speaks, under `role` or `from`, in the words of chat templates; a `call` is a turn of the assistant's.
@@ -42,7 +43,7 @@ PROBE = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "yes
 # Plain prompt and completion go through the same machinery, as the simplest of chats.
 PLAIN = "{{ messages[0].content }}{% generation %}{{ messages[1].content }}{{ eos_token }}{% endgeneration %}"
 TEMPLATE_SECONDS = 5  # of processor time; one more for each 100 kB
-WORD = "Zq{}xK"  # letters and digits: JSON and HTML leave them as they are
+WORD = "Zq{}xK"  # letters and digits: JSON and HTML leave them
 RENDERING = Lock()  # transformers keeps its mask in the template
 
 
@@ -87,7 +88,7 @@ class ChatEncoder:
         row_format, known = recognise(sorted(set().union(*rows)), source)
         documents = []
         for number, row in zip(numbers, rows, strict=True):
-            given = {name: row[name] for name in known if row.get(name) is not None}
+            given = {key: row[key] for key in known if key in row and not (row[key] is None and key not in EXTRAS)}
             with blame(f"data.sources {source.path}, row {number}, read as {row_format}"):
                 documents.append(self.document(given, row_format, source))
         return documents
@@ -106,13 +107,13 @@ class ChatEncoder:
             messages[0]["content"] = self.bos + row["prompt"].removeprefix(self.bos)
             messages[1]["content"] = row["completion"].removesuffix(self.tokenizer.eos_token)
         wanted = [i for i, message in enumerate(messages) if message.pop("train")]  # templates do not see it
-        trained = [i for i in wanted if says_something(messages[i])]
-        if not trained:
-            return Tokens(note="dropped: an empty answer" if wanted else "dropped: without a trained token")
         for key in set().union(*messages) - {"role", "tool_call_id", *REASONING, *TEXTS}:
             if (source.path, key) not in self.unread:
                 log.warning("%s: messages have %r, which lacuna does not read", source.path, key)
                 self.unread.add((source.path, key))
+        trained = [i for i in wanted if says_something(messages[i])]
+        if not trained:
+            return Tokens(note="dropped: an empty answer" if wanted else "dropped: without a trained token")
         tools = [decoded(tool) for tool in decoded(row.get("tools")) or []]
         left_out = self.left_out(messages, template, tools, trained[-1])
         if left_out and self.data.unrendered == "drop":
@@ -127,7 +128,7 @@ class ChatEncoder:
         # Each turn has one stop token, and it is the last one: else the model would learn to go on after it.
         if (ends != mask & (ids == self.eos)).any():
             return Tokens(note="dropped: a stop token inside a turn, or none at its end")
-        turn = np.cumsum(ends) - ends  # each token's, from 0: the last one is what follows all answers
+        turn = np.cumsum(ends) - ends  # each token's, from 0: the last is what follows answers
         is_trained = np.isin([*answers, -1], trained)
         return self.fit(ids, mask & is_trained[turn])
 
@@ -165,7 +166,7 @@ class ChatEncoder:
         options = options or {"return_dict": True, "return_assistant_tokens_mask": True}
         seconds = TEMPLATE_SECONDS + len(str(messages)) // 10**5
         with RENDERING:
-            if current_thread() is main_thread():  # in a stream it would count training's, too
+            if current_thread() is main_thread():  # in a stream it counts training's
                 signal.signal(signal.SIGVTALRM, stop_template)
                 signal.setitimer(signal.ITIMER_VIRTUAL, seconds, seconds)  # Jinja may swallow the first
             try:
@@ -192,7 +193,7 @@ class ChatEncoder:
 
     def adapt(self, tokenizer):
         tokenizer.eos_token = self.tokenizer.eos_token
-        if self.data.chat_template:  # plain Jinja, for programs that do not know the marks
+        if self.data.chat_template:  # for programs that do not know the marks
             plain = {None: "if true", "end": "endif"}
             tokenizer.chat_template = MARKS.sub(lambda mark: mark[1] + plain[mark[2]] + mark[3], self.template)
 
@@ -225,7 +226,7 @@ def marked(value, place: str, places: dict[str, str]):
 
 def recognise(columns: list[str], source: Source) -> tuple[str, list[str]]:
     """The format of such rows, of those that `fields` names if it can, and its columns."""
-    if ("rejected" in columns or {"completion", "label"} <= set(columns)) and not source.fields:
+    if ({"rejected", "kto_tag"} & set(columns) or {"completion", "label"} <= set(columns)) and not source.fields:
         raise ConfigError(f"data.sources {source.path} holds preferences: see examples/dpo.py")
     named = set(source.fields)
     for row_format, (required, optional) in sorted(FORMATS.items(), key=lambda form: named.isdisjoint(form[1][0])):
@@ -282,7 +283,7 @@ def read_turn(turn: dict, roles: dict[str, str]) -> dict:
     """A turn in OpenAI's, ShareGPT's or a source's words, as OpenAI's message."""
     flags = {str(turn[name]).lower() for name in FLAGS if turn.get(name) is not None}
     turn = {name: value for name, value in turn.items() if value not in (None, "", []) and name not in FLAGS}
-    calls = decoded(turn.pop("tool_calls", "")) or []  # none: some templates look for the key alone
+    calls = decoded(turn.pop("tool_calls", "")) or []  # some templates look for the key alone
     speaker = str(turn.pop("from", turn.get("role")))
     turn["role"] = ROLES.get(roles.get(speaker, speaker).lower())
     if turn["role"] is None:
@@ -308,7 +309,7 @@ def read_turn(turn: dict, roles: dict[str, str]) -> dict:
             raise ValueError(f"a part {part!s:.60}: text and reasoning are read")
         texts[kind] += filter(None, text)
     turn["content"] = "".join(texts["text"]).encode().decode()  # half a surrogate pair has no bytes
-    thoughts = filter(None, [*thoughts, "\n".join(texts["reasoning"])])
+    thoughts = filter(str.strip, [*thoughts, "\n".join(texts["reasoning"])])
     thoughts = {thought.strip(): thought for thought in thoughts}
     if "</think>" in turn["content"] and any(thought in turn["content"] for thought in thoughts):
         raise ValueError("one thought is in content and beside it: take one out")

@@ -19,8 +19,8 @@ from lacuna.data.batch import PackedBatch, Row, assemble, collate
 from lacuna.data.pack import best_fit, split_documents
 from lacuna.data.sources import Cursor, Document, MapSource, StreamSource
 
-MAP_WINDOW = 131_072  # documents packed together: fill .999 in 0.2 to 0.4 s
-STREAM_WINDOW = (8, 512)  # rows of a stream's first and largest window: starts at once, then fill .997
+MAP_WINDOW = 131_072  # documents packed together: fill .999 in 0.4 s
+STREAM_WINDOW = (8, 512)  # rows of a stream's first and largest window: fill .997
 MOST_STREAMS = 64  # of data that streams: one a shard, or fewer
 PREFETCH = 3  # micro-batches made ahead
 

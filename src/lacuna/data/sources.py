@@ -21,7 +21,7 @@ from filelock import FileLock
 from lacuna.config import AGAIN, ConfigError, Source, blame, log
 from lacuna.data.tokenize import digest
 
-READ_CHUNK = 128  # documents tokenised in one call: enough for the tokenizer to use every core
+READ_CHUNK = 128  # documents tokenised in one call: enough for every core
 # JSON is text, for Python to parse: Arrow would give all rows one type, make dates of texts, lose nulls.
 ROW = "a row's JSON"
 JSON = {"path": "text", "features": datasets.Features({ROW: datasets.Value("string")})}
@@ -49,7 +49,7 @@ class Cursor(NamedTuple):
     taken: int = 0  # documents before it in its epoch, or of a stream in its chunk
     shard: int = 0  # of a stream: shards of the epoch before its own
     row: int = 0  # rows of the shard before its chunk
-    chunk: dict | None = None  # the dataset's own state where its chunk begins; None: the shard's
+    chunk: dict | None = None  # the dataset's state where it begins; None: the shard's
 
 
 class Document(NamedTuple):
@@ -72,7 +72,7 @@ class MapSource:
         self.documents = np.random.default_rng(seed).permutation(documents)[begin:end]
         self.most_streams = len(self.documents)
         if not self.most_streams:
-            raise ConfigError(f"data.sources: no document left of {', '.join(source.path for source in sources)}")
+            raise ConfigError(f"data.sources, eval.sources: no document left of {', '.join(s.path for s in sources)}")
         self.inventory = f"{len(self.documents)} documents of {self.lengths[self.documents].sum()} tokens"
 
     def read(self, stream: int, num_streams: int, cursor: Cursor) -> Iterator[Document]:
@@ -100,7 +100,7 @@ def tokenise(source: Source, encoder, cache: str) -> datasets.Dataset:
 
     options = {"batched": True, "with_indices": True, "remove_columns": dataset.column_names, "features": CACHED}
     make = partial(dataset.map, encode, cache_file_name=str(file), new_fingerprint=name, **options)
-    with FileLock(file.with_suffix(".lock")):  # one rank makes it, the others wait here and read it
+    with FileLock(file.with_suffix(".lock")):  # one rank makes it, the others wait
         try:
             tokens = make()
         except (OSError, ValueError):  # it is damaged, or the disk full
@@ -206,6 +206,8 @@ def open_dataset(source: Source, encoder) -> datasets.Dataset | datasets.Iterabl
     options = source.model_dump(include={"split", "streaming"}) | (remote if source.streaming else {})
     with blame(f"data.sources path {source.path}, split {source.split}"):
         files = find_files(source)
+        if "[" in source.split and {"features", "sample_by"} <= files.keys():
+            raise ConfigError(f"data.sources: {source.path}: slices need .jsonl, or see eval.fraction")
         if files["path"] == "parquet" and not source.fields:
             # the schema first, so that only the columns that are needed are read from disk or network
             [schema, *_] = datasets.load_dataset(**files, streaming=True, **remote).values()
@@ -235,7 +237,7 @@ def find_files(source: Source) -> dict:
     kind = min(map(ending, chain(*splits.values())))  # .json before .jsonl: it reads lines, too
     reader = READERS.get(kind)
     remote = source.streaming and "://" in source.path
-    if (reader is None and path.is_file()) or (remote and kind == ".csv"):
+    if (reader is None and glob(source.path) and not path.is_dir()) or (remote and kind == ".csv"):
         raise ConfigError(f"data.sources: {source.path} is none of {', '.join(READERS)}; CSV needs streaming = false")
     if reader is None:  # of a kind that datasets alone knows
         return files
@@ -250,6 +252,8 @@ def find_splits(folder: Path, source: Source, files: dict) -> dict[str, list[str
     """A folder's files by split: without a README.md, what no name says is `train`."""
     found = datasets.load_dataset_builder(**files).config.data_files
     splits = {str(split): [*dict.fromkeys(filterfalse(COPIES.search, paths))] for split, paths in found.items()}
+    saved = [info.parent for info in folder.resolve().glob("*/dataset_info.json")]  # save_to_disk
+    splits = {part.name: sorted(map(str, part.glob("data*.arrow"))) for part in saved} or splits
     kinds = set(map(ending, chain(*splits.values())))
     here = filterfalse(COPIES.search, glob(f"{escape(str(folder.resolve()))}/**", recursive=True))
     there = {path for path in here if ending(path) in READERS}

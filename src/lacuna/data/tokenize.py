@@ -26,7 +26,7 @@ class TextEncoder:
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         """Token ids, int32 [n], of each text; a text without any token gives an empty array."""
-        self.backend.encode_special_tokens = True  # set at every call, since a deep copy loses it
+        self.backend.encode_special_tokens = True  # at every call: a deep copy loses it
         # twice the speed of the tokenizer's own call: no offsets, no masks
         encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         tokens = [encoding.ids for encoding in encodings]
