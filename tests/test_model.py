@@ -220,7 +220,9 @@ def test_a_model_whose_attention_cannot_be_replaced_is_a_sentence(tokenizer, tmp
     argv = ["--model.name", str(tmp_path / "falcon"), "--model.from_scratch", "true", "--train.steps", "1"]
     argv += ["--data.sources", json.dumps([{"path": str(tmp_path / "text.jsonl")}])]
     argv += ["--data.cache", str(tmp_path / "cache"), "--out", str(tmp_path / "runs")]
-    with pytest.raises(ConfigError, match=r"model\.name .*falcon with model\.overrides {}: KeyError: 'lacuna'"):
+    with pytest.raises(
+        ConfigError, match=r"model\.name .*falcon: config.json, model\.overrides {}: KeyError: 'lacuna'"
+    ):
         run(load_config(None, argv))
 
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lacuna import train as train_module
 from lacuna.config import ConfigError, load_config
-from lacuna.metrics import Report, flop
+from lacuna.metrics import Report, flop, open_metrics
 from lacuna.model import build_model
 from lacuna.parallel import Ranks, gradient_norm
 from lacuna.train import accumulate_gradients, run
@@ -438,3 +438,21 @@ def test_a_warmup_as_long_as_the_run_is_refused_before_it_begins(model_folder, t
     for length in (["--train.steps", "30"], ["--train.epochs", "1"]):
         with pytest.raises(ConfigError, match=r"optim.warmup_steps must be below the \d+ steps"):
             run(load_config(None, [*argv, *length]))
+
+
+@pytest.mark.parametrize("damage", [b'{"step": 3, "lo', b"\0" * 50, b"\0" * 50 + b"\n", b"\n"])
+def test_a_last_line_of_metrics_that_is_damaged_is_dropped(damage, tmp_path):
+    whole = b'{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n'
+    (tmp_path / "metrics.jsonl").write_bytes(whole + damage)
+    open_metrics(tmp_path, 2, again=False).close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == whole
+
+
+def test_a_start_that_fails_at_the_metrics_adds_nothing_to_the_runs_log(model_folder, texts, tmp_path):
+    argv = options(model_folder("llama"), texts, tmp_path, "--train.steps", "2")
+    path = run(load_config(None, argv))
+    (path / "metrics.jsonl").write_text("{broken}\n" + (path / "metrics.jsonl").read_text())
+    before = (path / "log.txt").read_bytes()
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl"):
+        run(load_config(None, [*argv, "--train.steps", "4", "--checkpoint.resume_changed", "true"]))
+    assert (path / "log.txt").read_bytes() == before

@@ -255,6 +255,30 @@ def test_overrides_are_as_if_they_stood_in_the_config_that_a_model_is_made_with(
         assert getattr(got, key, None) == getattr(want, key, None), key
 
 
+def test_an_override_leaves_layers_alone_that_follow_from_no_other_field(tmp_path):
+    """As AutoConfig.from_pretrained(folder, sliding_window=16) does."""
+    config = model_config("qwen3", num_hidden_layers=4)
+    config.layer_types = ["sliding_attention", "full_attention"] * 2
+    config.save_pretrained(tmp_path)
+    fields = {"sliding_window": 16, "use_sliding_window": True}
+    got = build(tmp_path, "--model.from_scratch", "true", "--model.overrides", json.dumps(fields)).model.config
+    assert got.layer_types == config.layer_types and got.sliding_window == 16
+
+
+def test_an_override_of_rope_parameters_wins_over_their_older_name(tmp_path):
+    model_config("llama").save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    del fields["rope_parameters"]
+    old = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    old["original_max_position_embeddings"] = 64
+    (tmp_path / "config.json").write_text(json.dumps(fields | {"rope_scaling": old, "rope_theta": 500000.0}))
+    build_it = lambda *words: build(tmp_path, "--model.from_scratch", "true", *words).model.config  # noqa: E731
+    assert build_it().rope_parameters["rope_type"] == "llama3"
+    wanted = {"rope_type": "default", "rope_theta": 10000.0}
+    got = build_it("--model.overrides", json.dumps({"rope_parameters": wanted}))
+    assert got.rope_parameters == wanted
+
+
 def test_overrides_of_the_wrong_type_or_against_each_other_are_a_sentence(tmp_path, tokenizer, texts):
     model_config("qwen3").save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)

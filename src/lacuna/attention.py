@@ -1,10 +1,8 @@
 """Causal attention that never leaves a document, over rows of packed documents laid end to end.
 
 transformers calls `packed_attention` in place of its own, with what `boundaries` gives the model.
-
-    varlen  FlashAttention-2 of torch: bf16 on GPUs from Ampere
-    fa4     the same with FlashAttention-4 (extra fa4), 1.5 to 2 times as fast: bf16, from Hopper on
-    sdpa    torch's own over each row with a mask, which costs seq_len^2: any device and dtype
+Backends: `varlen`, FlashAttention-2; `fa4`, an extra, up to twice as fast; `sdpa`, torch's own over
+each row with a mask, which costs seq_len^2, on any device.
 """
 
 import os

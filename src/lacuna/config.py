@@ -26,7 +26,6 @@ CURES = {
     "OutOfMemory": ". Lower train.micro_batch_size: see examples/memory.py",
     "torch._dynamo|torch._inductor": ". Set train.compile = false: it runs, or says why",
     "StopIteration|corresponds to no data|Unable to find": ": there is no data, or no such file",
-    "yaml.*Error": ": see its README.md",
     "KeyError.*lacuna": ": attention that cannot be replaced",
     "gloo/transport|Gloo|distributed.Dist": f". Another rank has ended: see what it says; {AGAIN}",
 }

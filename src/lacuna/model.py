@@ -145,8 +145,11 @@ def empty_model(config: ModelConfig, folder, tokenizer, held_in, dtype) -> PreTr
     if config.overrides and folder == config.name:
         fields, _ = hf_config.get_config_dict(folder)
         fields = fields.get("text_config", fields)
-        if {"num_hidden_layers", "sliding_window", "use_sliding_window", "max_window_layers"} & config.overrides.keys():
-            fields.pop("layer_types", None)
+        kinds = fields.pop("layer_types", None)
+        if kinds != getattr(type(hf_config).from_dict(copy.deepcopy(fields)), "layer_types", None):
+            fields["layer_types"] = kinds  # the model's own: they follow from nothing
+        if "rope_parameters" in config.overrides:
+            fields.pop("rope_scaling", None)  # its older name, which would win
         hf_config = type(hf_config).from_dict(fields | copy.deepcopy(config.overrides))
     if config.tokenizer:
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):

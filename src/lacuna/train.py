@@ -60,7 +60,7 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
     if config.optim.warmup_steps >= steps:
         raise ConfigError(f"optim.warmup_steps must be below the {steps} steps")
 
-    with blame(f"model.name {config.model.name}: config.json with {config.model.overrides}"):
+    with blame(f"model.name {config.model.name}: config.json, model.overrides {config.model.overrides}"):
         if not config.model.from_scratch and (config.lora.rank or config.task.endswith(".py")):
             fixed["base_weights"] = check_base(config.model.name, state)
         trainee = build_model(config, ranks, tokenizer, checkpoint)
@@ -78,12 +78,12 @@ def run(config: Config, preemption: Preemption | None = None) -> Path:
         checkpoints = Checkpoints(config, ranks, folder, tensors, model, tokenizer)
         # The run begins. A start that fails leaves no folder, changes no run, and is told in log.txt beside them.
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        evaluating = held_out and is_due(state["step"], config.eval.every, steps)
+        report = Report(config, ranks, folder, steps, model, state, evaluating)
         [_, early] = log.handlers
         early.target.baseFilename = str(folder.absolute() / "log.txt")
         early.target.stream = early.target._open()
         early.capacity = 1
-        evaluating = held_out and is_due(state["step"], config.eval.every, steps)
-        report = Report(config, ranks, folder, steps, model, state, evaluating)
         if ranks.rank == 0:
             kept = config.model_dump(exclude_none=True, exclude={"checkpoint": {"resume_changed"}})
             (folder / "config.toml").write_text(tomli_w.dumps(kept))
