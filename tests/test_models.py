@@ -104,7 +104,8 @@ def test_the_text_of_a_multimodal_checkpoint_is_trained_as_the_whole_model_compu
     assert loss.item() == pytest.approx(want, rel=1e-6)
     assert models.whole_run(tmp_path / "whole", tmp_path, patch) == "ok"
     with pytest.raises(ConfigError, match="does not fit"):  # half of the text is no text
-        models.build(tmp_path / "whole", *patch, "--model.overrides", '{"num_hidden_layers": 2}')
+        half = {"num_hidden_layers": 2, "layer_types": text["layer_types"][:2]}
+        models.build(tmp_path / "whole", *patch, "--model.overrides", json.dumps(half))
 
 
 @pytest.mark.parametrize("name", ["gpt_neox", "mixtral"])

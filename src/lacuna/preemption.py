@@ -17,7 +17,7 @@ class Preemption:
 
     def __init__(self):
         self.asked = False
-        self.can_save = False  # before, one signal is enough: to compile may outlast the time left
+        self.can_save = False  # before, one is enough: to compile may outlast the time left
         # Python's handlers wait for the main thread, which may stand in a collective for minutes. So the C handler
         # writes each signal's number into a pipe, and a thread reads it there.
         pipe, wakeup = os.pipe()

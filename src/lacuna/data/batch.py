@@ -32,7 +32,7 @@ class Row(NamedTuple):
 
     ids: np.ndarray  # int32 [S]
     labels: np.ndarray  # int32 [S]
-    starts: np.ndarray  # int64 [documents]: where each document (or what is left over) begins
+    starts: np.ndarray  # int64 [documents]: where each document (or what is left) begins
     tokens: int  # slots that hold a document's token
     pairs: int  # documents with a second one
     checksum: int  # crc32 of its place in the global batch, ids and labels

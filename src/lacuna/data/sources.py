@@ -34,7 +34,7 @@ READERS = {
     ".jsonl": JSON,
     ".ndjson": JSON,
 }
-COPIES = re.compile(r"/cache-\w+\.arrow$")  # what datasets itself puts beside its .arrow files
+COPIES = re.compile(r"/cache-\w+\.arrow$")  # what datasets puts beside .arrow files
 CACHED = datasets.Features({"ids": datasets.List(datasets.Value("int32")), "note": datasets.Value("string")})
 # A broken connection is tried again 8 times, 5 s apart (datasets: 20), silence is at most 10 s (300).
 datasets.config.STREAMING_READ_MAX_RETRIES = 8
@@ -125,7 +125,7 @@ class StreamSource:
         self.inventory = f"{self.num_shards} shards"
 
     def read(self, stream: int, num_streams: int, cursor: Cursor) -> Iterator[Document]:
-        last_epoch = cursor.epoch  # that had a document; the first may have begun behind its last one
+        last_epoch = cursor.epoch  # that had a document; the first may begin behind its last
         # From coarse to fine: epochs, shards, chunks, documents; the cursor says where each of them begins.
         for epoch in count(cursor.epoch):
             if epoch > last_epoch + 1:
@@ -204,7 +204,7 @@ def open_dataset(source: Source, encoder) -> datasets.Dataset | datasets.Iterabl
     """A source's dataset, with the columns that are read."""
     remote = {"storage_options": {"http": SILENCE, "https": SILENCE}}
     options = source.model_dump(include={"split", "streaming"}) | (remote if source.streaming else {})
-    with blame(f"data.sources path {source.path}, split {source.split}"):
+    with blame(f"data.sources or eval.sources {source.path}, split {source.split}"):
         files = find_files(source)
         if "[" in source.split and {"features", "sample_by"} <= files.keys():
             raise ConfigError(f"data.sources: {source.path}: slices need .jsonl, or see eval.fraction")
