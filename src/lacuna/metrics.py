@@ -157,7 +157,7 @@ def open_metrics(folder: Path, step: int, again: bool):
     file = folder / "metrics.jsonl"
     file.touch()
     lines = file.read_bytes().splitlines(keepends=True) if step else []
-    whole = [json.loads(line) for line in lines if line.endswith(b"}\n")]  # the last may be cut off
+    whole = [json.loads(line) for line in lines if line is not lines[-1] or line.endswith(b"}\n")]  # cut off
     # a step's last line is its evaluation: dropped where it is done again
     kept = sum(m["step"] < step or (m["step"] == step and not (again and "eval_loss" in m)) for m in whole)
     os.truncate(file, sum(map(len, lines[:kept])))
