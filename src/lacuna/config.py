@@ -232,7 +232,7 @@ def load_config(path: str | None, argv: list[str], task: str = "pt") -> Config:
     try:
         config = Config.model_validate(merged)
     except ValidationError as error:
-        raise ConfigError("\n".join(map(sentence, error.errors()[:10]))) from None
+        raise ConfigError("\n".join(map(sentence, error.errors()[:20]))) from None
     refuse_contradictions(config)
     rate = 3e-4 if config.task == "pt" else 2e-5
     if config.lora.rank:
